@@ -1,0 +1,98 @@
+"""The errors of bss_ray.
+
+Everything a user can cause is a `BssRayError` and says three things: the rule, the value received
+and the remedy. What only a bug can cause is an `assert`.
+
+    BssRayError
+    ├── ConfigError (ValueError)        a setting is unknown, impossible, or contradicts another
+    │   └── ScheduleError               ... of a scheduler or a pacing function
+    ├── DataError (ValueError)          columns, labels, inputs or ids of a data set
+    ├── ModelOutputError (ValueError)   what a model returned
+    ├── WeightError (ValueError)        scores or sampling weights
+    ├── CheckpointError (ValueError)    a checkpoint of other data, seed or format, or a damaged one
+    ├── ResourceError (ValueError)      what the cluster can never provide
+    ├── StorageError (OSError)          a folder that cannot be written or read
+    └── MissingDependencyError (ImportError)   an optional package that is not installed
+
+All of them carry one message and so survive pickling between processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+import numpy as np
+
+
+class BssRayError(Exception):
+    """Root of all errors that bss_ray raises on purpose."""
+
+
+class ConfigError(BssRayError, ValueError):
+    """A setting is unknown, impossible, or contradicts another."""
+
+
+class ScheduleError(ConfigError):
+    """A setting of a scheduler or of a pacing function is impossible."""
+
+
+class DataError(BssRayError, ValueError):
+    """Columns, labels, inputs or ids of a data set break a rule."""
+
+
+class ModelOutputError(BssRayError, ValueError):
+    """A model returned something that cannot be measured."""
+
+
+class WeightError(BssRayError, ValueError):
+    """Scores or sampling weights from which no order can be drawn."""
+
+
+class CheckpointError(BssRayError, ValueError):
+    """A checkpoint is damaged, or belongs to other data, another seed or another format."""
+
+
+class ResourceError(BssRayError, ValueError):
+    """More CPUs, GPUs or memory than the cluster can ever provide."""
+
+
+class StorageError(BssRayError, OSError):
+    """A folder cannot be written or read."""
+
+
+class MissingDependencyError(BssRayError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The end of an "unknown name" message: the nearest choice first, then all of them."""
+    names = sorted(choices)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Choose from: {', '.join(names)}"
+
+
+def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = 5) -> str:
+    """`"3 rows; first row ids 17, 90, 91"` for a boolean mask (N,) over rows that start at `first_row`."""
+    rows = np.flatnonzero(bad)
+    shown = ", ".join(str(first_row + int(row)) for row in rows[:limit])
+    count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+    return f"{count}; first row ids {shown}"
+
+
+def optional_import(module: str, *, extra: str, needed_for: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    Raises:
+        MissingDependencyError: `module` is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{needed_for} needs the package {module.split('.')[0]!r}, which is not installed. "
+            f"Install it with: pip install 'bss_ray[{extra}]'"
+        ) from error

@@ -1,0 +1,262 @@
+"""The coordinator: score versions, the plan of each epoch, and reductions over all holders.
+
+It sees counts, sums and bounds of every holder, and one window of row ids at a time; never the
+scores of all rows. `Coordinator` is a plain class; `bss_ray.sample.actors` puts it into a Ray actor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from bss_ray.errors import CheckpointError, ConfigError, ScheduleError, WeightError, nearest
+from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
+from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
+from bss_ray.sample.plan import TAILS, Plan, Tail
+from bss_ray.sample.radix import Window, cut_windows, exact_total, radix_select
+from bss_ray.sample.scorer import Draw, Moments, PartState, Scorer
+from bss_ray.schedule.schedulers import Scheduler, Uniform
+
+# Rows of one window: 2^24 keys and ids are 256 MiB while they are sorted.
+WINDOW_ROWS = 1 << 24
+
+
+class Holders(Protocol):
+    """All holders of scores, called together."""
+
+    def map(self, method: str, *args: Any) -> list[Any]:
+        """Call `method` of every holder; results in the holders' order."""
+        ...
+
+
+class LocalHolders:
+    """Holders in this process."""
+
+    def __init__(self, scorers: Sequence[Scorer]) -> None:
+        self._scorers = scorers
+
+    def map(self, method: str, *args: Any) -> list[Any]:
+        return [getattr(scorer, method)(*args) for scorer in self._scorers]
+
+
+class Coordinator:
+    """Publishes scores and plans epochs.
+
+    Args:
+        holders: hold the scores of all rows, each row once.
+        rows: N, rows of the training set.
+        scheduler: from scores to weights and sizes.
+        seed: the run's seed, in [0, 2**64).
+        batch_size: rows of a *global* batch.
+        tail: `keep` or `drop` the last, smaller batch of an epoch.
+        momentum: mu of the score's moving average.
+        accumulate: `ema` or `sum`.
+        window_rows: largest window of the order.
+
+    Raises:
+        ConfigError: a setting is out of its range, or there are fewer rows than a global batch.
+    """
+
+    def __init__(
+        self,
+        holders: Holders,
+        *,
+        rows: int,
+        scheduler: Scheduler,
+        seed: int = 0,
+        batch_size: int = 64,
+        tail: Tail = "keep",
+        momentum: float = 0.0,
+        accumulate: Accumulate = "ema",
+        window_rows: int = WINDOW_ROWS,
+    ) -> None:
+        check_accumulation(momentum, accumulate)
+        check_batch_size(batch_size, rows)
+        if tail not in TAILS:
+            raise ConfigError(f"unknown tail {tail!r}; {nearest(tail, TAILS)}")
+        self._holders = holders
+        self._rows = rows
+        self._scheduler = scheduler
+        self._seed = check_seed(seed)
+        self._batch_size = batch_size
+        self._tail: Tail = tail
+        self._momentum = momentum
+        self._accumulate: Accumulate = accumulate
+        self._window_rows = window_rows
+        self._version = 0
+        self._planned: tuple[Plan, Draw, list[Window]] | None = None
+
+    # ---- scores -------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Number of publications so far; 0 before any."""
+        return self._version
+
+    def reset(self) -> None:
+        """Start over without scores."""
+        self._holders.map("reset")
+        self._version, self._planned = 0, None
+
+    def score(self, model: Any) -> int:
+        """Measure all rows with `model` and publish the scores as a new version.
+
+        Holders keep their scores until all have measured: a version exists whole or not at all.
+
+        Args:
+            model: handed to every holder's `measure`.
+
+        Returns:
+            The new version.
+        """
+        similarity, information = zip(*self._holders.map("measure", model), strict=True)
+        self._holders.map(
+            "publish",
+            Bounds.union(list(similarity)),
+            Bounds.union(list(information)),
+            self._momentum,
+            self._accumulate,
+        )
+        self._version += 1
+        self._planned = None
+        return self._version
+
+    def load(self, parts: Any, version: int) -> None:
+        """Go back to saved scores.
+
+        Args:
+            parts: handed to every holder's `load`: a list of `PartState`, or where to read it.
+            version: the saved version.
+
+        Raises:
+            CheckpointError: the parts do not hold a score for every row.
+        """
+        found = sum(self._holders.map("load", parts, version))
+        if found != self._rows:
+            raise CheckpointError(
+                f"the checkpoint holds scores of {found} of the {self._rows} rows; a part of it is missing. "
+                "Go back to an older checkpoint"
+            )
+        self._version, self._planned = version, None
+
+    def state(self) -> list[PartState]:
+        """Scores and measures of all rows; only for small data and tests, it gathers every row."""
+        return [part for parts in self._holders.map("state") for part in parts]
+
+    # ---- plans --------------------------------------------------------------------------------
+
+    def plan(self, epoch: int) -> Plan:
+        """The plan of `epoch`, from the scores of the current version.
+
+        Raises:
+            ScheduleError: the scheduler needs scores and there are none yet.
+            WeightError: the weights are bad, or fewer rows have weight than the epoch presents.
+        """
+        if self._planned is None or self._planned[0].epoch != epoch:
+            self._planned = self._make_plan(epoch)
+        return self._planned[0]
+
+    def window(self, epoch: int, index: int) -> np.ndarray:
+        """Window `index` of the order of `epoch`: (rows,) int64 row ids."""
+        plan = self.plan(epoch)
+        assert self._planned is not None
+        _, draw, windows = self._planned
+        start = plan.window_ends[index - 1] if index else 0
+        window = windows[index]
+        pieces = [piece for held in self._holders.map("window", draw, window.low, window.high) for piece in held]
+        # Rows ascend within a piece and pieces do not overlap, so a stable sort breaks ties by row id.
+        pieces.sort(key=lambda piece: int(piece[1][0]))
+        keys = np.concatenate([piece[0] for piece in pieces])
+        rows = np.concatenate([piece[1] for piece in pieces])
+        assert len(rows) == window.rows, f"window of {window.rows} rows brought {len(rows)}"
+        return rows[sort_by_key(keys)][: plan.window_ends[index] - start]
+
+    def _make_plan(self, epoch: int) -> tuple[Plan, Draw, list[Window]]:
+        scheduler = self._scheduler
+        if scheduler.is_burn_in(epoch):
+            scheduler = Uniform()
+        elif scheduler.uses_scores and self._version == 0:
+            raise ScheduleError(
+                f"epoch {epoch} of {type(scheduler).__name__} is drawn from scores and none have been published. "
+                "Set burn_in >= 1, or hand the model over before the first epoch: sampler.epochs(n, model=model)"
+            )
+        subset = scheduler.subset_size(epoch, self._rows)
+        draw = Draw(self._seed, epoch, scheduler, cutoff=self._cutoff(subset) if subset < self._rows else None)
+        moments = self._moments(draw)
+        if scheduler.uniform_mix > 0:
+            draw = self._mixed(draw, moments, subset)
+            moments = self._moments(draw)
+        size = scheduler.epoch_size(epoch, self._rows)
+        if moments.positive == 0 or (size > moments.positive and not scheduler.replacement):
+            raise WeightError(
+                f"epoch {epoch} wants {size} different rows, and {moments.positive} of {self._rows} have a positive "
+                "weight. Lower `fraction`, raise `uniform_mix`, or draw with replacement"
+            )
+        total = exact_total(moments.total)
+        if scheduler.replacement:
+            draw = replace(draw, horizon=horizon_for(size, total))
+        windows = cut_windows(
+            lambda prefix, shift: self._sum("key_counts", draw, prefix, shift), size=size, limit=self._window_rows
+        )
+        ends = np.minimum(np.cumsum([window.rows for window in windows]), size)
+        plan = Plan(
+            epoch=epoch,
+            version=self._version,
+            size=size,
+            batch_size=self._batch_size,
+            tail=self._tail,
+            window_ends=tuple(int(end) for end in ends),
+            diagnostics={
+                "eligible_rows": moments.positive,
+                "effective_sample_size": total**2 / exact_total(moments.squares),
+                "largest_share": moments.largest / total,
+            },
+        )
+        return plan, draw, windows
+
+    def _cutoff(self, subset: int) -> tuple[int, int]:
+        """The last of the `subset` rows of highest score, ties by lower row id: (score bits, row id)."""
+        bits, among_ties = radix_select(
+            lambda prefix, shift: self._sum("score_counts", prefix, shift), subset - 1
+        )
+        row, _ = radix_select(lambda prefix, shift: self._sum("tie_counts", bits, prefix, shift), among_ties)
+        return bits, row
+
+    def _mixed(self, draw: Draw, moments: Moments, subset: int) -> Draw:
+        """Blend e / N in: weight + c with c N / (total + c N) = e."""
+        mix = draw.scheduler.uniform_mix
+        if mix == 1:
+            return replace(draw, scheduler=Uniform())
+        return replace(draw, added_weight=mix / (1 - mix) * exact_total(moments.total) / subset)
+
+    def _moments(self, draw: Draw) -> Moments:
+        parts: list[Moments] = self._holders.map("moments", draw)
+        return Moments(
+            positive=sum(part.positive for part in parts),
+            total=sum(part.total for part in parts),
+            squares=sum(part.squares for part in parts),
+            largest=max(part.largest for part in parts),
+        )
+
+    def _sum(self, method: str, *args: Any) -> np.ndarray:
+        """Sum of the holders' integer counts."""
+        counts: np.ndarray = np.sum(self._holders.map(method, *args), axis=0)
+        return counts
+
+
+def check_batch_size(batch_size: int, rows: int) -> None:
+    """Refuse a global batch that the data cannot fill.
+
+    Raises:
+        ConfigError: it is below 1, or larger than the data set.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size counts the rows of a global batch and must be at least 1; received {batch_size}")
+    if batch_size > rows:
+        raise ConfigError(
+            f"a global batch must not be larger than the data set: batch_size={batch_size}, rows={rows}. "
+            "Lower batch_size"
+        )

@@ -1,0 +1,253 @@
+"""Random numbers that belong to rows, and the weighted permutation they make.
+
+For seed s and epoch e every block of 65,536 consecutive row ids draws its own Exp(1) numbers from a
+counter-based generator. A row's key is E / weight; rows in ascending (key, row id) are a weighted
+permutation without replacement (Efraimidis and Spirakis 2006). A key depends on (seed, epoch, row id,
+weight) alone, so the order is the same however the rows are cut into shards, holders and workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from bss_ray.errors import ConfigError, WeightError, first_ids
+
+BLOCK_ROWS = 65_536
+
+# Keys are E / weight with E in about [2^-60, 2^6]; within these bounds no key overflows to infinity.
+MIN_WEIGHT, MAX_WEIGHT = 2.0**-900, 2.0**900
+
+# Rounds of arrivals that a whole block draws together; rows that still arrive after them (very heavy
+# ones, hence few) go on with a generator of their own.
+_BLOCK_ROUNDS = 16
+
+# What a generator is for, as part of its key: streams of different purposes never overlap.
+_BLOCK_STREAM, _ROW_STREAM = 0, 1
+
+
+def check_seed(seed: int) -> int:
+    """`seed` itself, if a 64-bit generator key can hold it.
+
+    Raises:
+        ConfigError: it is negative or needs more than 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed must lie in [0, 2**64); received {seed}")
+    return seed
+
+
+def exponentials(seed: int, epoch: int, block: int, round_: int = 0) -> np.ndarray:
+    """Exp(1) numbers of one block of row ids.
+
+    `standard_exponential` is a table method (ziggurat), whose bits do not depend on the CPU's SIMD
+    level; `-np.log(u)` differs between machines.
+
+    Args:
+        seed: the run's seed, in [0, 2**64).
+        epoch: epoch, from 0.
+        block: block of row ids: rows [65536 * block, 65536 * (block + 1)).
+        round_: 0 for the first arrivals; 1, 2, ... for later ones (drawing with replacement).
+
+    Returns:
+        (65536,) float64.
+    """
+    # The lowest counter word counts within a stream, so streams 2^64 apart can never meet.
+    bits = np.random.Philox(key=[seed, _BLOCK_STREAM], counter=[0, round_, block, epoch])
+    return np.random.Generator(bits).standard_exponential(BLOCK_ROWS)
+
+
+def check_weights(weights: np.ndarray, first_row: int = 0) -> np.ndarray:
+    """Sampling weights as contiguous float64, if an order can be drawn from them.
+
+    Args:
+        weights: (n,) numbers.
+        first_row: row id of `weights[0]`, for the message.
+
+    Raises:
+        WeightError: NaN, infinite, negative, or positive but outside [2^-900, 2^900].
+    """
+    weights = np.ascontiguousarray(weights, dtype=np.float64)
+    if weights.ndim != 1:
+        raise WeightError(f"weights must be one number a row; received shape {weights.shape}")
+    if len(weights) == 0:
+        return weights
+    lowest, highest = weights.min(), weights.max()  # NaN in either if there is one anywhere
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise WeightError(f"weights must be finite; NaN or infinite in {first_ids(~np.isfinite(weights), first_row)}")
+    if lowest < 0:
+        raise WeightError(f"weights cannot be negative; negative in {first_ids(weights < 0, first_row)}")
+    if highest > MAX_WEIGHT or (lowest < MIN_WEIGHT and ((weights > 0) & (weights < MIN_WEIGHT)).any()):
+        raise WeightError(
+            f"positive weights must lie within [2^-900, 2^900]; received {weights[weights > 0].min():g} to "
+            f"{highest:g}. Rescale them: only their ratios matter"
+        )
+    return weights
+
+
+def race_keys(weights: np.ndarray, *, seed: int, epoch: int, first_row: int = 0) -> np.ndarray:
+    """Keys of consecutive rows: ascending (key, row id) is their weighted permutation.
+
+    Args:
+        weights: (n,) float64, checked (see `check_weights`).
+        seed: the run's seed.
+        epoch: epoch, from 0.
+        first_row: row id of `weights[0]`.
+
+    Returns:
+        (n,) float64; infinity where the weight is 0.
+    """
+    keys = np.empty(len(weights))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for block, start, stop in _blocks(first_row, len(weights)):
+            offset = first_row + start - block * BLOCK_ROWS
+            draws = exponentials(seed, epoch, block)[offset : offset + stop - start]
+            np.divide(draws, weights[start:stop], out=keys[start:stop])
+    keys[weights == 0] = np.inf  # also where E itself was 0: 0 / 0 is NaN
+    return keys
+
+
+def arrivals(
+    weights: np.ndarray, *, horizon: float, seed: int, epoch: int, first_row: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws with replacement, as arrivals before `horizon` of one Poisson process per row.
+
+    Row i arrives at rate weight_i, at E1 / w, (E1 + E2) / w, ...; the arrivals of all rows in the
+    order of time are independent draws with probability weight_i / sum(weights). The first arrival is
+    the key of the draw without replacement, and like it belongs to the row alone.
+
+    Args:
+        weights: (n,) float64, checked.
+        horizon: only arrivals at or before this time are returned.
+        seed: the run's seed.
+        epoch: epoch, from 0.
+        first_row: row id of `weights[0]`.
+
+    Returns:
+        keys (d,) float64 and row ids (d,) int64; row ids ascend.
+    """
+    keys: list[np.ndarray] = [np.empty(0)]
+    rows: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    for block, start, stop in _blocks(first_row, len(weights)):
+        offset = first_row + start - block * BLOCK_ROWS
+        alive = np.flatnonzero(weights[start:stop])
+        elapsed = np.zeros(len(alive))
+        for round_ in range(_BLOCK_ROUNDS):
+            if len(alive) == 0:
+                break
+            elapsed = elapsed + exponentials(seed, epoch, block, round_)[offset + alive]
+            time = elapsed / weights[start + alive]
+            here = time <= horizon
+            alive, elapsed = alive[here], elapsed[here]
+            keys.append(time[here])
+            rows.append(first_row + start + alive)
+        for row, before in zip(alive, elapsed, strict=True):
+            row_id, weight = first_row + start + int(row), float(weights[start + row])
+            times = _later_arrivals(seed, epoch, row_id, float(before), weight, horizon)
+            keys.append(times)
+            rows.append(np.full(len(times), row_id))
+    all_rows = np.concatenate(rows)
+    ascending = np.argsort(all_rows, kind="stable")
+    return np.concatenate(keys)[ascending], all_rows[ascending]
+
+
+def _later_arrivals(
+    seed: int, epoch: int, row_id: int, elapsed: float, weight: float, horizon: float
+) -> np.ndarray:
+    """Arrival times of one heavy row after its first `_BLOCK_ROUNDS`."""
+    bits = np.random.Philox(key=[seed, _ROW_STREAM], counter=[0, 0, row_id, epoch])
+    generator = np.random.Generator(bits)
+    times: list[np.ndarray] = []
+    while elapsed / weight <= horizon:
+        # A fixed chunk: its size must not depend on the horizon, or the sums would round differently.
+        steps = elapsed + np.cumsum(generator.standard_exponential(1024))
+        elapsed = float(steps[-1])
+        times.append(steps / weight)
+    joined = np.concatenate(times) if times else np.empty(0)
+    return joined[joined <= horizon]
+
+
+def horizon_for(draws: int, total_weight: float) -> float:
+    """A time before which at least `draws` arrivals are all but certain (miss below 1e-20).
+
+    The number of arrivals before t is Poisson with mean t * total_weight; ten standard deviations.
+    """
+    return (draws + 10 * math.sqrt(draws) + 50) / total_weight
+
+
+def sort_by_key(keys: np.ndarray) -> np.ndarray:
+    """Positions of `keys` in ascending order; equal keys stay as they stand.
+
+    Non-negative float64 sort as their int64 bits, for which torch has a parallel radix sort: faster
+    than NumPy's, and stable (NumPy's default is not, and differs between CPUs).
+
+    Args:
+        keys: (n,) float64, non-negative, contiguous.
+
+    Returns:
+        (n,) int64.
+    """
+    bits = torch.from_numpy(keys.view(np.int64))
+    positions: np.ndarray = torch.sort(bits, stable=True).indices.numpy()
+    return positions
+
+
+def weighted_permutation(
+    weights: np.ndarray | Any, *, seed: int, epoch: int = 0, size: int | None = None, first_row: int = 0
+) -> np.ndarray:
+    """Row ids in the order of a weighted draw without replacement.
+
+    The first row is row i with probability weight_i / sum(weights), the next likewise among the rest,
+    and so on. Rows of weight 0 never occur. The same arguments give the same order on any machine, and
+    no global random state is read or written.
+
+    Args:
+        weights: (n,) numbers, finite and non-negative; only their ratios matter.
+        seed: the run's seed, in [0, 2**64).
+        epoch: epoch, from 0; each has its own order.
+        size: how many rows; None for all rows of positive weight.
+        first_row: row id of `weights[0]`.
+
+    Returns:
+        (size,) int64 row ids.
+
+    Raises:
+        WeightError: NaN, infinite, negative or all-zero weights, or more rows asked for than have
+            positive weight.
+
+    Example:
+        >>> weighted_permutation([1.0, 0.0, 2.0], seed=0).tolist()
+        [2, 0]
+    """
+    weights = check_weights(np.asarray(weights), first_row)
+    positive = int(np.count_nonzero(weights))
+    if positive == 0:
+        raise WeightError(f"no row can be drawn: all {len(weights)} weights are 0")
+    if size is None:
+        size = positive
+    if not 0 <= size <= positive:
+        raise WeightError(
+            f"a draw without replacement can take 0 to {positive} rows (those of positive weight, of "
+            f"{len(weights)}); received size={size}"
+        )
+    keys = race_keys(weights, seed=check_seed(seed), epoch=epoch, first_row=first_row)
+    if size == 0:
+        return np.empty(0, dtype=np.int64)
+    if size <= len(keys) // 2:  # find the last key first: sorting is the dear part
+        rows = np.flatnonzero(keys <= np.partition(keys, size - 1)[size - 1])
+        return (first_row + rows[sort_by_key(keys[rows])[:size]]).astype(np.int64, copy=False)
+    return first_row + sort_by_key(keys)[:size]
+
+
+def _blocks(first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(block of ids, start, stop) that cut rows [first_row, first_row + rows), relative to first_row."""
+    start = 0
+    while start < rows:
+        block = (first_row + start) // BLOCK_ROWS
+        stop = min(rows, (block + 1) * BLOCK_ROWS - first_row)
+        yield block, start, stop
+        start = stop

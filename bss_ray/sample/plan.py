@@ -1,0 +1,106 @@
+"""The plan of one epoch: how many rows, in which global batches, and which rank takes which row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+Tail = Literal["keep", "drop"]
+TAILS: tuple[str, ...] = get_args(Tail)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of one epoch, cut into windows and global batches.
+
+    It holds no row ids: windows of the order are asked for one at a time (`Order`), so a plan is
+    small whatever the number of rows.
+
+    Attributes:
+        epoch: epoch, from 0.
+        version: score version that the order is drawn from; 0 before any scores.
+        size: rows drawn, in global batches 0, 1, ... of `batch_size`.
+        batch_size: rows of a global batch, over all ranks.
+        tail: whether the last, smaller batch is kept or dropped.
+        window_ends: end position of each window, ascending; the last is `size`.
+        diagnostics: figures of the sampling distribution: `eligible_rows`, `effective_sample_size`,
+            `largest_share`.
+    """
+
+    epoch: int
+    version: int
+    size: int
+    batch_size: int
+    tail: Tail
+    window_ends: tuple[int, ...]
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> int:
+        """Number of global batches."""
+        whole, rest = divmod(self.size, self.batch_size)
+        return whole + (1 if rest and self.tail == "keep" else 0)
+
+    @property
+    def rows(self) -> int:
+        """Rows that the epoch presents: `size`, less a dropped tail."""
+        return min(self.size, self.batches * self.batch_size)
+
+    def span(self, batch: int) -> tuple[int, int]:
+        """Positions [start, stop) of global batch `batch` in the order."""
+        return batch * self.batch_size, min((batch + 1) * self.batch_size, self.size)
+
+
+class Order:
+    """The row ids of a plan by position, read window by window.
+
+    Args:
+        plan: the epoch's plan.
+        window: returns window `i` of the plan as (rows,) int64 row ids.
+    """
+
+    def __init__(self, plan: Plan, window: Callable[[int], np.ndarray]) -> None:
+        self._ends = np.asarray(plan.window_ends)
+        self._window = window
+        self._current: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """Row ids (stop - start,) int64 at positions [start, stop); moves on cheaply, not back."""
+        parts: list[np.ndarray] = []
+        while start < stop:
+            index = int(np.searchsorted(self._ends, start, side="right"))
+            if index != self._current[0]:
+                self._current = (index, self._window(index))
+            first = int(self._ends[index - 1]) if index else 0
+            parts.append(self._current[1][start - first : stop - first])
+            start += len(parts[-1])
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def share_out(homes: np.ndarray, rank_homes: np.ndarray) -> np.ndarray:
+    """Which rank takes which row of a global batch.
+
+    Each rank takes as many rows as any other, to within one. Rows go to the ranks of the node that
+    holds them as long as those have room; the surplus fills the room left elsewhere.
+
+    Args:
+        homes: (b,) int node of each row's shard.
+        rank_homes: (ranks,) int node of each rank.
+
+    Returns:
+        (b,) int64 rank of each row.
+    """
+    rows, ranks = len(homes), len(rank_homes)
+    room = np.full(ranks, rows // ranks)
+    room[: rows % ranks] += 1
+    owner = np.full(rows, -1, dtype=np.int64)
+    for node in np.unique(rank_homes):
+        seats = np.repeat(np.flatnonzero(rank_homes == node), room[rank_homes == node])
+        at_home = np.flatnonzero(homes == node)[: len(seats)]
+        owner[at_home] = seats[: len(at_home)]
+    room -= np.bincount(owner[owner >= 0], minlength=ranks)
+    owner[owner < 0] = np.repeat(np.arange(ranks), room)
+    return owner

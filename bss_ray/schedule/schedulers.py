@@ -1,0 +1,226 @@
+"""Schedulers: from balance scores to sampling weights and the size of an epoch.
+
+A scheduler is a frozen description that is sent to every holder of scores; it keeps no state. It
+answers four questions, and everything else (thresholds over all rows, the mixing weight, the draw
+itself) is worked out by `bss_ray.sample` from the answers:
+
+* `scores_due_after(epoch)`: are new scores wanted between this epoch and the next?
+* `subset_size(epoch, rows)`: how many rows of highest score may be drawn at all?
+* `epoch_size(epoch, rows)`: how many rows does the epoch present?
+* `weights(score)`: what is the sampling weight of a row, before the uniform mix?
+
+Epochs count from 0; the first `burn_in` of them are uniform over all rows. The method's t = 1, 2, ...
+is `epoch - burn_in + 1`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from bss_ray.errors import ScheduleError
+from bss_ray.schedule.pacing import Shape, check_pacing, pacing
+
+# exp(score / temperature) with scores in [-1, 1]: at 0.01 the weights span e^200, which the keys'
+# float64 range still orders exactly. Colder than that is a hard top-k: use Heuristic.
+MIN_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """Base of all schedulers: uniform over all rows. Override what differs.
+
+    Attributes:
+        burn_in: number of first epochs that are uniform over all rows. 0 scores the untrained model.
+        update_interval: epochs between two updates of the scores after burn-in; 0 means never.
+    """
+
+    burn_in: int = 0
+    update_interval: int = 0
+
+    uses_scores: ClassVar[bool] = False
+    # Not annotated, so no fields (and no options) of the schedulers that do not declare them.
+    replacement = False
+    uniform_mix = 0.0
+
+    def __post_init__(self) -> None:
+        if self.burn_in < 0:
+            raise ScheduleError(f"burn_in counts epochs and cannot be negative; received {self.burn_in}")
+        if self.update_interval < 0:
+            raise ScheduleError(
+                "update_interval counts epochs and cannot be negative (0 means never); "
+                f"received {self.update_interval}"
+            )
+
+    def is_burn_in(self, epoch: int) -> bool:
+        """Whether `epoch` (from 0) is uniform because no scores are in use yet."""
+        return epoch < self.burn_in
+
+    def scores_due_after(self, epoch: int) -> bool:
+        """Whether new scores are wanted after `epoch` (from 0; -1 asks before the first epoch)."""
+        t = epoch + 1 - self.burn_in
+        if t == 0:
+            return self.uses_scores
+        return t > 0 and self.update_interval > 0 and t % self.update_interval == 0
+
+    def subset_size(self, epoch: int, rows: int) -> int:
+        """How many rows of highest score may be drawn in `epoch` (after burn-in)."""
+        return rows
+
+    def epoch_size(self, epoch: int, rows: int) -> int:
+        """How many rows `epoch` presents (after burn-in)."""
+        return rows
+
+    def weights(self, score: np.ndarray) -> np.ndarray:
+        """Sampling weights of rows; elementwise, so that holders can apply it to their own rows.
+
+        Args:
+            score: (n,) float64 balance scores in [-1, 1].
+
+        Returns:
+            (n,) float64, finite and positive.
+        """
+        return np.ones(len(score))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Scheduler):
+    """Weight 1 for all rows, all rows each epoch: the control.
+
+    Args:
+        update_interval: > 0 keeps scores up to date all the same, to look at; they change nothing.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heuristic(Scheduler):
+    """BSS-H: the rows of highest score, a growing share of them, in uniform order.
+
+    Weight 1 for the floor(lambda(t) N) rows of highest score (ties: lower row id first), 0 for the
+    rest; see `bss_ray.schedule.pacing` for lambda. The defaults are the released code's.
+
+    Args:
+        initial: share of rows before the first epoch, in (0, 1].
+        grow_epochs: epochs until all rows are in use.
+        power: p of the root shape.
+        shape: root, linear, geometric or step.
+        steps: jumps of the step shape.
+
+    Raises:
+        ScheduleError: a setting is out of its range.
+    """
+
+    burn_in: int = 1
+    initial: float = 0.1
+    grow_epochs: int = 40
+    power: float = 2.0
+    shape: Shape = "root"
+    steps: int = 5
+
+    uses_scores: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pacing(
+            initial=self.initial,
+            grow_epochs=self.grow_epochs,
+            power=self.power,
+            shape=self.shape,
+            steps=self.steps,
+        )
+
+    def share(self, epoch: int) -> float:
+        """lambda(t) of `epoch` (from 0, after burn-in)."""
+        return pacing(
+            epoch - self.burn_in + 1,
+            initial=self.initial,
+            grow_epochs=self.grow_epochs,
+            power=self.power,
+            shape=self.shape,
+            steps=self.steps,
+        )
+
+    def subset_size(self, epoch: int, rows: int) -> int:
+        # At least one row: a share that rounds to nothing would be an epoch without data.
+        return max(1, math.floor(self.share(epoch) * rows))
+
+    def epoch_size(self, epoch: int, rows: int) -> int:
+        return self.subset_size(epoch, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Scheduler):
+    """BSS-L: a sampling distribution that follows the model while it learns.
+
+    Weight = 1 + score + 0.01 (`temperature=None`, the released code) or exp(score / temperature);
+    the epoch is the first `round(fraction * N)` rows of a weighted permutation, in the order drawn.
+
+    Args:
+        temperature: > 0 sharpens (small) or flattens (large) the distribution; None is the released
+            code's linear weight.
+        fraction: share of the rows that an epoch presents, in (0, 1]; with `grow_epochs` its start.
+        uniform_mix: share e in [0, 1] of the uniform distribution e / N blended in, so that no row
+            is forgotten.
+        replacement: draw with replacement.
+        grow_epochs: None keeps `fraction` constant; a number grows it to 1 in so many epochs.
+        power: p of the root shape of that growth.
+        shape: shape of that growth.
+        steps: jumps of the step shape.
+
+    Raises:
+        ScheduleError: a setting is out of its range.
+    """
+
+    burn_in: int = 1
+    update_interval: int = 1
+    temperature: float | None = None
+    fraction: float = 1.0
+    uniform_mix: float = 0.0
+    replacement: bool = False
+    grow_epochs: int | None = None
+    power: float = 2.0
+    shape: Shape = "root"
+    steps: int = 5
+
+    uses_scores: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ScheduleError(
+                f"temperature must be at least {MIN_TEMPERATURE} and finite, or None for the linear weight "
+                f"1 + score + 0.01; received {self.temperature}. For a hard choice of the best rows use Heuristic"
+            )
+        if not 0 <= self.uniform_mix <= 1:
+            raise ScheduleError(f"uniform_mix is a share and must lie in [0, 1]; received {self.uniform_mix}")
+        check_pacing(
+            initial=self.fraction,
+            grow_epochs=1 if self.grow_epochs is None else self.grow_epochs,
+            power=self.power,
+            shape=self.shape,
+            steps=self.steps,
+        )
+
+    def share(self, epoch: int) -> float:
+        """Share of the rows that `epoch` (from 0, after burn-in) presents."""
+        if self.grow_epochs is None:
+            return self.fraction
+        return pacing(
+            epoch - self.burn_in + 1,
+            initial=self.fraction,
+            grow_epochs=self.grow_epochs,
+            power=self.power,
+            shape=self.shape,
+            steps=self.steps,
+        )
+
+    def epoch_size(self, epoch: int, rows: int) -> int:
+        return max(1, round(self.share(epoch) * rows))
+
+    def weights(self, score: np.ndarray) -> np.ndarray:
+        if self.temperature is None:
+            return 1.0 + score + 0.01
+        return np.exp(score / self.temperature)
