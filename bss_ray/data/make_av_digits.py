@@ -4,8 +4,10 @@
 
 Needs scikit-learn (the images) and Debian's espeak-ng 1.51 (the voices); using the file needs neither.
 Every row draws from its own random stream, so a row can be made again without the others, and the same
-seed and versions give the same bytes.
+seed and versions (NumPy, pyarrow, espeak-ng) give the same bytes.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
@@ -23,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bss_ray.data.av_digits import AUDIO_DB_RANGE, AUDIO_SHAPE, FILE, IMAGE_LEVELS, IMAGE_SHAPE, SPLITS
-from bss_ray.errors import BssRayError, DataError
+from bss_ray.errors import BssRayError, DataError, MissingDependencyError, optional_import
 
 VERSION = "1"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -31,9 +33,18 @@ TAKES = 2  # spoken versions of every image's digit
 SPLIT_ENDS = (0.6, 0.8)  # of each digit's images: train, then validation, then test
 
 # espeak-ng silently falls back to its default voice on a name it does not know: all of these are in 1.51.
-ACCENTS = ("en-us", "en-us-nyc", "en-gb", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-gb-x-rp", "en-029")
+ACCENTS = (
+    "en-us",
+    "en-us-nyc",
+    "en-gb",
+    "en-gb-scotland",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+    "en-gb-x-rp",
+    "en-029",
+)
 VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5")
-SPEEDS = range(110, 211, 10)  # words per minute
+SPEEDS = range(120, 441, 20)  # words per minute, slow to as fast as espeak-ng goes
 PITCHES = range(20, 81, 5)  # espeak-ng's scale, 0..99
 SNR_DB = (-12.0, 15.0)  # power of the word over power of the noise, uniform
 
@@ -60,7 +71,6 @@ SCHEMA = pa.schema(
     }
 )
 
-Samples = np.ndarray[Any, np.dtype[np.float64]]
 Row = dict[str, Any]
 
 
@@ -68,7 +78,8 @@ def make_table(seed: int, *, progress: Callable[[int, int], None] = lambda done,
     """All rows, in their shuffled order; `progress(done, total)` is called after each.
 
     Raises:
-        DataError: espeak-ng or scikit-learn is missing, or espeak-ng failed.
+        MissingDependencyError: espeak-ng or scikit-learn is not installed.
+        DataError: espeak-ng failed, or does not write what is expected.
     """
     version = espeak_version()  # first, so that a missing program is told before any work
     images, labels = load_images()
@@ -85,17 +96,14 @@ def make_table(seed: int, *, progress: Callable[[int, int], None] = lambda done,
     return pa.Table.from_pylist(rows, SCHEMA.with_metadata(_metadata(seed, version)))
 
 
-def load_images() -> tuple[np.ndarray[Any, np.dtype[np.uint8]], np.ndarray[Any, np.dtype[np.int64]]]:
+def load_images() -> tuple[np.ndarray, np.ndarray]:
     """The images, uint8 (1797, 8, 8) with values 0..16, and their digits, int64 (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("making AV-Digits needs scikit-learn, which holds the images: pip install scikit-learn") from error
-    digits = load_digits()
+    datasets = optional_import("sklearn.datasets", extra="dev", needed_for="making AV-Digits")
+    digits = datasets.load_digits()
     return digits.images.astype(np.uint8), digits.target.astype(np.int64)
 
 
-def split_images(labels: np.ndarray[Any, np.dtype[np.int64]], seed: int) -> list[str]:
+def split_images(labels: np.ndarray, seed: int) -> list[str]:
     """The split of every image, stratified by digit: all rows of an image share it."""
     rng = _generator(seed, stream=2)
     splits = [""] * len(labels)
@@ -121,10 +129,9 @@ def speak_row(digit: int, utterance: int, seed: int) -> Row:
     word = speak(WORDS[digit], voice, speed, pitch)[:CLIP]
 
     snr_db = rng.uniform(*SNR_DB)
-    noise = draw_noise(rng)
-    noise *= np.sqrt(np.mean(word**2) / np.mean(noise**2) / 10 ** (snr_db / 10))
+    clip = draw_noise(rng)
+    clip *= np.sqrt(np.mean(word**2) / np.mean(clip**2) / 10 ** (snr_db / 10))
     start = rng.integers(CLIP - len(word) + 1)
-    clip = noise
     clip[start : start + len(word)] += word
     return {
         "audio": quantise(log_mel(clip)).ravel(),
@@ -137,8 +144,8 @@ def speak_row(digit: int, utterance: int, seed: int) -> Row:
 
 
 @cache
-def speak(word: str, voice: str, speed: int, pitch: int) -> Samples:
-    """One word from espeak-ng, float64 (samples,), without the silence before and after it."""
+def speak(word: str, voice: str, speed: int, pitch: int) -> np.ndarray:
+    """One word from espeak-ng, float64 (samples,), read-only, without the silence before and after it."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", word]
     with wave.open(io.BytesIO(_run(command))) as file:
         if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (SAMPLE_RATE, 1, 2):
@@ -150,33 +157,36 @@ def speak(word: str, voice: str, speed: int, pitch: int) -> Samples:
     return samples
 
 
-def draw_noise(rng: np.random.Generator) -> Samples:
-    """White or pink noise (power ~ 1/f), one as likely as the other, (CLIP,) at any level."""
-    pink = rng.random() < 0.5
-    white = rng.standard_normal(CLIP)
-    if not pink:
-        return white
-    spectrum = np.fft.rfft(white)
-    spectrum[1:] /= np.sqrt(np.arange(1, len(spectrum)))
-    spectrum[0] = 0  # 1/f has no finite power at 0 Hz
+def draw_noise(rng: np.random.Generator) -> np.ndarray:
+    """Pink noise (power ~ 1/frequency, as long-term speech roughly has), (CLIP,), at any level.
+
+    It is confined to the mel bands: what they do not see would count in the SNR and disturb nobody.
+    """
+    hertz = np.fft.rfftfreq(CLIP, 1 / SAMPLE_RATE)
+    heard = (hertz >= MEL_HZ[0]) & (hertz <= MEL_HZ[1])
+    spectrum = np.fft.rfft(rng.standard_normal(CLIP))
+    spectrum[heard] /= np.sqrt(hertz[heard])
+    spectrum[~heard] = 0
     return np.fft.irfft(spectrum, CLIP)
 
 
-def log_mel(clip: Samples) -> Samples:
+def log_mel(clip: np.ndarray) -> np.ndarray:
     """Log-mel spectrogram in decibels, (mel band, frame), of a clip (CLIP,) brought to `LEVEL_DB`.
 
-    Powers are relative to a tone of amplitude 2 in one bin (power 1 after the window's gain is divided out);
-    the floor is that of the stored range.
+    Every FFT bin is divided by the window's gain, so 0 dB is a sine of amplitude 2 at a band's peak; the floor
+    is that of the stored range.
     """
     clip = clip * np.sqrt(10 ** (LEVEL_DB / 10) / np.mean(clip**2))
     window = np.hanning(WINDOW + 1)[:-1]  # periodic, as usual for spectra
     frames = np.lib.stride_tricks.sliding_window_view(clip, WINDOW)[::HOP]
     power = np.abs(np.fft.rfft(frames * window)) ** 2 / window.sum() ** 2
-    return 10 * np.log10(np.maximum(mel_filters() @ power.T, 10 ** (AUDIO_DB_RANGE[0] / 10)))
+    mel = mel_filters() @ power.T
+    decibels: np.ndarray = 10 * np.log10(np.maximum(mel, 10 ** (AUDIO_DB_RANGE[0] / 10)))
+    return decibels
 
 
 @cache
-def mel_filters() -> Samples:
+def mel_filters() -> np.ndarray:
     """Triangles of height 1, evenly spaced on the mel scale 2595 log10(1 + f/700), (mel band, FFT bin)."""
     low, high = 2595 * np.log10(1 + np.array(MEL_HZ) / 700)
     edges = 700 * (10 ** (np.linspace(low, high, MEL_BANDS + 2) / 2595) - 1)
@@ -185,7 +195,7 @@ def mel_filters() -> Samples:
     return np.clip(np.minimum((hertz - left) / (peak - left), (right - hertz) / (right - peak)), 0, None)
 
 
-def quantise(decibels: Samples) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def quantise(decibels: np.ndarray) -> np.ndarray:
     """Decibels as levels 0..255 of `AUDIO_DB_RANGE`; what lies outside is clipped."""
     low, high = AUDIO_DB_RANGE
     return np.clip(np.rint((decibels - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
@@ -194,7 +204,10 @@ def quantise(decibels: Samples) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def espeak_version() -> str:
     """Version of the installed espeak-ng, such as "1.51"."""
     if shutil.which("espeak-ng") is None:
-        raise DataError("making AV-Digits needs the program espeak-ng, which speaks the digits: apt install espeak-ng")
+        raise MissingDependencyError(
+            "making AV-Digits needs the program 'espeak-ng', which speaks the digits; it is not on the PATH. "
+            "Install it with: apt install espeak-ng"
+        )
     # "eSpeak NG text-to-speech: 1.51  Data at: ..."; where its data lie would differ between machines.
     return _run(["espeak-ng", "--version"]).decode().split(":")[1].split()[0]
 
@@ -218,7 +231,7 @@ def _metadata(seed: int, version: str) -> dict[str, str]:
         "version": VERSION,
         "seed": str(seed),
         "generator": f"espeak-ng {version}",
-        "licence": "CC BY 4.0 (images: UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998)",
+        "licence": "CC BY 4.0; images: UCI Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998",
         "image_shape": "x".join(map(str, IMAGE_SHAPE)),
         "image_levels": str(IMAGE_LEVELS),
         "audio_shape": "x".join(map(str, AUDIO_SHAPE)),

@@ -1,0 +1,197 @@
+"""The Ray actors around `Scorer` and `Coordinator`: thin shells, no decisions."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+
+from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError, nearest
+from bss_ray.measure.criteria import Measurer
+from bss_ray.measure.forward import PRECISIONS, ModelSnapshot, unpack_model
+from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
+from bss_ray.sample.coordinator import Coordinator
+from bss_ray.sample.plan import Plan, Tail
+from bss_ray.sample.scorer import Scorer
+from bss_ray.schedule.schedulers import Scheduler
+
+Engine = Literal["actors"]
+ENGINES = ("actors",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How and where rows are scored.
+
+    Args:
+        engine: `actors`: scorer actors forward their shards between epochs, while the ranks wait.
+        num_scorers: holders of scores; the order of rows does not depend on it.
+        momentum: mu in [0, 1) of the score's moving average; 0 is the released code.
+        accumulate: `ema`, or `sum` (the mean of all updates).
+        batch_size: rows of a scorer's forward pass.
+        precision: `fp32`, `bf16` or `fp16` (autocast).
+        cpus_per_scorer: logical CPUs of a scorer. 0, because scorers work while the ranks wait.
+        gpus_per_scorer: share of a GPU of a scorer; leave the ranks the rest of it.
+
+    Raises:
+        ConfigError: a setting is unknown or out of its range.
+    """
+
+    engine: Engine = "actors"
+    num_scorers: int = 2
+    momentum: float = 0.0
+    accumulate: Accumulate = "ema"
+    batch_size: int = 256
+    precision: str = "fp32"
+    cpus_per_scorer: float = 0.0
+    gpus_per_scorer: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_accumulation(self.momentum, self.accumulate)
+        if self.engine not in ENGINES:
+            raise ConfigError(f"unknown scoring engine {self.engine!r}; {nearest(self.engine, ENGINES)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"unknown precision {self.precision!r}; {nearest(self.precision, PRECISIONS)}")
+        for name in ("num_scorers", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"scoring.{name} must be at least 1; received {getattr(self, name)}")
+        for name in ("cpus_per_scorer", "gpus_per_scorer"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"scoring.{name} cannot be negative; received {getattr(self, name)}")
+
+
+class ScorerActor:
+    """A `Scorer` over shards of the object store."""
+
+    def __init__(self, shards: Shards, indices: Sequence[int], measurer: Measurer, scoring: Scoring) -> None:
+        inputs = shards.columns.inputs
+        self._scorer = Scorer(
+            [(shards.parts[index].first_row, shards.parts[index].rows) for index in indices],
+            read=lambda i: {name: shards.read(indices[i])[name] for name in inputs},
+            measurer=measurer,
+            label=shards.columns.label,
+            batch_size=scoring.batch_size,
+            device="cuda" if scoring.gpus_per_scorer > 0 else "cpu",
+            precision=scoring.precision,
+        )
+
+    def measure(self, model: list[Any]) -> tuple[Bounds, Bounds]:
+        """`Scorer.measure` of a model that lies in the object store: `[reference to a ModelSnapshot]`."""
+        snapshot: ModelSnapshot = ray.get(model[0])
+        return self._scorer.measure(unpack_model(snapshot))
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Any other method of the scorer."""
+        return getattr(self._scorer, method)(*args)
+
+
+class ActorHolders:
+    """`Holders` that are actors; all of them work at the same time."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = actors
+
+    def start(self, method: str, *args: Any) -> list[Any]:
+        """References to the holders' results."""
+        if method == "measure":
+            return [actor.measure.remote(*args) for actor in self._actors]
+        return [actor.call.options(name=f"scorer.{method}").remote(method, *args) for actor in self._actors]
+
+    def map(self, method: str, *args: Any) -> list[Any]:
+        return list(ray.get(self.start(method, *args)))
+
+
+class CoordinatorActor:
+    """A `Coordinator` over scorer actors, and the run's message board.
+
+    The board has a thread of its own, so that the driver can look while scores are being made.
+    """
+
+    def __init__(self, scorers: Sequence[Any], settings: dict[str, Any]) -> None:
+        self._holders = ActorHolders(scorers)
+        self._coordinator = Coordinator(self._holders, **settings)
+        # Two windows: a rank may still want the one that another rank has just left.
+        self._windows: collections.OrderedDict[tuple[int, int, int], Any] = collections.OrderedDict()
+        self._messages: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def reset(self) -> None:
+        self._coordinator.reset()
+
+    def load(self, parts: Any, version: int) -> None:
+        self._coordinator.load(parts, version)
+
+    def score(self, model: list[Any]) -> int:
+        return self._coordinator.score(model)
+
+    def plan(self, epoch: int) -> Plan:
+        return self._coordinator.plan(epoch)
+
+    def window(self, epoch: int, index: int) -> Any:
+        """Reference to a window: one object for all ranks of all nodes."""
+        key = (self._coordinator.version, epoch, index)
+        if key not in self._windows:
+            self._windows[key] = ray.put(self._coordinator.window(epoch, index))
+            while len(self._windows) > 2:
+                self._windows.popitem(last=False)
+        return [self._windows[key]]
+
+    def parts(self) -> list[Any]:
+        """References to each holder's `list[PartState]`; the scores do not pass through here."""
+        return self._holders.start("state")
+
+    @ray.method(concurrency_group="board")
+    def post(self, message: dict[str, Any]) -> None:
+        """Put a message on the board."""
+        with self._lock:
+            self._messages.append(message)
+
+    @ray.method(concurrency_group="board")
+    def read(self, start: int) -> list[dict[str, Any]]:
+        """Messages on the board from number `start` on."""
+        with self._lock:
+            return self._messages[start:]
+
+
+def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> list[Any]:
+    """Start scorer actors; shards are dealt out in runs, so that a scorer's rows lie together."""
+    count = min(scoring.num_scorers, len(shards.parts))
+    edges = [len(shards.parts) * index // count for index in range(count + 1)]
+    actor = ray.remote(ScorerActor).options(
+        num_cpus=scoring.cpus_per_scorer,
+        num_gpus=scoring.gpus_per_scorer,
+        max_restarts=-1,  # it comes back empty, and the next attempt of the ranks fills it from the checkpoint
+    )
+    return [
+        actor.remote(shards, range(start, stop), measurer, scoring)
+        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def start_coordinator(
+    scorers: Sequence[Any],
+    *,
+    rows: int,
+    scheduler: Scheduler,
+    scoring: Scoring,
+    seed: int,
+    batch_size: int,
+    tail: Tail,
+) -> Any:
+    """Start the coordinator actor."""
+    settings = {
+        "rows": rows,
+        "scheduler": scheduler,
+        "seed": seed,
+        "batch_size": batch_size,
+        "tail": tail,
+        "momentum": scoring.momentum,
+        "accumulate": scoring.accumulate,
+    }
+    actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
+    return actor.options(num_cpus=0, max_restarts=-1).remote(scorers, settings)
