@@ -1,0 +1,63 @@
+"""bss_ray: balance-aware sequence sampling for multi-modal training on Ray.
+
+The public names are imported when they are first used, so that `bss-ray --help` and a script that
+needs only `weighted_permutation` do not wait for Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "BalancedTrainer": "bss_ray.train.trainer",
+    "BssRayError": "bss_ray.errors",
+    "Columns": "bss_ray.data.columns",
+    "Heuristic": "bss_ray.schedule.schedulers",
+    "Learning": "bss_ray.schedule.schedulers",
+    "Measurer": "bss_ray.measure.criteria",
+    "Measures": "bss_ray.measure.criteria",
+    "Scoring": "bss_ray.sample.actors",
+    "Uniform": "bss_ray.schedule.schedulers",
+    "balance_scores": "bss_ray.measure.score",
+    "get_sampler": "bss_ray.train.sampler",
+    "weighted_permutation": "bss_ray.sample.permutation",
+}
+
+__all__ = [  # noqa: RUF022 (the order of the README)
+    "BalancedTrainer",
+    "BssRayError",
+    "Columns",
+    "Heuristic",
+    "Learning",
+    "Measurer",
+    "Measures",
+    "Scoring",
+    "Uniform",
+    "balance_scores",
+    "get_sampler",
+    "weighted_permutation",
+]
+
+if TYPE_CHECKING:
+    from bss_ray.data.columns import Columns
+    from bss_ray.errors import BssRayError
+    from bss_ray.measure.criteria import Measurer, Measures
+    from bss_ray.measure.score import balance_scores
+    from bss_ray.sample.actors import Scoring
+    from bss_ray.sample.permutation import weighted_permutation
+    from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
+    from bss_ray.train.sampler import get_sampler
+    from bss_ray.train.trainer import BalancedTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'bss_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -52,7 +52,7 @@ def build_shards(
     columns: Columns,
     *,
     num_classes: int | None = None,
-    num_shards: int | None = None,
+    min_shards: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Shards:
     """Execute a Ray Dataset once, check every row, and cut it into shards.
@@ -61,7 +61,7 @@ def build_shards(
         dataset: any Ray Dataset; each modality is a column of numeric tensors of one shape.
         columns: roles of its columns.
         num_classes: C; None takes the largest label + 1.
-        num_shards: None cuts shards of about 128 MiB.
+        min_shards: shards hold about 128 MiB, but there are at least so many (if there are rows).
         on_progress: called with (shards made, all shards).
 
     Raises:
@@ -72,8 +72,8 @@ def build_shards(
     rows = sum(block.rows for block in blocks)
     if rows == 0:
         raise DataError("the data set has no rows. Check the path, or the filter that left none")
-    wanted = num_shards or math.ceil(sum(block.size_bytes for block in blocks) / SHARD_BYTES)
-    count = max(1, min(wanted, rows))
+    wanted = math.ceil(sum(block.size_bytes for block in blocks) / SHARD_BYTES)
+    count = min(max(wanted, min_shards, 1), rows)
     edges = [rows * index // count for index in range(count + 1)]
 
     results = [

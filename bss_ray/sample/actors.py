@@ -6,7 +6,7 @@ import collections
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ray
 
@@ -17,7 +17,7 @@ from bss_ray.measure.forward import PRECISIONS, ModelSnapshot, unpack_model
 from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
 from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.plan import Plan, Tail
-from bss_ray.sample.scorer import Scorer
+from bss_ray.sample.scorer import PartState, Scorer
 from bss_ray.schedule.schedulers import Scheduler
 
 Engine = Literal["actors"]
@@ -65,13 +65,22 @@ class Scoring:
                 raise ConfigError(f"scoring.{name} cannot be negative; received {getattr(self, name)}")
 
 
+class SavedScores(Protocol):
+    """Saved scores that every node can read, such as a checkpoint."""
+
+    def scores(self, start: int, stop: int) -> list[PartState]:
+        """Saved scores that overlap rows [start, stop)."""
+        ...
+
+
 class ScorerActor:
     """A `Scorer` over shards of the object store."""
 
     def __init__(self, shards: Shards, indices: Sequence[int], measurer: Measurer, scoring: Scoring) -> None:
         inputs = shards.columns.inputs
+        self._spans = [(shards.parts[index].first_row, shards.parts[index].rows) for index in indices]
         self._scorer = Scorer(
-            [(shards.parts[index].first_row, shards.parts[index].rows) for index in indices],
+            self._spans,
             read=lambda i: {name: shards.read(indices[i])[name] for name in inputs},
             measurer=measurer,
             label=shards.columns.label,
@@ -84,6 +93,11 @@ class ScorerActor:
         """`Scorer.measure` of a model that lies in the object store: `[reference to a ModelSnapshot]`."""
         snapshot: ModelSnapshot = ray.get(model[0])
         return self._scorer.measure(unpack_model(snapshot))
+
+    def load(self, saved: SavedScores, updates: int) -> int:
+        """`Scorer.load`, reading only what overlaps the own rows, straight from where it is saved."""
+        first, stop = self._spans[0][0], sum(self._spans[-1])
+        return self._scorer.load(saved.scores(first, stop), updates)
 
     def call(self, method: str, *args: Any) -> Any:
         """Any other method of the scorer."""
@@ -98,8 +112,8 @@ class ActorHolders:
 
     def start(self, method: str, *args: Any) -> list[Any]:
         """References to the holders' results."""
-        if method == "measure":
-            return [actor.measure.remote(*args) for actor in self._actors]
+        if method in ("measure", "load"):
+            return [getattr(actor, method).remote(*args) for actor in self._actors]
         return [actor.call.options(name=f"scorer.{method}").remote(method, *args) for actor in self._actors]
 
     def map(self, method: str, *args: Any) -> list[Any]:
@@ -123,8 +137,8 @@ class CoordinatorActor:
     def reset(self) -> None:
         self._coordinator.reset()
 
-    def load(self, parts: Any, version: int) -> None:
-        self._coordinator.load(parts, version)
+    def load(self, saved: SavedScores, version: int) -> None:
+        self._coordinator.load(saved, version)
 
     def score(self, model: list[Any]) -> int:
         return self._coordinator.score(model)

@@ -1,0 +1,236 @@
+"""The default train loop: what `bss-ray train` runs on every rank, built only from public pieces."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import ray.train.torch
+import torch
+from torch import Tensor, nn
+
+from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError, ModelOutputError, nearest
+from bss_ray.measure.forward import PRECISIONS, autocast, unwrap_model
+from bss_ray.train.metrics import HeadMetrics, evaluate
+from bss_ray.train.sampler import Sampler, get_sampler
+
+OptimizerName = Literal["adamw", "sgd"]
+LrSchedule = Literal["cosine", "constant", "step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A model by import path, built on every rank.
+
+    Args:
+        class_path: a module that maps a batch to `{modality: logits, ..., "fused": logits}`. If its
+            constructor takes `shapes` (`{modality: row shape}`) or `num_classes`, it is given them.
+        init_args: its other arguments.
+    """
+
+    class_path: str = "bss_ray.models.LateFusion"
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, shapes: dict[str, tuple[int, ...]], num_classes: int) -> nn.Module:
+        """The module.
+
+        Raises:
+            ConfigError: it cannot be imported, is no `nn.Module`, or does not take the arguments.
+        """
+        kind = import_name(self.class_path.replace(":", "."))
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ConfigError(f"--model.class_path must name a torch.nn.Module; {self.class_path!r} is {kind!r}")
+        known = {"shapes": shapes, "num_classes": num_classes}
+        parameters = inspect.signature(kind).parameters
+        given = {name: value for name, value in known.items() if name in parameters}
+        try:
+            inspect.signature(kind).bind(**{**given, **self.init_args})
+        except TypeError as error:
+            raise ConfigError(f"model {self.class_path} cannot be built: {error}; it takes {list(parameters)}") from None
+        return kind(**{**given, **self.init_args})
+
+
+def import_name(path: str) -> Any:
+    """The object at `package.module.name`.
+
+    Raises:
+        ConfigError: no such module or name (with the nearest).
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"cannot import {path!r}: {error}. Write package.module.Name") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"module {module_name} has no {name!r}; {nearest(name, dir(module))}")
+    return getattr(module, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Settings of the default loop.
+
+    Args:
+        epochs: of the whole run.
+        optimizer: `adamw` or `sgd`.
+        lr: learning rate after warm-up.
+        weight_decay: of the optimiser.
+        sgd_momentum: of `sgd`.
+        lr_schedule: `cosine` to 0 over the run, `constant`, or `step` (times 0.1 every third of the run).
+        warmup_epochs: epochs of linear warm-up before it.
+        clip_norm: largest norm of the gradients; None does not clip.
+        precision: `auto` (bf16 or fp16 on a GPU that has it, else fp32), `fp32`, `bf16` or `fp16`.
+        checkpoint_every: also save a checkpoint every so many batches; None only at the epochs' ends.
+        eval_batch_size: rows of a rank's forward pass in evaluation.
+
+    Raises:
+        ConfigError: a setting is unknown or out of its range.
+    """
+
+    epochs: int = 15
+    optimizer: OptimizerName = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.01
+    sgd_momentum: float = 0.9
+    lr_schedule: LrSchedule = "cosine"
+    warmup_epochs: int = 0
+    clip_norm: float | None = 5.0
+    precision: str = "auto"
+    checkpoint_every: int | None = None
+    eval_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("optimizer", self.optimizer, get_args(OptimizerName)),
+            ("lr_schedule", self.lr_schedule, get_args(LrSchedule)),
+            ("precision", self.precision, ("auto", *PRECISIONS)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+        for name in ("epochs", "eval_batch_size", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"loop.{name} must be at least 1; received {value}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ConfigError(f"loop.lr must be a positive number; received {self.lr}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ConfigError(f"loop.warmup_epochs must lie in [0, epochs={self.epochs}); received {self.warmup_epochs}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"loop.clip_norm must be positive, or null not to clip; received {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopArgs:
+    """What the default loop is given."""
+
+    loop: LoopConfig
+    model: ModelSpec
+    seed: int
+
+
+def default_loop(args: LoopArgs) -> None:
+    """Train one model on this rank: plan, batch, observe, step; evaluate, publish, report."""
+    config = args.loop
+    sampler = get_sampler()
+    label = sampler.shards.columns.label
+    precision = resolve_precision(config.precision, sampler.device)
+
+    torch.manual_seed(args.seed)
+    model = ray.train.torch.prepare_model(build_model(args.model, sampler.shards))
+    optimizer = _optimizer(config, model)
+    lr_schedule = _lr_schedule(config, optimizer)
+    scaler = torch.amp.GradScaler(sampler.device.type, enabled=precision == "fp16")
+    stateful = {"optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
+    sampler.restore(model=model, **stateful)
+    metrics = HeadMetrics(sampler.shards.columns.modalities, sampler.shards.num_classes, sampler.device)
+
+    for epoch in sampler.epochs(config.epochs, model=model):
+        model.train()
+        for batch in sampler.batches():
+            _seed_step(args.seed, sampler)
+            with autocast(sampler.device, precision):
+                outputs = model(batch)
+            sampler.observe(batch, outputs)
+            loss = sampler.measurer.loss(_as_float(outputs), batch[label]).mean() * sampler.loss_scale
+            if not torch.isfinite(loss):
+                raise ModelOutputError(
+                    f"the loss of epoch {epoch}, batch {sampler.position.batch - 1} is {float(loss)}; no step was "
+                    "taken. Lower loop.lr or loop.clip_norm, or use a wider loop.precision"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if config.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            if config.checkpoint_every and sampler.position.batch % config.checkpoint_every == 0:
+                sampler.report({}, model=model, **stateful)
+        figures = {"lr": optimizer.param_groups[0]["lr"]}
+        lr_schedule.step()
+        if sampler.has_validation:
+            figures |= evaluate(
+                unwrap_model(model),
+                sampler.validation_batches(config.eval_batch_size),
+                metrics,
+                label=label,
+                prefix="val",
+                device=sampler.device,
+                precision=precision,
+            )
+        sampler.report(figures, model=model, **stateful)
+
+
+def build_model(spec: ModelSpec, shards: Shards) -> nn.Module:
+    """The model for rows of these shapes and classes."""
+    shapes = {name: shards.features[name].shape for name in shards.columns.modalities}
+    return spec.build(shapes, shards.num_classes)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` resolved for `device`: bf16 or fp16 where a GPU has it, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def _optimizer(config: LoopConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def _lr_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """Per epoch, not per batch: the number of batches of an epoch is the scheduler's to change."""
+    epochs, warmup = config.epochs - config.warmup_epochs, config.warmup_epochs
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup:
+            return (epoch + 1) / (warmup + 1)
+        done = (epoch - warmup) / epochs
+        return {"cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0, "step": 0.1 ** int(3 * done)}[
+            config.lr_schedule
+        ]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _seed_step(seed: int, sampler: Sampler) -> None:
+    """Seed dropout and the like by position, so that a resumed run continues with the same numbers."""
+    position = sampler.position
+    entropy = [seed, position.epoch, position.batch, ray.train.get_context().get_world_rank()]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+
+def _as_float(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: logits.float() for name, logits in outputs.items()}
+

@@ -1,0 +1,269 @@
+"""BalancedTrainer: a Ray Train run whose ranks draw from one balance-aware order."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from bss_ray.data.build import build_shards
+from bss_ray.data.columns import Columns
+from bss_ray.data.shards import Shards
+from bss_ray.errors import BssRayError, ConfigError, DataError, ResourceError
+from bss_ray.measure.criteria import Measurer
+from bss_ray.sample.actors import Scoring, start_coordinator, start_scorers
+from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.sample.plan import Tail
+from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
+
+Message = dict[str, Any]
+
+_POLL_S = 0.25
+
+
+class BalancedTrainer:
+    """Trains with `ray.train.torch.TorchTrainer`; inside the loop `bss_ray.get_sampler()` hands out batches.
+
+    Args:
+        train_loop: function of no or one argument (`train_loop_config`), run by every rank.
+        dataset: training rows: a Ray Dataset, or `Shards` that are shared by several runs.
+        columns: roles of the columns.
+        validation: validation rows, likewise; optional.
+        scheduler: from scores to sampling weights; default `Learning()`.
+        measurer: how balance is measured; default `Measurer()`.
+        scoring: how and where rows are scored; default `Scoring()`.
+        batch_size: rows of a *global* batch, over all ranks.
+        tail: `keep` or `drop` the last, smaller batch of an epoch.
+        seed: of the order of rows, in [0, 2**64).
+        num_classes: C; None takes the largest training label + 1.
+        train_loop_config: handed to `train_loop`.
+        scaling_config: ranks and their resources; default one rank.
+        run_config: name and storage of the run. The same name and storage go on where the run stopped.
+        on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
+            "batch" | "epoch", ...}`; for progress displays.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        train_loop: Callable[..., Any],
+        *,
+        dataset: ray.data.Dataset | Shards,
+        columns: Columns | None = None,
+        validation: ray.data.Dataset | Shards | None = None,
+        scheduler: Scheduler | None = None,
+        measurer: Measurer | None = None,
+        scoring: Scoring | None = None,
+        batch_size: int = 64,
+        tail: Tail = "keep",
+        seed: int = 0,
+        num_classes: int | None = None,
+        train_loop_config: Any = None,
+        scaling_config: ray.train.ScalingConfig | None = None,
+        run_config: ray.train.RunConfig | None = None,
+        on_message: Callable[[Message], None] | None = None,
+    ) -> None:
+        if columns is None and not isinstance(dataset, Shards):
+            raise ConfigError("name the modalities and the label: columns=Columns(modalities=(...), label=...)")
+        self._train_loop = train_loop
+        self._dataset, self._validation = dataset, validation
+        self._columns = columns
+        self._scheduler = scheduler or Learning()
+        self._measurer = measurer or Measurer()
+        self._scoring = scoring or Scoring()
+        self._batch_size, self._tail, self._seed = batch_size, tail, seed
+        self._num_classes = num_classes
+        self._train_loop_config = train_loop_config
+        self._scaling_config = scaling_config or ray.train.ScalingConfig(num_workers=1)
+        self._run_config = run_config or ray.train.RunConfig()
+        self._on_message = on_message or (lambda _message: None)
+        self.train_shards: Shards | None = None
+
+    def fit(self) -> ray.train.Result:
+        """Build the shards, start the actors, and train to the end.
+
+        Returns:
+            Ray Train's result; `metrics` are those of the last epoch.
+
+        Raises:
+            DataError: the data breaks a rule (see `build_shards`).
+            ResourceError: the cluster can never run it.
+            BssRayError: whatever else a setting, the data or the model causes inside the ranks.
+            ray.train.TrainingFailedError: any other error of the ranks, after all retries.
+        """
+        check_resources(self._scaling_config, self._scoring)
+        train, validation = self._build_shards()
+        check_batch_size(self._batch_size, train.rows)
+        self.train_shards = train
+
+        self._on_message({"kind": "status", "text": "starting scorers and ranks"})
+        scorers = start_scorers(train, self._measurer, self._scoring)
+        coordinator = start_coordinator(
+            scorers,
+            rows=train.rows,
+            scheduler=self._scheduler,
+            scoring=self._scoring,
+            seed=self._seed,
+            batch_size=self._batch_size,
+            tail=self._tail,
+        )
+        context = SamplerContext(
+            coordinator=coordinator,
+            train=train,
+            validation=validation,
+            scheduler=self._scheduler,
+            measurer=self._measurer,
+            seed=self._seed,
+        )
+        trainer = ray.train.torch.TorchTrainer(
+            functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
+            scaling_config=self._scaling_config,
+            run_config=self._run_config,
+        )
+        try:
+            with _watching(coordinator, self._on_message):
+                try:
+                    result = trainer.fit()
+                except ray.train.TrainingFailedError as error:
+                    fatal = _fatal_error(coordinator)
+                    if fatal is None:
+                        raise
+                    raise fatal from error
+                fatal = _fatal_error(coordinator)
+                if fatal is not None:
+                    raise fatal
+                return result
+        finally:
+            for actor in (coordinator, *scorers):
+                ray.kill(actor)
+
+    def _build_shards(self) -> tuple[Shards, Shards | None]:
+        train = self._shards("train", self._dataset, self._num_classes)
+        if self._validation is None:
+            return train, None
+        validation = self._shards("validation", self._validation, train.num_classes)
+        for name in train.columns.modalities:
+            ours, theirs = train.features[name], validation.features[name]
+            if ours != theirs:
+                raise DataError(
+                    f"training and validation rows need one shape and dtype: modality {name!r} has {ours.dtype} "
+                    f"{ours.shape} in training and {theirs.dtype} {theirs.shape} in validation"
+                )
+        return train, validation
+
+    def _shards(self, split: str, rows: ray.data.Dataset | Shards, num_classes: int | None) -> Shards:
+        if isinstance(rows, Shards):
+            return rows
+        columns = self._columns
+        assert columns is not None
+        if split != "train":  # ids and extras are of use for training rows only
+            columns = Columns(modalities=columns.modalities, label=columns.label)
+        try:
+            return build_shards(
+                rows,
+                columns,
+                num_classes=num_classes,
+                min_shards=self._scoring.num_scorers,
+                on_progress=lambda done, of: self._on_message(
+                    {"kind": "shards", "split": split, "done": done, "of": of}
+                ),
+            )
+        except DataError as error:
+            raise DataError(f"{split} data: {error}") from None
+
+
+def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:
+    """What every rank runs: the user's loop, with the sampler at hand."""
+    if _fatal_error(context.coordinator) is not None:
+        return None  # a user error: another attempt would only fail again. The trainer raises it
+    try:
+        set_sampler(Sampler(context))
+        return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
+    except BssRayError as error:
+        ray.get(context.coordinator.post.remote({"kind": "fatal", "error": user_error(error)}))
+        raise
+    finally:
+        set_sampler(None)
+
+
+def user_error(error: BaseException) -> BaseException:
+    """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
+
+
+def _fatal_error(coordinator: Any) -> BssRayError | None:
+    """The first user error that a rank has met."""
+    try:
+        messages = ray.get(coordinator.read.remote(0), timeout=30)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return None  # the coordinator itself is in trouble: not the user's error
+    return next((message["error"] for message in messages if message["kind"] == "fatal"), None)
+
+
+@contextlib.contextmanager
+def _watching(coordinator: Any, on_message: Callable[[Message], None]) -> Iterator[None]:
+    """Hand the messages on the coordinator's board to `on_message`, from a thread of the driver."""
+    done = threading.Event()
+
+    def watch() -> None:
+        seen, last = 0, False
+        while not last:
+            last = done.wait(_POLL_S)  # once more after the end, for the last messages
+            try:
+                messages = ray.get(coordinator.read.remote(seen), timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:
+                seen = 0  # it restarts with an empty board
+                continue
+            seen += len(messages)
+            for message in messages:
+                on_message(message)
+
+    thread = threading.Thread(target=watch, name="bss-ray-board", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring) -> None:
+    """Refuse at once what the cluster could only leave pending for ever.
+
+    Raises:
+        ResourceError: names the resource, what is asked for and what there is.
+    """
+    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else min(scaling.num_workers)
+    per_rank = dict(scaling.resources_per_worker or {})
+    per_rank.setdefault("GPU" if scaling.use_gpu else "CPU", 1)
+    per_scorer = {"CPU": scoring.cpus_per_scorer, "GPU": scoring.gpus_per_scorer}
+    there = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name in sorted({*per_rank, *per_scorer}):
+        rank, scorer = per_rank.get(name, 0), per_scorer.get(name, 0)
+        wanted = workers * rank + scoring.num_scorers * scorer
+        if wanted > there.get(name, 0) + 1e-9:
+            raise ResourceError(
+                f"the run needs {wanted:g} {name} ({workers} ranks x {rank:g} + {scoring.num_scorers} scorers x "
+                f"{scorer:g}); the cluster has {there.get(name, 0):g}. Lower num_workers, or give them less each"
+            )
+        seats = sum(math.floor(node.get(name, 0) / rank + 1e-9) for node in nodes) if rank else workers
+        if seats < workers:
+            raise ResourceError(
+                f"each rank needs {rank:g} {name} on one node, and the nodes have room for {seats} of {workers} ranks"
+            )
