@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import ray
 
 from bss_ray.data.shards import Shards
@@ -65,6 +66,22 @@ class Scoring:
                 raise ConfigError(f"scoring.{name} cannot be negative; received {getattr(self, name)}")
 
 
+@dataclass(frozen=True)
+class ScoringJob:
+    """What scorers need to measure their rows.
+
+    The shards travel with each job and not to the actors' constructors: Ray cannot promise to restart
+    an actor whose constructor was given objects of the store.
+
+    Attributes:
+        model: reference to a `ModelSnapshot`; one transfer a node.
+        shards: all rows.
+    """
+
+    model: Any
+    shards: Shards
+
+
 class SavedScores(Protocol):
     """Saved scores that every node can read, such as a checkpoint."""
 
@@ -76,23 +93,30 @@ class SavedScores(Protocol):
 class ScorerActor:
     """A `Scorer` over shards of the object store."""
 
-    def __init__(self, shards: Shards, indices: Sequence[int], measurer: Measurer, scoring: Scoring) -> None:
-        inputs = shards.columns.inputs
-        self._spans = [(shards.parts[index].first_row, shards.parts[index].rows) for index in indices]
+    def __init__(
+        self, indices: Sequence[int], spans: list[tuple[int, int]], label: str, measurer: Measurer, scoring: Scoring
+    ) -> None:
+        self._indices = indices
+        self._spans = spans
         self._scorer = Scorer(
-            self._spans,
-            read=lambda i: {name: shards.read(indices[i])[name] for name in inputs},
+            spans,
             measurer=measurer,
-            label=shards.columns.label,
+            label=label,
             batch_size=scoring.batch_size,
             device="cuda" if scoring.gpus_per_scorer > 0 else "cpu",
             precision=scoring.precision,
         )
 
-    def measure(self, model: list[Any]) -> tuple[Bounds, Bounds]:
-        """`Scorer.measure` of a model that lies in the object store: `[reference to a ModelSnapshot]`."""
-        snapshot: ModelSnapshot = ray.get(model[0])
-        return self._scorer.measure(unpack_model(snapshot))
+    def measure(self, job: ScoringJob) -> tuple[Bounds, Bounds]:
+        """`Scorer.measure` with model and rows from the object store."""
+        snapshot: ModelSnapshot = ray.get(job.model)
+        inputs = job.shards.columns.inputs
+
+        def read(part: int) -> dict[str, np.ndarray]:
+            arrays = job.shards.read(self._indices[part])
+            return {name: arrays[name] for name in inputs}
+
+        return self._scorer.measure(unpack_model(snapshot), read)
 
     def load(self, saved: SavedScores, updates: int) -> int:
         """`Scorer.load`, reading only what overlaps the own rows, straight from where it is saved."""
@@ -140,8 +164,8 @@ class CoordinatorActor:
     def load(self, saved: SavedScores, version: int) -> None:
         self._coordinator.load(saved, version)
 
-    def score(self, model: list[Any]) -> int:
-        return self._coordinator.score(model)
+    def score(self, job: ScoringJob) -> int:
+        return self._coordinator.score(job)
 
     def plan(self, epoch: int) -> Plan:
         return self._coordinator.plan(epoch)
@@ -181,8 +205,9 @@ def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> list[
         num_gpus=scoring.gpus_per_scorer,
         max_restarts=-1,  # it comes back empty, and the next attempt of the ranks fills it from the checkpoint
     )
+    spans = [(part.first_row, part.rows) for part in shards.parts]
     return [
-        actor.remote(shards, range(start, stop), measurer, scoring)
+        actor.remote(range(start, stop), spans[start:stop], shards.columns.label, measurer, scoring)
         for start, stop in zip(edges[:-1], edges[1:], strict=True)
     ]
 

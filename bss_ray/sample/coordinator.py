@@ -101,18 +101,18 @@ class Coordinator:
         self._holders.map("reset")
         self._version, self._planned = 0, None
 
-    def score(self, model: Any) -> int:
-        """Measure all rows with `model` and publish the scores as a new version.
+    def score(self, *job: Any) -> int:
+        """Measure all rows with a model and publish the scores as a new version.
 
         Holders keep their scores until all have measured: a version exists whole or not at all.
 
         Args:
-            model: handed to every holder's `measure`.
+            *job: handed to every holder's `measure`.
 
         Returns:
             The new version.
         """
-        similarity, information = zip(*self._holders.map("measure", model), strict=True)
+        similarity, information = zip(*self._holders.map("measure", *job), strict=True)
         self._holders.map(
             "publish",
             Bounds.union(list(similarity)),

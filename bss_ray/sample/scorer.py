@@ -93,7 +93,6 @@ class Scorer:
 
     Args:
         spans: (first row id, rows) of each shard it holds.
-        read: columns of the i-th of these shards, `{name: (rows, ...)}`; only `measure` reads.
         measurer: how to measure a row.
         label: name of the label column.
         batch_size: rows of a forward pass.
@@ -105,7 +104,6 @@ class Scorer:
         self,
         spans: list[tuple[int, int]],
         *,
-        read: Callable[[int], dict[str, np.ndarray]] | None = None,
         measurer: Measurer | None = None,
         label: str = "label",
         batch_size: int = 256,
@@ -116,7 +114,6 @@ class Scorer:
             _Part(first, np.zeros(rows), np.zeros(rows, np.float32), np.zeros(rows, np.float32))
             for first, rows in spans
         ]
-        self._read = read
         self._measurer = measurer or Measurer()
         self._label = label
         self._batch_size = batch_size
@@ -132,8 +129,14 @@ class Scorer:
             part.score[:] = part.similarity[:] = part.information[:] = 0
         self._updates = 0
 
-    def measure(self, model: nn.Module) -> tuple[Bounds, Bounds]:
+    def measure(
+        self, model: nn.Module, read: Callable[[int], dict[str, np.ndarray]]
+    ) -> tuple[Bounds, Bounds]:
         """Measure all own rows with `model`; the scores stay as they are until `publish`.
+
+        Args:
+            model: maps a batch to outputs; moved to the scorer's device.
+            read: columns of the i-th of the own shards, `{name: (rows, ...)}`.
 
         Returns:
             Bounds of similarity and of information over the own rows.
@@ -141,12 +144,11 @@ class Scorer:
         Raises:
             ModelOutputError: outputs that cannot be measured, or NaN or infinite logits (row ids named).
         """
-        assert self._read is not None, "a scorer without shards cannot measure"
         model = model.to(self._device)
         for index, part in enumerate(self._parts):
             part.similarity, part.information = measure_rows(
                 model,
-                self._read(index),
+                read(index),
                 label=self._label,
                 measurer=self._measurer,
                 batch_size=self._batch_size,

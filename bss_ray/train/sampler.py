@@ -24,6 +24,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError, ConfigError
 from bss_ray.measure.criteria import Measurer, Outputs
 from bss_ray.measure.forward import pack_model, unwrap_model
+from bss_ray.sample.actors import ScoringJob
 from bss_ray.sample.loader import FILLER, Loader
 from bss_ray.sample.plan import Order, Plan
 from bss_ray.schedule.schedulers import Scheduler
@@ -238,7 +239,7 @@ class Sampler:
         following = Position(epoch + 1, 0, self._position.version)
         self._save(row, following, [0.0, 0.0, 0.0], model, stateful)
         self._position = following
-        self._post({"kind": "epoch", "row": row})
+        self._post({"kind": "epoch", "row": row, "history": self._history})
         return row
 
     def _figures(self, plan: Plan) -> dict[str, Any]:
@@ -265,8 +266,8 @@ class Sampler:
         version = self._position.version + 1
         if self._rank == 0:
             self._post({"kind": "status", "text": "scoring"})
-            reference = ray.put(pack_model(model))
-            published = ray.get(self._context.coordinator.score.remote([reference]))
+            job = ScoringJob(ray.put(pack_model(model)), self.shards)
+            published = ray.get(self._context.coordinator.score.remote(job))
             assert published == version, f"published version {published}, expected {version}"
         self._position = replace(self._position, version=version)
         self._seconds["scoring"] += time.perf_counter() - started

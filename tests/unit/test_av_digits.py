@@ -14,7 +14,7 @@ from bss_ray.data import make_av_digits as make
 from bss_ray.data.av_digits import SPLITS, av_digits_table
 from bss_ray.errors import DataError
 
-ROWS = {"train": 2156, "validation": 718, "test": 720}
+ROWS = {"train": 2156, "validation": 720, "test": 718}
 
 
 @pytest.fixture(scope="module")

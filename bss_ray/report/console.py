@@ -1,0 +1,116 @@
+"""What a person sees while a run works: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_PREFIX = "val_accuracy_"
+
+
+class Display:
+    """Shows the messages of a run.
+
+    On a terminal: a moving line with what is being done and how far the epoch is. Elsewhere (a job's
+    log, a pipe): one line per stage and per epoch, and no cursor tricks.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+        self._header: list[str] = []
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def status(self, text: str) -> None:
+        """What is being done now."""
+        if self.console.is_terminal:
+            self._progress.reset(self._task, description=text, total=None, start=True)
+        else:
+            self.say(f"[{time.monotonic() - self._started:5.1f} s] {text}")
+
+    def on_message(self, message: Mapping[str, Any]) -> None:
+        """A message of the run (see `BalancedTrainer`)."""
+        kind = message["kind"]
+        if kind == "status" and (self.console.is_terminal or message["text"] != "scoring"):
+            self.status(message["text"])
+        elif kind == "shards" and self.console.is_terminal:
+            text = f"building shards ({message['split']})"
+            self._progress.update(self._task, description=text, completed=message["done"], total=message["of"])
+        elif kind == "batch" and self.console.is_terminal:
+            text = f"epoch {message['epoch'] + 1}"
+            self._progress.update(
+                self._task, description=text, completed=message["batch"] + 1, total=message["batches"]
+            )
+        elif kind == "epoch":
+            self._epoch(message["row"])
+
+    def _epoch(self, row: Mapping[str, Any]) -> None:
+        """A line per epoch, under a header that comes once."""
+        cells = epoch_cells(row)
+        widths = [max(len(name), 7) for name in cells]
+        if list(cells) != self._header:
+            self._header = list(cells)
+            self.say("  ".join(name.rjust(width) for name, width in zip(cells, widths, strict=True)))
+        self.say("  ".join(text.rjust(width) for text, width in zip(cells.values(), widths, strict=True)))
+
+
+def epoch_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Column name and text of each figure that an epoch's line shows."""
+    cells = {
+        "epoch": str(row["epoch"] + 1),
+        "rows": str(row["rows"]),
+        "eff. size": f"{row['effective_sample_size']:.0f}",
+        "loss": f"{row['train_information']:.4f}" if "train_information" in row else "-",
+    }
+    heads = [name.removeprefix(_PREFIX) for name in row if name.startswith(_PREFIX)]
+    cells |= {f"val {head}": f"{row[_PREFIX + head]:.2%}" for head in heads}
+    cells |= {f"{name} s": f"{row[f'seconds_{name}']:.2f}" for name in ("scoring", "planning", "training")}
+    return cells
+
+
+def result_table(result: Mapping[str, Any], folder: Path) -> Table:
+    """The run's end: the chosen epoch's metrics by head, and where everything lies."""
+    table = Table(title=f"epoch {result['chosen_epoch'] + 1}, chosen on validation", title_justify="left")
+    figures = {**result["validation"], **result["test"]}
+    names = [name.split("_", 2) for name in figures]
+    columns = list(dict.fromkeys((split, metric) for split, metric, _ in names))
+    table.add_column("head")
+    for split, metric in columns:
+        table.add_column(f"{split} {metric}", justify="right")
+    for head in dict.fromkeys(head for _, _, head in names):
+        values = [figures.get(f"{split}_{metric}_{head}") for split, metric in columns]
+        table.add_row(head, *("-" if value is None else f"{value:.2%}" for value in values))
+    paths = ("config.yaml", "metrics.csv", "scores.parquet", "result.json", "report.html", "tensorboard")
+    notes = [f"  {folder / name}" for name in paths if (folder / name).exists()]
+    for name, area in result.get("score_roc_area", {}).items():
+        notes.insert(0, f"balance score finds {name!r} rows: area under the ROC curve {area:.3f} (0.5 is chance)")
+    table.caption = "\n".join(notes)
+    table.caption_justify = "left"
+    return table

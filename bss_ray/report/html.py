@@ -1,0 +1,99 @@
+"""`report.html`: the figures of a run, in one file that opens without a network."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bss_ray.errors import optional_import
+
+# A histogram needs no more; the file stays small however many rows there are.
+_SAMPLE_ROWS = 200_000
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the run in `folder` from its metrics and scores.
+
+    Returns:
+        Path of `report.html`.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    go = optional_import("plotly.graph_objects", extra="report", needed_for="report.html")
+    figures = [
+        _figure(go, "Validation accuracy by head", _series(folder, "val_accuracy_"), "epoch", "accuracy"),
+        _figure(go, "Training measures", _series(folder, "train_"), "epoch", "mean over the rows seen"),
+        _figure(go, "Rows and effective sample size", _sizes(folder), "epoch", "rows"),
+        _figure(go, "Seconds of an epoch", _series(folder, "seconds_"), "epoch", "seconds"),
+    ]
+    if (folder / "scores.parquet").exists():
+        figures.insert(1, _scores_figure(go, folder / "scores.parquet"))
+    parts = [
+        figure.to_html(full_html=False, include_plotlyjs=index == 0, default_height="380px")
+        for index, figure in enumerate(figures)
+    ]
+    path = folder / "report.html"
+    path.write_text(
+        f"<!doctype html><meta charset='utf-8'><title>{folder.name}</title>"
+        "<style>body{font-family:sans-serif;max-width:960px;margin:2em auto}</style>"
+        f"<h1>Run {folder.name}</h1>" + "\n".join(parts)
+    )
+    return path
+
+
+def _history(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _series(folder: Path, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Columns of the metrics that start with `prefix`: name -> (epochs from 1, values)."""
+    rows = _history(folder)
+    names = [name for name in rows[0] if name.startswith(prefix)]
+    return {name.removeprefix(prefix): _column(rows, name) for name in names}
+
+
+def _sizes(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    rows = _history(folder)
+    return {name.replace("_", " "): _column(rows, name) for name in ("rows", "eligible_rows", "effective_sample_size")}
+
+
+def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+    kept = [row for row in rows if row.get(name)]
+    return [int(row["epoch"]) + 1 for row in kept], [float(row[name]) for row in kept]
+
+
+def _figure(go: Any, title: str, series: dict[str, tuple[list[int], list[float]]], x: str, y: str) -> Any:
+    figure = go.Figure()
+    for name, (epochs, values) in series.items():
+        figure.add_scatter(x=epochs, y=values, name=name, mode="lines+markers")
+    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+
+
+def _scores_figure(go: Any, path: Path) -> Any:
+    """Histogram of the final scores, apart by the truth column where there is one."""
+    table = pq.read_table(path)
+    if len(table) > _SAMPLE_ROWS:
+        table = table.take(np.linspace(0, len(table) - 1, _SAMPLE_ROWS).astype(np.int64))
+    score = table["score"].to_numpy()
+    truth = next((name for name in table.column_names if pa.types.is_boolean(table.schema.field(name).type)), None)
+    groups = {"all rows": np.ones(len(score), dtype=bool)}
+    if truth is not None:
+        flag = table[truth].to_numpy().astype(bool)
+        groups = {f"not {truth}": ~flag, truth: flag}
+    figure = go.Figure()
+    for name, rows in groups.items():
+        figure.add_histogram(x=score[rows], name=name, opacity=0.6, xbins={"start": -1, "end": 1, "size": 0.04})
+    return figure.update_layout(
+        title="Final balance scores",
+        xaxis_title="balance score",
+        yaxis_title="rows",
+        barmode="overlay",
+        template="plotly_white",
+    )

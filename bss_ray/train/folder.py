@@ -1,0 +1,153 @@
+"""The run folder: what a run writes beside Ray Train's checkpoints, all of it readable by people.
+
+    config.yaml      resolved configuration; the same command with the same configuration goes on
+    metrics.csv      a line per epoch
+    tensorboard/     the same as events
+    scores.parquet/  final scores: row_id, similarity, information, score, label, id and extra columns
+    result.json      the chosen epoch and its test metrics; written last: the run is complete
+    report.html      figures, where plotly is installed
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tensorboardX import SummaryWriter
+
+from bss_ray.errors import CheckpointError, ConfigError, StorageError
+
+# What may differ between two commands of one run: where and how it is shown, not what is computed.
+# Another number of ranks changes nothing but the rounding of gradients.
+_MAY_CHANGE = {"num_workers", "use_gpu", "max_failures", "verbose", "ray_address"}
+
+
+class RunFolder:
+    """Writes and reads a run folder.
+
+    Args:
+        storage_path: folder of all runs, on a file system that all nodes share.
+        name: of the run.
+
+    Raises:
+        StorageError: the folder cannot be made or written.
+        ConfigError: a URI, or a name that is no folder name.
+    """
+
+    def __init__(self, storage_path: str, name: str) -> None:
+        if "://" in storage_path:
+            raise ConfigError(
+                f"storage_path must be a folder that all nodes share; received the URI {storage_path}. Mount it, or "
+                "use BalancedTrainer with run_config=RunConfig(storage_path=...) for checkpoints alone"
+            )
+        if not name or name in (".", "..") or "/" in name:
+            raise ConfigError(f"name must be the name of one folder; received {name!r}")
+        self.storage_path = Path(storage_path).absolute()
+        self.path = self.storage_path / name
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{uuid.uuid4().hex}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"the run folder {self.path} cannot be written: {error.strerror}. Choose another --storage_path"
+            ) from error
+
+    # ---- configuration ------------------------------------------------------------------------
+
+    def claim(self, config: str) -> bool:
+        """Write the resolved configuration, or compare it with the one that is there.
+
+        Args:
+            config: YAML.
+
+        Returns:
+            Whether the folder already holds this run.
+
+        Raises:
+            ConfigError: it holds a run of another configuration; names the settings and both values.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            _replace(path, config)
+            return False
+        there, here = _flatten(_parse(path)), _flatten(yaml.safe_load(config))
+        changed = [
+            f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"
+            for key in sorted({*there, *here})
+            if key.split(".")[0] not in _MAY_CHANGE and there.get(key) != here.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration; it goes on only with its own.\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another --name, or give the run's settings again: --config "
+                + str(path)
+            )
+        return True
+
+    # ---- metrics ------------------------------------------------------------------------------
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Write all epochs to `metrics.csv`: whole, so that it always agrees with the checkpoints."""
+        names = list(dict.fromkeys(name for row in history for name in row))
+        temporary = self.path / "metrics.csv.tmp"
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(history)
+        os.replace(temporary, self.path / "metrics.csv")
+
+    def events(self) -> SummaryWriter:
+        """A writer of TensorBoard events."""
+        return SummaryWriter(str(self.path / "tensorboard"))
+
+    # ---- result -------------------------------------------------------------------------------
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a complete run; None while it is not."""
+        path = self.path / "result.json"
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Remove it and give the same command again") from error
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Mark the run as complete."""
+        _replace(self.path / "result.json", json.dumps(result, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}). Restore it, or choose another --name") from error
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

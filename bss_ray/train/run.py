@@ -1,0 +1,297 @@
+"""One whole run, as `bss-ray train` does it: data, training, the chosen epoch on test, files."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.train
+import torch
+from torchmetrics.functional.classification import binary_auroc
+
+from bss_ray.data.build import build_shards
+from bss_ray.data.columns import Columns
+from bss_ray.data.shards import Shards
+from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, load_splits
+from bss_ray.errors import ConfigError, DataError
+from bss_ray.measure.criteria import Measurer
+from bss_ray.measure.forward import to_tensors
+from bss_ray.report.console import Display
+from bss_ray.sample.actors import Scoring
+from bss_ray.sample.plan import Tail
+from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.train.checkpoint import SavedCheckpoint
+from bss_ray.train.folder import RunFolder
+from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
+from bss_ray.train.metrics import HeadMetrics, evaluate
+from bss_ray.train.trainer import BalancedTrainer, Message, check_resources
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `bss-ray train`.
+
+    Args:
+        data: `av-digits` (embedded), a Parquet file or folder (or one with the sub-folders train, validation,
+            test), or `module:function` that is called with a split's name and returns a Ray Dataset or None.
+        validation: Parquet file or folder of validation rows; chooses the epoch.
+        test: Parquet file or folder of test rows; read once, at the end.
+        columns: which columns are modalities, label, id and extras; null takes those of av-digits.
+        num_classes: C; null takes the largest training label + 1.
+        mispaired: share of av-digits' training rows that is paired wrongly, to see whether scores find them.
+        model: class by import path, and its arguments.
+        scheduler: Uniform, Heuristic (BSS-H), Learning (BSS-L), or your own by import path.
+        measurer: how the balance of a row is measured, and the weights of the training loss.
+        scoring: how and where rows are scored.
+        loop: epochs, optimiser, learning rate, precision, checkpoints.
+        batch_size: rows of a global batch, over all ranks.
+        tail: keep or drop the last, smaller batch of an epoch.
+        seed: of the order of rows and of the model.
+        choose_by: validation metric whose best epoch is tested.
+        num_workers: ranks; null takes one per GPU, or two on CPUs.
+        use_gpu: one GPU per rank; null where the cluster has one.
+        max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
+        name: of the run. The same name and settings go on where the run stopped.
+        storage_path: folder of all runs.
+        ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
+        verbose: show what Ray prints.
+    """
+
+    data: str = AV_DIGITS
+    validation: str | None = None
+    test: str | None = None
+    columns: Columns | None = None
+    num_classes: int | None = None
+    mispaired: float = 0.4
+    model: ModelSpec = field(default_factory=ModelSpec)
+    scheduler: Scheduler = field(default_factory=lambda: Learning(temperature=0.25, fraction=0.7))
+    measurer: Measurer = field(default_factory=Measurer)
+    scoring: Scoring = field(default_factory=Scoring)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    batch_size: int = 64
+    tail: Tail = "keep"
+    seed: int = 0
+    choose_by: str = "val_accuracy_fused"
+    num_workers: int | None = None
+    use_gpu: bool | None = None
+    max_failures: int = 2
+    name: str = "demo"
+    storage_path: str = "runs"
+    ray_address: str | None = None
+    verbose: bool = False
+
+
+def train(config: TrainConfig, folder: RunFolder, display: Display) -> dict[str, Any]:
+    """Train, choose the epoch on validation, read test once, and write the run folder.
+
+    Ray must be running. A run that was stopped goes on.
+
+    Args:
+        config: all settings.
+        folder: claimed for this configuration.
+        display: shows progress.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        BssRayError: see `BalancedTrainer.fit`.
+    """
+    scaling = _scaling(config)
+    check_resources(scaling, config.scoring)
+    splits = _load_shards(config, display)
+    checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
+    if splits["validation"] is not None:
+        checkpoints = ray.train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=config.choose_by)
+
+    with _recording(folder, display) as on_message:
+        trainer = BalancedTrainer(
+            default_loop,
+            dataset=splits["train"],
+            validation=splits["validation"],
+            scheduler=config.scheduler,
+            measurer=config.measurer,
+            scoring=config.scoring,
+            batch_size=config.batch_size,
+            tail=config.tail,
+            seed=config.seed,
+            train_loop_config=LoopArgs(loop=config.loop, model=config.model, seed=config.seed),
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=folder.path.name,
+                storage_path=str(folder.storage_path),
+                checkpoint_config=checkpoints,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+            on_message=on_message,
+        )
+        outcome = trainer.fit()
+
+    display.status("testing the chosen epoch")
+    last = SavedCheckpoint(outcome.checkpoint)
+    history = last.manifest().history
+    folder.write_metrics(history)
+    chosen, row = _choose(outcome, config.choose_by)
+    result: dict[str, Any] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
+    if splits["test"] is not None:
+        task = _test_checkpoint.options(num_cpus=1, num_gpus=1 if scaling.use_gpu else 0)
+        result["test"] = ray.get(task.remote(config, SavedCheckpoint(chosen), splits["test"]))
+    if last.manifest().position.version:
+        write_scores(folder.path / "scores.parquet", last, splits["train"])
+        result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits["train"].columns.extra)
+    folder.write_result(result)
+    return result
+
+
+# ---- parts ------------------------------------------------------------------------------------
+
+
+def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
+    there = ray.cluster_resources()
+    gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
+    use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
+    workers = config.num_workers
+    if workers is None:
+        workers = max(1, gpus if use_gpu else min(2, cpus))
+    if workers < 1:
+        raise ConfigError(f"num_workers must be at least 1; received {workers}")
+    return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu)
+
+
+def _load_shards(config: TrainConfig, display: Display) -> dict[str, Any]:
+    """Shards of all splits, checked; nothing is trained before all of them are sound."""
+    columns = config.columns or (AV_DIGITS_COLUMNS if config.data == AV_DIGITS else None)
+    if columns is None:
+        raise DataError(
+            f"name the columns of {config.data}: --columns.modalities '[audio, image]' --columns.label label"
+        )
+    datasets = load_splits(
+        config.data,
+        validation=config.validation,
+        test=config.test,
+        mispaired=config.mispaired,
+        seed=config.seed,
+    )
+    shards: dict[str, Shards | None] = {}
+    num_classes = config.num_classes
+    for split, dataset in datasets.items():
+        if dataset is None:
+            shards[split] = None
+            continue
+        display.status(f"reading {split} rows")
+        roles = columns if split == "train" else Columns(modalities=columns.modalities, label=columns.label)
+        try:
+            built = build_shards(dataset, roles, num_classes=num_classes, min_shards=config.scoring.num_scorers)
+        except DataError as error:
+            raise DataError(f"{split} data: {error}") from None
+        num_classes = built.num_classes
+        shards[split] = built
+    return shards
+
+
+@contextlib.contextmanager
+def _recording(folder: RunFolder, display: Display) -> Iterator[Any]:
+    """Writes each epoch to the run folder as it is reported, and shows it."""
+    with contextlib.closing(folder.events()) as events:
+
+        def on_message(message: Message) -> None:
+            if message["kind"] == "epoch":
+                row = message["row"]
+                for name, value in row.items():
+                    if isinstance(value, (int, float)) and math.isfinite(value):
+                        events.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+                folder.write_metrics(message["history"])
+            display.on_message(message)
+
+        yield on_message
+
+
+def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
+    """The checkpoint of the best epoch on validation (the last where there is none), and its metrics."""
+    scored = [(saved, row) for saved, row in outcome.best_checkpoints or [] if metric in row]
+    if scored:
+        return max(scored, key=lambda pair: (pair[1][metric], -pair[1]["epoch"]))
+    if any(name.startswith("val_") for name in outcome.metrics):
+        names = [name for name in outcome.metrics if name.startswith("val_")]
+        raise ConfigError(f"choose_by={metric!r} is no validation metric; choose from {names}")
+    return outcome.checkpoint, outcome.metrics
+
+
+def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
+
+
+@ray.remote
+def _test_checkpoint(config: TrainConfig, saved: SavedCheckpoint, shards: Shards) -> dict[str, float]:
+    """Test metrics of a checkpoint's model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config.model, shards).to(device)
+    model.load_state_dict(saved.state("model", map_location=device))
+    metrics = HeadMetrics(shards.columns.modalities, shards.num_classes, device)
+    size = config.loop.eval_batch_size
+    batches = (
+        to_tensors(shards.gather(np.arange(start, min(start + size, shards.rows))), device)
+        for start in range(0, shards.rows, size)
+    )
+    return evaluate(
+        model,
+        batches,
+        metrics,
+        label=shards.columns.label,
+        prefix="test",
+        device=device,
+        precision=resolve_precision(config.loop.precision, device),
+    )
+
+
+# ---- scores -----------------------------------------------------------------------------------
+
+
+def write_scores(path: Path, saved: SavedCheckpoint, shards: Shards) -> None:
+    """Write a checkpoint's scores as a folder of Parquet files, one a shard, replacing an older one."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary.mkdir()
+    ray.get([_write_part.remote(temporary, saved, shards, index) for index in range(len(shards.parts))])
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+@ray.remote
+def _write_part(folder: Path, saved: SavedCheckpoint, shards: Shards, index: int) -> None:
+    part, columns = shards.parts[index], shards.columns
+    names = {"similarity": np.float32, "information": np.float32, "score": np.float64}
+    table = {"row_id": np.arange(part.first_row, part.first_row + part.rows)}
+    table |= {name: np.full(part.rows, np.nan, kind) for name, kind in names.items()}
+    for scores in saved.scores(part.first_row, part.first_row + part.rows):
+        start = max(part.first_row, scores.first_row)
+        stop = min(part.first_row + part.rows, scores.first_row + len(scores.score))
+        for name in names:
+            values = getattr(scores, name)[start - scores.first_row : stop - scores.first_row]
+            table[name][start - part.first_row : stop - part.first_row] = values
+    arrays = shards.read(index)
+    kept = (columns.label, *(() if columns.id is None else (columns.id,)), *columns.extra)
+    table |= {name: arrays[name] for name in kept if arrays[name].ndim == 1}
+    pq.write_table(pa.table(table), folder / f"part-{index:05d}.parquet")
+
+
+def roc_areas(path: Path, columns: tuple[str, ...]) -> dict[str, float]:
+    """Area under the ROC curve of -score against each truth column (boolean) of a scores file."""
+    table = pq.read_table(path)
+    areas = {}
+    for name in columns:
+        if name in table.column_names and pa.types.is_boolean(table.schema.field(name).type):
+            truth = torch.from_numpy(table[name].to_numpy().astype(np.int64))
+            score = torch.from_numpy(table["score"].to_numpy())
+            # Mapped into [0, 1]: torchmetrics takes anything else for logits and squashes it.
+            areas[name] = float(binary_auroc((1 - score) / 2, truth))
+    return areas

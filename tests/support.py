@@ -1,0 +1,46 @@
+"""What several test modules share: a coordinator over holders in this process, without Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.plan import Plan
+from bss_ray.sample.scorer import PartState, Scorer
+from bss_ray.schedule import Scheduler
+
+
+def cut(rows: int, parts: int) -> list[tuple[int, int]]:
+    """(first row id, rows) of `parts` runs of nearly equal length; runs without rows are left out."""
+    edges = [rows * part // parts for part in range(parts + 1)]
+    return [(start, stop - start) for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start]
+
+
+def saved(score: np.ndarray, parts: int = 1) -> list[PartState]:
+    """`score` (N,) as a checkpoint of `parts` parts; the measures do not matter to an order."""
+    score = np.asarray(score, dtype=np.float64)
+    nothing = np.zeros(len(score), np.float32)
+    return [
+        PartState(first, score[first : first + n].copy(), nothing[:n].copy(), nothing[:n].copy())
+        for first, n in cut(len(score), parts)
+    ]
+
+
+def local_coordinator(
+    score: np.ndarray, scheduler: Scheduler, *, shards: int = 1, scorers: int = 1, **settings: Any
+) -> Coordinator:
+    """A coordinator whose scorers hold `score` (N,) as version 1; shards are dealt out in turn."""
+    spans = cut(len(score), shards)
+    holders = LocalHolders([Scorer(spans[index::scorers]) for index in range(scorers)])
+    settings = {"seed": 3, "batch_size": 1, **settings}
+    coordinator = Coordinator(holders, rows=len(score), scheduler=scheduler, **settings)
+    coordinator.load(saved(score), 1)
+    return coordinator
+
+
+def order_of(coordinator: Coordinator, epoch: int) -> tuple[np.ndarray, Plan]:
+    """All row ids of an epoch in their order, and its plan."""
+    plan = coordinator.plan(epoch)
+    return np.concatenate([coordinator.window(epoch, index) for index in range(len(plan.window_ends))]), plan
