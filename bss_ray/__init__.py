@@ -26,7 +26,7 @@ _WHERE = {
     "weighted_permutation": "bss_ray.sample.permutation",
 }
 
-__all__ = [  # noqa: RUF022 (the order of the README)
+__all__ = [
     "BalancedTrainer",
     "BssRayError",
     "Columns",

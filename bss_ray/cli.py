@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, lazy_instance, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import lazy_instance
 
 from bss_ray.errors import BssRayError
 from bss_ray.schedule.schedulers import Heuristic, Learning, Scheduler, Uniform
@@ -125,7 +126,9 @@ def train_command(argv: Sequence[str]) -> int:
     from bss_ray.train.run import train
 
     with Display() as display:
-        display.say(f"run {folder.path}{' (goes on)' if resumed else ''}: {type(config.scheduler).__name__}, {config.data}")
+        display.say(
+            f"run {folder.path}{' (goes on)' if resumed else ''}: {type(config.scheduler).__name__}, {config.data}"
+        )
         result = folder.result()
         if result is None:
             try:
@@ -144,7 +147,7 @@ def train_command(argv: Sequence[str]) -> int:
 
 def _resolved(parser: ArgumentParser, settings: Namespace) -> str:
     """All settings as YAML."""
-    return str(parser.dump(settings))
+    return str(parser.dump(settings, skip_none=False))
 
 
 def _instantiate(parser: ArgumentParser, settings: Namespace) -> Any:
@@ -152,8 +155,8 @@ def _instantiate(parser: ArgumentParser, settings: Namespace) -> Any:
     from bss_ray.train.run import TrainConfig
 
     made = parser.instantiate_classes(settings)
-    init_args = made.model.get("init_args") or Namespace()
-    model = ModelSpec(class_path=made.model.class_path, init_args=init_args.as_dict())
+    init_args = made.model.get("init_args")
+    model = ModelSpec(class_path=made.model.class_path, init_args=init_args.as_dict() if init_args else {})
     others = {f.name: made[f.name] for f in fields(TrainConfig) if f.name != "model"}
     return TrainConfig(model=model, **others)
 
@@ -177,7 +180,6 @@ def _start_ray(config: Any, display: Any) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     if not config.verbose:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
 

@@ -301,9 +301,7 @@ def _fingerprint(rows: int, features: dict[str, Feature], reports: list[_Report]
     content = {
         "rows": rows,
         "schema": {name: [list(feature.shape), feature.dtype] for name, feature in features.items()},
-        "columns": {
-            name: add_digests([report.digests[name] for report in reports]) for name in reports[0].digests
-        },
+        "columns": {name: add_digests([report.digests[name] for report in reports]) for name in reports[0].digests},
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 

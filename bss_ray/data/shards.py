@@ -101,7 +101,7 @@ class Shards:
         pieces = {int(index): np.flatnonzero(owner == index) for index in np.unique(owner)}
         batch: Arrays = {}
         for name in names:
-            sources = {index: self.read(index)[name] for index in (pieces or {0: None})}
+            sources = {index: self.read(index)[name] for index in (pieces or [0])}
             kind = np.result_type(*(source.dtype for source in sources.values()))
             shape = next(iter(sources.values())).shape[1:]
             batch[name] = np.empty((len(row_ids), *shape), dtype=kind)

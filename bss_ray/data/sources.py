@@ -35,7 +35,9 @@ def load_splits(
         DataError: no such file, module or function, or a function that returns something else.
     """
     if source == AV_DIGITS:
-        return {split: av_digits(split, mispaired=mispaired if split == "train" else 0.0, seed=seed) for split in SPLITS}
+        return {
+            split: av_digits(split, mispaired=mispaired if split == "train" else 0.0, seed=seed) for split in SPLITS
+        }
     if _is_function(source):
         return {split: _call(source, split) for split in SPLITS}
     if "://" not in source and (Path(source) / "train").is_dir():
@@ -49,7 +51,12 @@ def load_splits(
 
 def _is_function(source: str) -> bool:
     module, colon, function = source.rpartition(":")
-    return bool(colon) and "/" not in source and function.isidentifier() and all(p.isidentifier() for p in module.split("."))
+    return (
+        bool(colon)
+        and "/" not in source
+        and function.isidentifier()
+        and all(p.isidentifier() for p in module.split("."))
+    )
 
 
 def _read_parquet(path: str) -> ray.data.Dataset:

@@ -127,9 +127,7 @@ class Measurer:
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """`per_row_loss` with this measurer's weights: (B,) with gradients."""
-        return per_row_loss(
-            outputs, labels, fused_weight=self.fused_weight, unimodal_weight=self.unimodal_weight
-        )
+        return per_row_loss(outputs, labels, fused_weight=self.fused_weight, unimodal_weight=self.unimodal_weight)
 
     @torch.no_grad()
     def measure(self, outputs: Outputs, labels: Tensor) -> Measures:

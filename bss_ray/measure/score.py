@@ -48,7 +48,7 @@ def normalise(values: np.ndarray, bounds: Bounds) -> np.ndarray:
     span = bounds.high - bounds.low
     if not span > 0:
         return np.zeros(len(values))
-    return (values.astype(np.float64) - bounds.low) / span
+    return np.asarray((values.astype(np.float64) - bounds.low) / span)
 
 
 def current_scores(
@@ -71,8 +71,8 @@ def accumulate_scores(
         updates: how many updates `previous` holds, at least 1.
     """
     if accumulate == "sum":
-        return (previous * updates + current) / (updates + 1)
-    return momentum * previous + (1 - momentum) * current
+        return np.asarray((previous * updates + current) / (updates + 1))
+    return np.asarray(momentum * previous + (1 - momentum) * current)
 
 
 def check_accumulation(momentum: float, accumulate: str) -> None:
@@ -130,6 +130,4 @@ def balance_scores(
     current = current_scores(similarity, information, Bounds.of(similarity), Bounds.of(information))
     if previous is None:
         return current
-    return accumulate_scores(
-        np.asarray(previous), current, momentum=momentum, accumulate=accumulate, updates=updates
-    )
+    return accumulate_scores(np.asarray(previous), current, momentum=momentum, accumulate=accumulate, updates=updates)

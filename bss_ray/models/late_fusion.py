@@ -67,6 +67,4 @@ def _conv_encoder(channels: int, size: int, width: int, *, add_channel: bool) ->
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
             size = math.ceil(size / 2)
         channels, out = out, min(2 * out, width)
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(channels * 4, width), nn.ReLU()
-    )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(channels * 4, width), nn.ReLU())

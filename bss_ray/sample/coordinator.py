@@ -172,7 +172,7 @@ class Coordinator:
         keys = np.concatenate([piece[0] for piece in pieces])
         rows = np.concatenate([piece[1] for piece in pieces])
         assert len(rows) == window.rows, f"window of {window.rows} rows brought {len(rows)}"
-        return rows[sort_by_key(keys)][: plan.window_ends[index] - start]
+        return np.asarray(rows[sort_by_key(keys)][: plan.window_ends[index] - start])
 
     def _make_plan(self, epoch: int) -> tuple[Plan, Draw, list[Window]]:
         scheduler = self._scheduler
@@ -219,9 +219,7 @@ class Coordinator:
 
     def _cutoff(self, subset: int) -> tuple[int, int]:
         """The last of the `subset` rows of highest score, ties by lower row id: (score bits, row id)."""
-        bits, among_ties = radix_select(
-            lambda prefix, shift: self._sum("score_counts", prefix, shift), subset - 1
-        )
+        bits, among_ties = radix_select(lambda prefix, shift: self._sum("score_counts", prefix, shift), subset - 1)
         row, _ = radix_select(lambda prefix, shift: self._sum("tie_counts", bits, prefix, shift), among_ties)
         return bits, row
 

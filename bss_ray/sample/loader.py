@@ -20,13 +20,13 @@ class RankBatch(NamedTuple):
     """One rank's part of a global batch.
 
     Attributes:
-        index: number of the global batch in the epoch.
+        number: of the global batch in the epoch, from 0.
         tensors: `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64.
         loss_scale: multiply the mean loss of the part by it; averaged over the ranks, as DDP averages
             gradients, this is the mean over the global batch, whatever the parts' sizes.
     """
 
-    index: int
+    number: int
     tensors: dict[str, torch.Tensor]
     loss_scale: float
 

@@ -155,9 +155,7 @@ def arrivals(
     return np.concatenate(keys)[ascending], all_rows[ascending]
 
 
-def _later_arrivals(
-    seed: int, epoch: int, row_id: int, elapsed: float, weight: float, horizon: float
-) -> np.ndarray:
+def _later_arrivals(seed: int, epoch: int, row_id: int, elapsed: float, weight: float, horizon: float) -> np.ndarray:
     """Arrival times of one heavy row after its first `_BLOCK_ROUNDS`."""
     bits = np.random.Philox(key=[seed, _ROW_STREAM], counter=[0, 0, row_id, epoch])
     generator = np.random.Generator(bits)
@@ -240,7 +238,7 @@ def weighted_permutation(
     if size <= len(keys) // 2:  # find the last key first: sorting is the dear part
         rows = np.flatnonzero(keys <= np.partition(keys, size - 1)[size - 1])
         return (first_row + rows[sort_by_key(keys[rows])[:size]]).astype(np.int64, copy=False)
-    return first_row + sort_by_key(keys)[:size]
+    return np.asarray(first_row + sort_by_key(keys)[:size])
 
 
 def _blocks(first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:

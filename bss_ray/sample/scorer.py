@@ -129,9 +129,7 @@ class Scorer:
             part.score[:] = part.similarity[:] = part.information[:] = 0
         self._updates = 0
 
-    def measure(
-        self, model: nn.Module, read: Callable[[int], dict[str, np.ndarray]]
-    ) -> tuple[Bounds, Bounds]:
+    def measure(self, model: nn.Module, read: Callable[[int], dict[str, np.ndarray]]) -> tuple[Bounds, Bounds]:
         """Measure all own rows with `model`; the scores stay as they are until `publish`.
 
         Args:
@@ -172,9 +170,7 @@ class Scorer:
         for part in self._parts:
             current = current_scores(part.similarity, part.information, similarity_bounds, information_bounds)
             part.score = (
-                accumulate_scores(
-                    part.score, current, momentum=momentum, accumulate=accumulate, updates=self._updates
-                )
+                accumulate_scores(part.score, current, momentum=momentum, accumulate=accumulate, updates=self._updates)
                 if self._updates
                 else current
             )
@@ -277,9 +273,7 @@ class Scorer:
         """(keys, row ids) of the own rows that can be drawn, a chunk at a time."""
         for first_row, weights in self._weights(draw):
             if draw.horizon is not None:
-                yield arrivals(
-                    weights, horizon=draw.horizon, seed=draw.seed, epoch=draw.epoch, first_row=first_row
-                )
+                yield arrivals(weights, horizon=draw.horizon, seed=draw.seed, epoch=draw.epoch, first_row=first_row)
                 continue
             keys = race_keys(weights, seed=draw.seed, epoch=draw.epoch, first_row=first_row)
             drawable = np.flatnonzero(weights)

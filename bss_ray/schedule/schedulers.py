@@ -51,8 +51,7 @@ class Scheduler:
             raise ScheduleError(f"burn_in counts epochs and cannot be negative; received {self.burn_in}")
         if self.update_interval < 0:
             raise ScheduleError(
-                "update_interval counts epochs and cannot be negative (0 means never); "
-                f"received {self.update_interval}"
+                f"update_interval counts epochs and cannot be negative (0 means never); received {self.update_interval}"
             )
 
     def is_burn_in(self, epoch: int) -> bool:

@@ -1,11 +1,11 @@
 """The run folder: what a run writes beside Ray Train's checkpoints, all of it readable by people.
 
-    config.yaml      resolved configuration; the same command with the same configuration goes on
-    metrics.csv      a line per epoch
-    tensorboard/     the same as events
-    scores.parquet/  final scores: row_id, similarity, information, score, label, id and extra columns
-    result.json      the chosen epoch and its test metrics; written last: the run is complete
-    report.html      figures, where plotly is installed
+config.yaml      resolved configuration; the same command with the same configuration goes on
+metrics.csv      a line per epoch
+tensorboard/     the same as events
+scores.parquet/  final scores: row_id, similarity, information, score, label, id and extra columns
+result.json      the chosen epoch and its test metrics; written last: the run is complete
+report.html      figures, where plotly is installed
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError, ModelOutputError, nearest
 from bss_ray.measure.forward import PRECISIONS, autocast, unwrap_model
 from bss_ray.train.metrics import HeadMetrics, evaluate
-from bss_ray.train.sampler import Sampler, get_sampler
+from bss_ray.train.sampler import Sampler, Stateful, get_sampler
 
 OptimizerName = Literal["adamw", "sgd"]
 LrSchedule = Literal["cosine", "constant", "step"]
@@ -51,7 +51,9 @@ class ModelSpec:
         try:
             inspect.signature(kind).bind(**{**given, **self.init_args})
         except TypeError as error:
-            raise ConfigError(f"model {self.class_path} cannot be built: {error}; it takes {list(parameters)}") from None
+            raise ConfigError(
+                f"model {self.class_path} cannot be built: {error}; it takes {list(parameters)}"
+            ) from None
         return kind(**{**given, **self.init_args})
 
 
@@ -119,7 +121,9 @@ class LoopConfig:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"loop.lr must be a positive number; received {self.lr}")
         if not 0 <= self.warmup_epochs < self.epochs:
-            raise ConfigError(f"loop.warmup_epochs must lie in [0, epochs={self.epochs}); received {self.warmup_epochs}")
+            raise ConfigError(
+                f"loop.warmup_epochs must lie in [0, epochs={self.epochs}); received {self.warmup_epochs}"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"loop.clip_norm must be positive, or null not to clip; received {self.clip_norm}")
 
@@ -145,7 +149,7 @@ def default_loop(args: LoopArgs) -> None:
     optimizer = _optimizer(config, model)
     lr_schedule = _lr_schedule(config, optimizer)
     scaler = torch.amp.GradScaler(sampler.device.type, enabled=precision == "fp16")
-    stateful = {"optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
+    stateful: dict[str, Stateful] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
     sampler.restore(model=model, **stateful)
     metrics = HeadMetrics(sampler.shards.columns.modalities, sampler.shards.num_classes, sampler.device)
 
@@ -163,7 +167,7 @@ def default_loop(args: LoopArgs) -> None:
                     "taken. Lower loop.lr or loop.clip_norm, or use a wider loop.precision"
                 )
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             if config.clip_norm is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -233,4 +237,3 @@ def _seed_step(seed: int, sampler: Sampler) -> None:
 
 def _as_float(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: logits.float() for name, logits in outputs.items()}
-

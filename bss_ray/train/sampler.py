@@ -165,8 +165,8 @@ class Sampler:
             for batch in self._loader.batches(plan, order, self._position.batch):
                 self.loss_scale = batch.loss_scale
                 # Set before the batch is used: who saves in the loop's body has trained on it.
-                self._position = replace(self._position, batch=batch.index + 1)
-                self._post_progress(epoch, batch.index, plan.batches)
+                self._position = replace(self._position, batch=batch.number + 1)
+                self._post_progress(epoch, batch.number, plan.batches)
                 yield batch.tensors
         finally:
             self._ended = True
@@ -310,7 +310,9 @@ class Sampler:
         """Put all holders where the checkpoint stands (or at the start), and this rank with them."""
         checkpoint = ray.train.get_checkpoint()
         saved = None if checkpoint is None else SavedCheckpoint(checkpoint)
-        manifest = saved and saved.manifest_for(fingerprint=self.shards.fingerprint, seed=self._context.seed)
+        manifest = None
+        if saved is not None:
+            manifest = saved.manifest_for(fingerprint=self.shards.fingerprint, seed=self._context.seed)
         if self._rank == 0:
             coordinator = self._context.coordinator
             if manifest is None or manifest.position.version == 0:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bss_ray.errors import ConfigError, DataError, ModelOutputError, WeightError
+from bss_ray.errors import CheckpointError, ConfigError, DataError, ModelOutputError, WeightError
 from bss_ray.measure import Measurer, balance_scores, per_row_loss
 from bss_ray.measure.forward import autocast, evaluating, measure_rows, pack_model, unpack_model, unwrap_model
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
-from bss_ray.sample.scorer import Scorer
+from bss_ray.sample.scorer import PartState, Scorer
 from bss_ray.schedule import Learning
 
 # ---- the method once more, a row at a time, in float64 ------------------------------------------
@@ -358,13 +358,26 @@ def reference_forward(model: TinyModel, columns: dict[str, np.ndarray]) -> dict[
     return {**outputs, "fused": joined @ state["fused.weight"].T + state["fused.bias"]}
 
 
-def shard_scorers(columns: dict[str, np.ndarray], dealt: list[list[tuple[int, int]]], **settings: Any) -> list[Scorer]:
+class ShardScorer(Scorer):
+    """A scorer that knows where its rows are, as the actor around it does."""
+
+    def __init__(self, spans: list[tuple[int, int]], columns: dict[str, np.ndarray], **settings: Any) -> None:
+        super().__init__(spans, **settings)
+        self.spans, self.columns = spans, columns
+
+    def measure(self, model: nn.Module) -> Any:  # type: ignore[override]
+        return super().measure(model, self.read)
+
+    def read(self, index: int) -> dict[str, np.ndarray]:
+        first, rows = self.spans[index]
+        return {name: values[first : first + rows] for name, values in self.columns.items()}
+
+
+def shard_scorers(
+    columns: dict[str, np.ndarray], dealt: list[list[tuple[int, int]]], **settings: Any
+) -> list[ShardScorer]:
     """Scorers over slices (first row, rows) of the columns."""
-
-    def reader(spans: list[tuple[int, int]]) -> Any:
-        return lambda i: {name: values[spans[i][0] : sum(spans[i])] for name, values in columns.items()}
-
-    return [Scorer(spans, read=reader(spans), **settings) for spans in dealt]
+    return [ShardScorer(spans, columns, **settings) for spans in dealt]
 
 
 # 3 shards of unequal size over 2 scorers; no batch size below divides them.
@@ -450,7 +463,7 @@ class TestThroughScorers:
         order = coordinator.window(1, 0)
 
         broken["audio"][45, 2] = np.nan  # in the last shard of the first scorer
-        scorers[0]._read = lambda i: {n: v[SHARDS[0][i][0] : sum(SHARDS[0][i])] for n, v in broken.items()}
+        scorers[0].columns = broken
         with pytest.raises(ModelOutputError, match="1 row; first row ids 45"):
             coordinator.score(make_model(seed=1))
         assert coordinator.version == 1
@@ -464,12 +477,11 @@ class TestThroughScorers:
         coordinator = Coordinator(LocalHolders(scorers), rows=ROWS, scheduler=Learning(), batch_size=8)
         coordinator.score(make_model(seed=0))
         before = [part.similarity.copy() for part in coordinator.state()]
-        model = make_model(seed=1)
-        model.fused.weight.data[:] = math.nan
-        with pytest.raises(ModelOutputError):
-            # The second holder fails; the first has measured by then.
-            LocalHolders(scorers[:1]).map("measure", make_model(seed=2))
-            coordinator.score(model)
+        broken = {name: values.copy() for name, values in columns.items()}
+        broken["audio"][15] = math.nan
+        scorers[1].columns = broken  # the second holder fails, when the first has measured
+        with pytest.raises(ModelOutputError, match="first row ids 15"):
+            coordinator.score(make_model(seed=1))
         assert [part.similarity.tolist() for part in coordinator.state()] == [s.tolist() for s in before]
 
     def test_holder_without_shards(self) -> None:
@@ -484,12 +496,52 @@ class TestThroughScorers:
         assert scores[0] == scores[1]
 
 
+class TestSavedScores:
+    """What `state` gives, `load` takes back; a checkpoint that does not fit is refused."""
+
+    def coordinator(self) -> Coordinator:
+        scorers = shard_scorers(make_columns(), SHARDS)
+        return Coordinator(LocalHolders(scorers), rows=ROWS, scheduler=Learning(), batch_size=8, momentum=0.6)
+
+    def test_momentum_goes_on_as_if_nothing_had_happened(self) -> None:
+        straight = self.coordinator()
+        for seed in range(3):
+            straight.score(make_model(seed))
+        first = self.coordinator()
+        first.score(make_model(0))
+        first.score(make_model(1))
+        second = self.coordinator()
+        second.load(first.state(), first.version)
+        assert second.version == 2
+        assert second.score(make_model(2)) == 3
+        for own, other in zip(second.state(), straight.state(), strict=True):
+            assert own.score.tolist() == other.score.tolist()
+
+    def test_a_missing_part(self) -> None:
+        coordinator = self.coordinator()
+        coordinator.score(make_model(0))
+        with pytest.raises(CheckpointError, match=r"24 of the 53 rows"):
+            self.coordinator().load(coordinator.state()[:2], 1)
+
+    def test_a_part_given_twice_does_not_hide_a_missing_one(self) -> None:
+        parts = [PartState(first, *(np.zeros(n),) * 3) for first, n in ((0, 30), (0, 23))]
+        with pytest.raises(CheckpointError):
+            self.coordinator().load(parts, 1)
+
+    def test_a_saved_state_is_not_changed_by_what_follows(self) -> None:
+        coordinator = self.coordinator()
+        coordinator.score(make_model(0))
+        saved = coordinator.state()
+        before = [part.score.tolist() for part in saved]
+        coordinator.reset()
+        coordinator.score(make_model(1))
+        assert [part.score.tolist() for part in saved] == before
+
+
 class TestMeasureRows:
     def measure(self, model: nn.Module, columns: dict[str, np.ndarray], **settings: Any) -> tuple[Any, Any]:
         settings = {"batch_size": 8, **settings}
-        return measure_rows(
-            model, columns, label="label", measurer=Measurer(), device=torch.device("cpu"), **settings
-        )
+        return measure_rows(model, columns, label="label", measurer=Measurer(), device=torch.device("cpu"), **settings)
 
     def test_batch_norm_statistics_are_left_alone(self) -> None:
         model = make_model(seed=0).train()
@@ -569,7 +621,6 @@ class Tied(nn.Module):
         self.low = nn.Parameter(torch.randn(3, 5).to(torch.bfloat16))
         self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
         self.plain = torch.tensor([1.5, 2.5])  # neither parameter nor buffer
-        self.empty = nn.Parameter(torch.empty(0, 3))
         self.turned = nn.Parameter(torch.randn(2, 3).t())  # not contiguous
         self.note = {"name": "tied"}
 
@@ -649,6 +700,12 @@ class TestPackModel:
                 return 2 * x
 
         assert unpack_model(pack_model(Local()))(torch.ones(1)).item() == 2
+
+    def test_tensors_without_elements(self) -> None:
+        # Such as an adapter of rank 0 or a placeholder buffer.
+        model = nn.Module()
+        model.none = nn.Parameter(torch.empty(0, 3))
+        assert unpack_model(pack_model(model)).none.shape == (0, 3)
 
     def test_compiled_models_are_unwrapped(self) -> None:
         model = Tied()

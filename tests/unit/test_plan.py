@@ -14,9 +14,7 @@ from tests.support import local_coordinator, order_of
 
 
 def make_plan(size: int, batch_size: int, tail: Tail = "keep", window_ends: tuple[int, ...] | None = None) -> Plan:
-    return Plan(
-        epoch=0, version=0, size=size, batch_size=batch_size, tail=tail, window_ends=window_ends or (size,)
-    )
+    return Plan(epoch=0, version=0, size=size, batch_size=batch_size, tail=tail, window_ends=window_ends or (size,))
 
 
 class TestPlan:
