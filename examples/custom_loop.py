@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 import bss_ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from bss_ray.schedule import Scheduler
 def cut(rows: int, parts: int) -> list[tuple[int, int]]:
     """(first row id, rows) of `parts` runs of nearly equal length; runs without rows are left out."""
     edges = [rows * part // parts for part in range(parts + 1)]
-    return [(start, stop - start) for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start]
+    return [(start, stop - start) for start, stop in itertools.pairwise(edges) if stop > start]
 
 
 def saved(score: np.ndarray, parts: int = 1) -> list[PartState]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def build_shards(
 
     results = [
         _make_shard.remote(columns, num_classes, start, *_pieces(blocks, start, stop))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        for start, stop in itertools.pairwise(edges)
     ]
     report_refs, array_refs, id_refs = (list(refs) for refs in zip(*results, strict=True))
     for done in range(1, count + 1):

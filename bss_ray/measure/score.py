@@ -55,7 +55,8 @@ def current_scores(
     similarity: np.ndarray, information: np.ndarray, similarity_bounds: Bounds, information_bounds: Bounds
 ) -> np.ndarray:
     """Norm(similarity) - Norm(information): (n,) float64 in [-1, 1], high = balanced."""
-    return normalise(similarity, similarity_bounds) - normalise(information, information_bounds)
+    current: np.ndarray = normalise(similarity, similarity_bounds) - normalise(information, information_bounds)
+    return current
 
 
 def accumulate_scores(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -118,10 +120,10 @@ class ScorerActor:
 
         return self._scorer.measure(unpack_model(snapshot), read)
 
-    def load(self, saved: SavedScores, updates: int) -> int:
+    def load(self, saved: SavedScores, version: int) -> int:
         """`Scorer.load`, reading only what overlaps the own rows, straight from where it is saved."""
         first, stop = self._spans[0][0], sum(self._spans[-1])
-        return self._scorer.load(saved.scores(first, stop), updates)
+        return self._scorer.load(saved.scores(first, stop), version)
 
     def call(self, method: str, *args: Any) -> Any:
         """Any other method of the scorer."""
@@ -150,8 +152,8 @@ class CoordinatorActor:
     The board has a thread of its own, so that the driver can look while scores are being made.
     """
 
-    def __init__(self, scorers: Sequence[Any], settings: dict[str, Any]) -> None:
-        self._holders = ActorHolders(scorers)
+    def __init__(self, scorers: Sequence[str], settings: dict[str, Any]) -> None:
+        self._holders = ActorHolders([ray.get_actor(name) for name in scorers])
         self._coordinator = Coordinator(self._holders, **settings)
         # Two windows: a rank may still want the one that another rank has just left.
         self._windows: collections.OrderedDict[tuple[int, int, int], Any] = collections.OrderedDict()
@@ -179,9 +181,9 @@ class CoordinatorActor:
                 self._windows.popitem(last=False)
         return [self._windows[key]]
 
-    def parts(self) -> list[Any]:
-        """References to each holder's `list[PartState]`; the scores do not pass through here."""
-        return self._holders.start("state")
+    def parts(self, version: int) -> list[Any]:
+        """References to each holder's `list[PartState]` of `version`; the scores do not pass through here."""
+        return self._holders.start("state", version)
 
     @ray.method(concurrency_group="board")
     def post(self, message: dict[str, Any]) -> None:
@@ -196,8 +198,8 @@ class CoordinatorActor:
             return self._messages[start:]
 
 
-def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> list[Any]:
-    """Start scorer actors; shards are dealt out in runs, so that a scorer's rows lie together."""
+def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> dict[str, Any]:
+    """Start scorer actors, by name; shards are dealt out in runs, so that a scorer's rows lie together."""
     count = min(scoring.num_scorers, len(shards.parts))
     edges = [len(shards.parts) * index // count for index in range(count + 1)]
     actor = ray.remote(ScorerActor).options(
@@ -206,14 +208,18 @@ def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> list[
         max_restarts=-1,  # it comes back empty, and the next attempt of the ranks fills it from the checkpoint
     )
     spans = [(part.first_row, part.rows) for part in shards.parts]
-    return [
-        actor.remote(range(start, stop), spans[start:stop], shards.columns.label, measurer, scoring)
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    run = uuid.uuid4().hex[:8]
+    return {
+        name: actor.options(name=name).remote(
+            range(start, stop), spans[start:stop], shards.columns.label, measurer, scoring
+        )
+        for index, (start, stop) in enumerate(itertools.pairwise(edges))
+        for name in [f"bss_ray-{run}-scorer-{index}"]
+    }
 
 
 def start_coordinator(
-    scorers: Sequence[Any],
+    scorers: Sequence[str],
     *,
     rows: int,
     scheduler: Scheduler,
@@ -222,7 +228,7 @@ def start_coordinator(
     batch_size: int,
     tail: Tail,
 ) -> Any:
-    """Start the coordinator actor."""
+    """Start the coordinator actor, over scorers of these names (it finds them again after a restart)."""
     settings = {
         "rows": rows,
         "scheduler": scheduler,
@@ -233,4 +239,5 @@ def start_coordinator(
         "accumulate": scoring.accumulate,
     }
     actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
-    return actor.options(num_cpus=0, max_restarts=-1).remote(scorers, settings)
+    name = scorers[0].replace("scorer-0", "coordinator")
+    return actor.options(name=name, num_cpus=0, max_restarts=-1).remote(scorers, settings)

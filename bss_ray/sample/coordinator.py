@@ -115,6 +115,7 @@ class Coordinator:
         similarity, information = zip(*self._holders.map("measure", *job), strict=True)
         self._holders.map(
             "publish",
+            self._version + 1,
             Bounds.union(list(similarity)),
             Bounds.union(list(information)),
             self._momentum,
@@ -144,7 +145,7 @@ class Coordinator:
 
     def state(self) -> list[PartState]:
         """Scores and measures of all rows; only for small data and tests, it gathers every row."""
-        return [part for parts in self._holders.map("state") for part in parts]
+        return [part for parts in self._holders.map("state", self._version) for part in parts]
 
     # ---- plans --------------------------------------------------------------------------------
 
@@ -184,7 +185,9 @@ class Coordinator:
                 "Set burn_in >= 1, or hand the model over before the first epoch: sampler.epochs(n, model=model)"
             )
         subset = scheduler.subset_size(epoch, self._rows)
-        draw = Draw(self._seed, epoch, scheduler, cutoff=self._cutoff(subset) if subset < self._rows else None)
+        draw = Draw(
+            self._seed, epoch, self._version, scheduler, cutoff=self._cutoff(subset) if subset < self._rows else None
+        )
         moments = self._moments(draw)
         if scheduler.uniform_mix > 0:
             draw = self._mixed(draw, moments, subset)

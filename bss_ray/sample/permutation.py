@@ -237,7 +237,7 @@ def weighted_permutation(
         return np.empty(0, dtype=np.int64)
     if size <= len(keys) // 2:  # find the last key first: sorting is the dear part
         rows = np.flatnonzero(keys <= np.partition(keys, size - 1)[size - 1])
-        return (first_row + rows[sort_by_key(keys[rows])[:size]]).astype(np.int64, copy=False)
+        return np.asarray(first_row + rows[sort_by_key(keys[rows])[:size]], dtype=np.int64)
     return np.asarray(first_row + sort_by_key(keys)[:size])
 
 

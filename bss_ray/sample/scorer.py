@@ -25,6 +25,13 @@ from bss_ray.schedule.schedulers import Scheduler
 _CHUNK_ROWS = 1 << 20
 
 
+class LostStateError(RuntimeError):
+    """A holder or the coordinator was restarted and came back without its scores.
+
+    No error of the user's: the ranks start again, and every start loads the scores of the checkpoint.
+    """
+
+
 @dataclass(frozen=True)
 class Draw:
     """All that a holder needs to make the keys of its rows for one epoch.
@@ -32,6 +39,7 @@ class Draw:
     Attributes:
         seed: the run's seed.
         epoch: epoch, from 0.
+        version: score version that the draw is made from.
         scheduler: gives the weight of a score.
         cutoff: None, or (bits, row): only rows of a score above that of `bits` (`ordered_bits`, of
             the negated score), or of the same score and a row id up to `row`.
@@ -41,6 +49,7 @@ class Draw:
 
     seed: int
     epoch: int
+    version: int
     scheduler: Scheduler
     cutoff: tuple[int, int] | None = None
     added_weight: float = 0.0
@@ -119,7 +128,8 @@ class Scorer:
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._precision = precision
-        self._updates = 0
+        self._version = 0
+        self._measured: list[tuple[np.ndarray, np.ndarray]] = []
 
     # ---- scores -------------------------------------------------------------------------------
 
@@ -127,7 +137,7 @@ class Scorer:
         """Forget all scores: the state before the first update."""
         for part in self._parts:
             part.score[:] = part.similarity[:] = part.information[:] = 0
-        self._updates = 0
+        self._version, self._measured = 0, []
 
     def measure(self, model: nn.Module, read: Callable[[int], dict[str, np.ndarray]]) -> tuple[Bounds, Bounds]:
         """Measure all own rows with `model`; the scores stay as they are until `publish`.
@@ -143,8 +153,8 @@ class Scorer:
             ModelOutputError: outputs that cannot be measured, or NaN or infinite logits (row ids named).
         """
         model = model.to(self._device)
-        for index, part in enumerate(self._parts):
-            part.similarity, part.information = measure_rows(
+        self._measured = [
+            measure_rows(
                 model,
                 read(index),
                 label=self._label,
@@ -154,33 +164,48 @@ class Scorer:
                 precision=self._precision,
                 first_row=part.first_row,
             )
+            for index, part in enumerate(self._parts)
+        ]
         return (
-            Bounds.union([Bounds.of(part.similarity) for part in self._parts]),
-            Bounds.union([Bounds.of(part.information) for part in self._parts]),
+            Bounds.union([Bounds.of(similarity) for similarity, _ in self._measured]),
+            Bounds.union([Bounds.of(information) for _, information in self._measured]),
         )
 
     def publish(
         self,
+        version: int,
         similarity_bounds: Bounds,
         information_bounds: Bounds,
         momentum: float,
         accumulate: Accumulate,
     ) -> None:
-        """Turn the measures into scores, with bounds over the rows of all holders."""
-        for part in self._parts:
+        """Turn the measures into the scores of `version`, with bounds over the rows of all holders.
+
+        Raises:
+            LostStateError: the scores before, or the measures, are gone.
+        """
+        self._check_version(version - 1)
+        if len(self._measured) != len(self._parts):
+            raise LostStateError(f"there are no measures to publish as version {version}")
+        for part, (part.similarity, part.information) in zip(self._parts, self._measured, strict=True):
             current = current_scores(part.similarity, part.information, similarity_bounds, information_bounds)
             part.score = (
-                accumulate_scores(part.score, current, momentum=momentum, accumulate=accumulate, updates=self._updates)
-                if self._updates
+                accumulate_scores(part.score, current, momentum=momentum, accumulate=accumulate, updates=self._version)
+                if self._version
                 else current
             )
-        self._updates += 1
+        self._version, self._measured = version, []
 
-    def state(self) -> list[PartState]:
-        """Scores and measures of all own rows."""
+    def state(self, version: int) -> list[PartState]:
+        """Scores and measures of all own rows.
+
+        Raises:
+            LostStateError: they are not those of `version`.
+        """
+        self._check_version(version)
         return [PartState(p.first_row, p.score, p.similarity, p.information) for p in self._parts]
 
-    def load(self, parts: list[PartState], updates: int) -> int:
+    def load(self, parts: list[PartState], version: int) -> int:
         """Take over scores that were saved by any holders; rows of others are passed over.
 
         Returns:
@@ -199,8 +224,12 @@ class Scorer:
                 own.similarity[here] = saved.similarity[there]
                 own.information[here] = saved.information[there]
                 found += stop - start
-        self._updates = updates
+        self._version, self._measured = version, []
         return found
+
+    def _check_version(self, version: int) -> None:
+        if self._version != version:
+            raise LostStateError(f"a scorer holds score version {self._version}, not {version}: it was restarted")
 
     # ---- the draw -----------------------------------------------------------------------------
 
@@ -225,6 +254,7 @@ class Scorer:
         Raises:
             WeightError: a scheduler returned weights from which no order can be drawn.
         """
+        self._check_version(draw.version)
         positive, total, squares, largest = 0, 0, 0, 0.0
         for _, weights in self._weights(draw):
             positive += int(np.count_nonzero(weights))
@@ -247,6 +277,7 @@ class Scorer:
             A list of (keys (k,) float64, row ids (k,) int64); row ids ascend within a piece, and no
             piece reaches into the rows of another.
         """
+        self._check_version(draw.version)
         pieces = []
         for keys, rows in self._keys(draw):
             bits = keys.view(np.uint64)

@@ -27,6 +27,7 @@ from bss_ray.measure.forward import pack_model, unwrap_model
 from bss_ray.sample.actors import ScoringJob
 from bss_ray.sample.loader import FILLER, Loader
 from bss_ray.sample.plan import Order, Plan
+from bss_ray.sample.scorer import LostStateError
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.checkpoint import (
     Manifest,
@@ -84,9 +85,9 @@ class Sampler:
         node = ray.get_runtime_context().get_node_id()
         nodes = [node] if self._ranks == 1 else _gather_nodes(node, self._ranks)
         self._loader = Loader(context.train, rank=self._rank, rank_nodes=nodes, device=self.device)
-        self._validation = context.validation and Loader(
-            context.validation, rank=self._rank, rank_nodes=nodes, device=self.device
-        )
+        self._validation: Loader | None = None
+        if context.validation is not None:
+            self._validation = Loader(context.validation, rank=self._rank, rank_nodes=nodes, device=self.device)
         self._plan: Plan | None = None
         self._ended = False
         self._position = Position()
@@ -156,9 +157,12 @@ class Sampler:
         started = time.perf_counter()
         epoch = self._position.epoch
         plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch))
+        if plan.version != self._position.version:
+            raise LostStateError(
+                f"the coordinator plans from score version {plan.version}, not {self._position.version}: it was restarted"
+            )
         order = Order(plan, self._window)
         self._plan = plan
-        self._position = replace(self._position, version=plan.version)
         self._seconds["planning"] += time.perf_counter() - started
         started = time.perf_counter()
         try:
@@ -268,7 +272,8 @@ class Sampler:
             self._post({"kind": "status", "text": "scoring"})
             job = ScoringJob(ray.put(pack_model(model)), self.shards)
             published = ray.get(self._context.coordinator.score.remote(job))
-            assert published == version, f"published version {published}, expected {version}"
+            if published != version:
+                raise LostStateError(f"the coordinator published version {published}, not {version}: it was restarted")
         self._position = replace(self._position, version=version)
         self._seconds["scoring"] += time.perf_counter() - started
 
@@ -283,7 +288,7 @@ class Sampler:
         """Write this rank's share of a checkpoint and report it."""
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
-            holders = ray.get(self._context.coordinator.parts.remote()) if position.version else []
+            holders = ray.get(self._context.coordinator.parts.remote(position.version)) if position.version else []
             for index in range(self._rank, len(holders), self._ranks):
                 write_scores(folder, index, ray.get(holders[index]))
             if self._rank == 0:

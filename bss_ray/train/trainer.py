@@ -110,7 +110,7 @@ class BalancedTrainer:
         self._on_message({"kind": "status", "text": "starting scorers and ranks"})
         scorers = start_scorers(train, self._measurer, self._scoring)
         coordinator = start_coordinator(
-            scorers,
+            list(scorers),
             rows=train.rows,
             scheduler=self._scheduler,
             scoring=self._scoring,
@@ -145,7 +145,7 @@ class BalancedTrainer:
                     raise fatal
                 return result
         finally:
-            for actor in (coordinator, *scorers):
+            for actor in (coordinator, *scorers.values()):
                 ray.kill(actor)
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:

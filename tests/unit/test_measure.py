@@ -560,9 +560,16 @@ class TestMeasureRows:
 
     def test_modes_are_restored_after_a_failure(self) -> None:
         model = make_model(seed=0).train()
-        with pytest.raises(RuntimeError, match="on purpose"), evaluating(model):
-            assert not model.norm.training
-            raise RuntimeError("on purpose")
+        seen = []
+
+        def fail() -> None:
+            with evaluating(model):
+                seen.append(model.norm.training)
+                raise RuntimeError("on purpose")
+
+        with pytest.raises(RuntimeError, match="on purpose"):
+            fail()
+        assert seen == [False]
         assert model.norm.training
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()

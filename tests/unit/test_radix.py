@@ -112,25 +112,27 @@ class TestWindows:
             cut_windows(counts_of(VALUES["one"]), size=2, limit=5)
 
 
-class TestExactSum:
-    tiny = np.nextafter(0.0, 1.0)
-    CASES = {
-        "uniform": np.random.default_rng(3).random(500),
-        "any bits": np.random.default_rng(4).integers(0, 0x7FE0 << 48, 300).view(np.float64),
-        "twelve hundred orders": 2.0 ** np.random.default_rng(5).uniform(-900, 900, 300),
-        "subnormal": np.array([tiny, 3 * tiny, 2.0**-1022 - tiny, 2.0**-1022, 2.0**-1030 + tiny, 1.0]),
-        "zeros": np.zeros(4),
-        "nothing": np.empty(0),
-        "all mantissa bits": np.array([np.nextafter(1.0, 0.0), np.nextafter(2.0, 0.0), 2.0**53 - 1, 2.0**53 + 2]),
-        "lost in floats": np.array([1.0] * 50 + [1e16, 1e-300] + [1.0] * 9),
-    }
+TINY = np.nextafter(0.0, 1.0)
+ADDENDS = {
+    "uniform": np.random.default_rng(3).random(500),
+    "any bits": np.random.default_rng(4).integers(0, 0x7FE0 << 48, 300).view(np.float64),
+    "twelve hundred orders": 2.0 ** np.random.default_rng(5).uniform(-900, 900, 300),
+    "subnormal": np.array([TINY, 3 * TINY, 2.0**-1022 - TINY, 2.0**-1022, 2.0**-1030 + TINY, 1.0]),
+    "zeros": np.zeros(4),
+    "nothing": np.empty(0),
+    "all mantissa bits": np.array([np.nextafter(1.0, 0.0), np.nextafter(2.0, 0.0), 2.0**53 - 1, 2.0**53 + 2]),
+    "lost in floats": np.array([1.0] * 50 + [1e16, 1e-300] + [1.0] * 9),
+}
+all_addends = pytest.mark.parametrize("values", ADDENDS.values(), ids=ADDENDS.keys())
 
-    @pytest.mark.parametrize("values", CASES.values(), ids=CASES.keys())
+
+class TestExactSum:
+    @all_addends
     def test_equals_rational_sum(self, values: np.ndarray) -> None:
         exact = sum((Fraction(value) for value in values.tolist()), start=Fraction(0))
         assert Fraction(exact_sum(values), 2**1074) == exact
 
-    @pytest.mark.parametrize("values", CASES.values(), ids=CASES.keys())
+    @all_addends
     def test_independent_of_the_split_and_the_order(self, values: np.ndarray) -> None:
         whole = exact_sum(values)
         for parts in (2, 3, 11):
@@ -138,7 +140,7 @@ class TestExactSum:
         assert exact_sum(np.random.default_rng(6).permutation(values)) == whole
 
     def test_total_is_correctly_rounded(self) -> None:
-        values = self.CASES["uniform"]
+        values = ADDENDS["uniform"]
         exact = sum((Fraction(value) for value in values.tolist()), start=Fraction(0))
         assert exact_total(exact_sum(values)) == float(exact)
         assert exact_total(exact_sum(np.array([0.1]))) == 0.1
@@ -146,7 +148,7 @@ class TestExactSum:
 
     def test_float_sums_do_depend_on_the_order(self) -> None:
         # Why this function exists: without such a case the ones above would prove nothing.
-        values = self.CASES["lost in floats"]
+        values = ADDENDS["lost in floats"]
         assert np.cumsum(values)[-1] != np.cumsum(values[::-1])[-1]
 
 

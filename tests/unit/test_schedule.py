@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -66,7 +67,7 @@ class TestPacing:
     @pytest.mark.parametrize("shape", ["root", "linear", "geometric", "step"])
     def test_never_shrinks_and_stays_in_range(self, shape: str) -> None:
         shares = [pacing(t, initial=0.07, grow_epochs=23, shape=shape) for t in range(1, 60)]  # type: ignore[arg-type]
-        assert all(0.07 <= a <= b <= 1 for a, b in zip(shares[:-1], shares[1:], strict=True))
+        assert all(0.07 <= a <= b <= 1 for a, b in itertools.pairwise(shares))
         assert shares[-1] == 1
 
     @pytest.mark.parametrize(

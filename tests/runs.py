@@ -1,0 +1,154 @@
+"""A small training run with an audit: which row ids each rank received in which global batch."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from torch import nn
+
+import bss_ray
+from bss_ray.data.build import build_shards
+from bss_ray.data.shards import Shards
+
+# The ranks do not know this module: send what it defines along with the loop.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+ROWS, CLASSES, BATCH = 203, 3, 16  # 203 = 12 * 16 + 11: a tail that no number of ranks divides
+COLUMNS = bss_ray.Columns(modalities=("a", "b"))
+
+
+def make_columns(rows: int = ROWS) -> dict[str, np.ndarray]:
+    """Two noisy views of a class."""
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, CLASSES, rows)
+    views = {name: rng.normal(size=(rows, 6)) + 2 * np.eye(6)[label] for name in ("a", "b")}
+    return {**{name: view.astype(np.float32) for name, view in views.items()}, "label": label}
+
+
+def make_dataset(columns: dict[str, np.ndarray]) -> ray.data.Dataset:
+    """The columns as a Ray Dataset of several blocks."""
+    rows = [{name: values[i] for name, values in columns.items()} for i in range(len(columns["label"]))]
+    return ray.data.from_items(rows, override_num_blocks=5)
+
+
+def make_shards(num_shards: int, columns: dict[str, np.ndarray] | None = None) -> Shards:
+    """The columns in so many shards."""
+    return build_shards(make_dataset(columns or make_columns()), COLUMNS, min_shards=num_shards)
+
+
+class TwoHeads(nn.Module):
+    """Linear heads with dropout, so that a resumed run must also continue its random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(6, CLASSES) for name in ("a", "b")})
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        logits = {name: head(self.dropout(batch[name])) for name, head in self.heads.items()}
+        return {**logits, "fused": logits["a"] + logits["b"]}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the loop does besides training.
+
+    Attributes:
+        folder: where each rank writes its row ids, a file per global batch.
+        epochs: of the run.
+        checkpoint_every: batches between checkpoints.
+        fault: called once in the run, at `fault_at` (epoch, batch) on the last rank.
+    """
+
+    folder: Path
+    epochs: int = 3
+    checkpoint_every: int | None = None
+    fault: Callable[[], None] | None = None
+    fault_at: tuple[int, int] = (1, 5)
+
+
+def audited_loop(audit: Audit) -> None:
+    """Train, and write down what came."""
+    sampler = bss_ray.get_sampler()
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    torch.manual_seed(0)
+    model = ray.train.torch.prepare_model(TwoHeads())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sampler.restore(model=model, optimizer=optimizer)
+    for epoch in sampler.epochs(audit.epochs):
+        for batch in sampler.batches():
+            number = sampler.position.batch - 1
+            torch.manual_seed(1000 * epoch + 10 * number + rank)
+            outputs = model(batch)
+            sampler.observe(batch, outputs)
+            loss = sampler.measurer.loss(outputs, batch["label"]).mean() * sampler.loss_scale
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            np.save(audit.folder / f"{epoch}-{number}-{rank}-of-{ranks}.npy", batch["row_id"].numpy())
+            _maybe_fail(audit, epoch, number, rank == ranks - 1)
+            if audit.checkpoint_every and sampler.position.batch % audit.checkpoint_every == 0:
+                sampler.report({}, model=model, optimizer=optimizer)
+        weight = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+        sampler.report({"weight": weight}, model=model, optimizer=optimizer)
+
+
+def _maybe_fail(audit: Audit, epoch: int, number: int, here: bool) -> None:
+    marker = audit.folder / "failed"
+    if audit.fault is not None and here and (epoch, number) == audit.fault_at and not marker.exists():
+        marker.write_text(f"{epoch} {number}")
+        audit.fault()
+
+
+def kill_self() -> None:
+    """Kill -9 this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def batches_of(folder: Path) -> dict[tuple[int, int], list[int]]:
+    """Sorted row ids of every global batch (epoch, number) over its ranks, fillers left out."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for path in sorted(folder.glob("*-of-*.npy")):
+        epoch, number = (int(part) for part in path.stem.split("-")[:2])
+        found.setdefault((epoch, number), []).extend(int(row) for row in np.load(path) if row >= 0)
+    return {key: sorted(rows) for key, rows in found.items()}
+
+
+@dataclass
+class Outcome:
+    """A run's end."""
+
+    metrics: dict[str, float]
+    batches: dict[tuple[int, int], list[int]]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The last epoch's metrics, without the clock's."""
+        return {name: value for name, value in self.metrics.items() if not name.startswith("seconds_")}
+
+
+def run(folder: Path, shards: Shards, *, workers: int = 2, scorers: int = 2, failures: int = 0, **audit: object) -> Outcome:
+    """Run `audited_loop` to its end."""
+    (folder / "audit").mkdir(parents=True)
+    result = bss_ray.BalancedTrainer(
+        audited_loop,
+        dataset=shards,
+        scheduler=bss_ray.Learning(temperature=0.3, fraction=0.9),
+        scoring=bss_ray.Scoring(num_scorers=scorers, momentum=0.5),
+        batch_size=BATCH,
+        seed=7,
+        train_loop_config=Audit(folder / "audit", **audit),  # type: ignore[arg-type]
+        scaling_config=ray.train.ScalingConfig(num_workers=workers),
+        run_config=ray.train.RunConfig(
+            name="run", storage_path=str(folder), failure_config=ray.train.FailureConfig(max_failures=failures)
+        ),
+    ).fit()
+    return Outcome(dict(result.metrics), batches_of(folder / "audit"))
