@@ -46,10 +46,10 @@ def make_shards(num_shards: int, columns: dict[str, np.ndarray] | None = None) -
 class TwoHeads(nn.Module):
     """Linear heads with dropout, so that a resumed run must also continue its random numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(6, CLASSES) for name in ("a", "b")})
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         logits = {name: head(self.dropout(batch[name])) for name, head in self.heads.items()}
@@ -63,12 +63,14 @@ class Audit:
     Attributes:
         folder: where each rank writes its row ids, a file per global batch.
         epochs: of the run.
+        dropout: of the model; its numbers depend on the rank.
         checkpoint_every: batches between checkpoints.
         fault: called once in the run, at `fault_at` (epoch, batch) on the last rank.
     """
 
     folder: Path
     epochs: int = 3
+    dropout: float = 0.2
     checkpoint_every: int | None = None
     fault: Callable[[], None] | None = None
     fault_at: tuple[int, int] = (1, 5)
@@ -80,7 +82,7 @@ def audited_loop(audit: Audit) -> None:
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     torch.manual_seed(0)
-    model = ray.train.torch.prepare_model(TwoHeads())
+    model = ray.train.torch.prepare_model(TwoHeads(audit.dropout))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sampler.restore(model=model, optimizer=optimizer)
     for epoch in sampler.epochs(audit.epochs):
@@ -135,7 +137,9 @@ class Outcome:
         return {name: value for name, value in self.metrics.items() if not name.startswith("seconds_")}
 
 
-def run(folder: Path, shards: Shards, *, workers: int = 2, scorers: int = 2, failures: int = 0, **audit: object) -> Outcome:
+def run(
+    folder: Path, shards: Shards, *, workers: int = 2, scorers: int = 2, failures: int = 0, **audit: object
+) -> Outcome:
     """Run `audited_loop` to its end."""
     (folder / "audit").mkdir(parents=True)
     result = bss_ray.BalancedTrainer(

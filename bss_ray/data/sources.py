@@ -64,7 +64,8 @@ def _read_parquet(path: str) -> ray.data.Dataset:
         path = os.path.abspath(path)
         if not os.path.exists(path):
             raise DataError(
-                f"no such file or folder: {path}. --data takes {AV_DIGITS!r}, a Parquet file or folder, or module:function"
+                f"no such file or folder: {path}. --data takes {AV_DIGITS!r}, a Parquet file or folder, or "
+                "module:function"
             )
     try:
         return ray.data.read_parquet(path)

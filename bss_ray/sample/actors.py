@@ -202,11 +202,11 @@ def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> dict[
     """Start scorer actors, by name; shards are dealt out in runs, so that a scorer's rows lie together."""
     count = min(scoring.num_scorers, len(shards.parts))
     edges = [len(shards.parts) * index // count for index in range(count + 1)]
-    actor = ray.remote(ScorerActor).options(
+    actor = ray.remote(
         num_cpus=scoring.cpus_per_scorer,
         num_gpus=scoring.gpus_per_scorer,
         max_restarts=-1,  # it comes back empty, and the next attempt of the ranks fills it from the checkpoint
-    )
+    )(ScorerActor)
     spans = [(part.first_row, part.rows) for part in shards.parts]
     run = uuid.uuid4().hex[:8]
     return {

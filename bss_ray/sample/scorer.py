@@ -187,7 +187,8 @@ class Scorer:
         self._check_version(version - 1)
         if len(self._measured) != len(self._parts):
             raise LostStateError(f"there are no measures to publish as version {version}")
-        for part, (part.similarity, part.information) in zip(self._parts, self._measured, strict=True):
+        for part, measured in zip(self._parts, self._measured, strict=True):
+            part.similarity, part.information = measured
             current = current_scores(part.similarity, part.information, similarity_bounds, information_bounds)
             part.score = (
                 accumulate_scores(part.score, current, momentum=momentum, accumulate=accumulate, updates=self._version)

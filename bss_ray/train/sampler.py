@@ -159,7 +159,8 @@ class Sampler:
         plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch))
         if plan.version != self._position.version:
             raise LostStateError(
-                f"the coordinator plans from score version {plan.version}, not {self._position.version}: it was restarted"
+                f"the coordinator plans from score version {plan.version}, not {self._position.version}: "
+                "it was restarted"
             )
         order = Order(plan, self._window)
         self._plan = plan
