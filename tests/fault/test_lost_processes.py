@@ -33,16 +33,20 @@ def _kill_actor(name_part: str) -> None:
 
 
 def kill_scorer() -> None:
-    """Kill -9 one scorer: it comes back without its scores, which must be noticed."""
+    """Kill -9 one scorer: Ray restarts it without its scores, which must be noticed."""
     _kill_actor("-scorer-0")
 
 
-def kill_coordinator() -> None:
-    """Kill -9 the coordinator."""
+def kill_scorer_and_coordinator() -> None:
+    """Kill -9 the coordinator, and a scorer with it."""
+    kill_scorer()
     _kill_actor("-coordinator")
 
 
-@pytest.mark.parametrize("fault", [kill_self, kill_scorer, kill_coordinator], ids=["rank", "scorer", "coordinator"])
+FAULTS = [kill_self, kill_scorer, kill_scorer_and_coordinator]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=["rank", "scorer", "scorer and coordinator"])
 def test_same_rows_and_metrics_as_undisturbed(
     fault: Callable[[], None], shards: Shards, undisturbed: Outcome, tmp_path: Path
 ) -> None:

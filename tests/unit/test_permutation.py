@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 from bss_ray.errors import ConfigError, WeightError
-from bss_ray.sample import scorer
+from bss_ray.sample import permutation, scorer
 from bss_ray.sample.permutation import (
     BLOCK_ROWS,
     MAX_WEIGHT,
@@ -143,7 +143,7 @@ class TestReplacement:
 
     def test_rows_and_consecutive_pairs(self) -> None:
         score = np.tile([-0.8, -0.1, 0.3, 0.6, 0.9], 8)
-        draws = self.draws(score, 1.0, epochs=120, shards=3, scorers=2)
+        draws = self.draws(score, 1.0, epochs=100, shards=2, scorers=2)
         share = np.exp(score) / np.exp(score).sum()
         assert p_value(Counter(draws.ravel().tolist()), dict(enumerate(share))) > 1e-3
 
@@ -182,6 +182,14 @@ class TestReplacement:
         np.minimum.at(first, rows - 500, keys)
         assert (first == np.where(race <= 1.0, race, np.inf)).all()
         assert (np.diff(rows) >= 0).all()
+
+    def test_thousands_of_arrivals_of_one_row(self) -> None:
+        # Past the block's rounds and over several chunks of the row's own generator: one Poisson process.
+        keys, rows = arrivals(np.array([2.0]), horizon=4000.0, seed=4, epoch=2)
+        assert (rows == 0).all()
+        assert (np.diff(keys) > 0).all()
+        assert stats.kstest(np.diff(keys, prepend=0.0) * 2.0, "expon").pvalue > 1e-3
+        assert abs(len(keys) - 8000) < 4 * np.sqrt(8000)
 
     @pytest.mark.parametrize("heaviest", [3.0, 500.0])
     def test_a_longer_horizon_only_adds(self, heaviest: float) -> None:
@@ -318,6 +326,24 @@ class TestSlices:
         monkeypatch.setattr(scorer, "_CHUNK_ROWS", 7)
         chunked, _ = order_of(local_coordinator(score, scheduler, shards=2), 1)
         assert chunked.tolist() == whole.tolist()
+
+
+class TestTies:
+    """Equal keys hardly ever occur; all the more must they not depend on who holds the rows."""
+
+    @pytest.mark.parametrize("window_rows", [1, 10, 1 << 24])
+    @pytest.mark.parametrize(("shards", "scorers"), [(1, 1), (7, 1), (7, 3)])
+    def test_lower_row_id_first(
+        self, shards: int, scorers: int, window_rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(permutation, "exponentials", lambda *_, **__: np.ones(BLOCK_ROWS))
+        score = np.random.default_rng(5).integers(-2, 3, 80) / 2
+        scheduler = Learning(fraction=0.8)
+        coordinator = local_coordinator(score, scheduler, shards=shards, scorers=scorers, window_rows=window_rows)
+        expected = np.lexsort((np.arange(80), -score))[:64].tolist()
+        assert order_of(coordinator, 1)[0].tolist() == expected
+        assert weighted_permutation(scheduler.weights(score), seed=0, size=64).tolist() == expected
+        assert weighted_permutation(scheduler.weights(score), seed=0, size=9).tolist() == expected[:9]
 
 
 class TestReproducible:

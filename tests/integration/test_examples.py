@@ -1,0 +1,31 @@
+"""The examples run as they stand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_plain_torch() -> None:
+    lines = run("plain_torch.py").splitlines()
+    assert lines[0].startswith("epoch 0: 1000 rows")
+    assert lines[-1].startswith("epoch 4: 700 rows")
+
+
+@pytest.mark.integration
+def test_custom_loop() -> None:
+    out = run("custom_loop.py")
+    assert "'epoch': 2" in out
+    assert "'rows': 480" in out
+    assert "'score_version': 2" in out

@@ -1,0 +1,137 @@
+"""Shards: stable row ids, one fingerprint however they are cut, and bad data named before training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.data
+
+from bss_ray.data.build import build_shards
+from bss_ray.data.columns import Columns
+from bss_ray.data.sources import load_splits
+from bss_ray.errors import ConfigError, DataError, ResourceError
+from bss_ray.sample.actors import Scoring
+from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.train.trainer import check_resources
+from tests.runs import COLUMNS, make_columns, make_dataset
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
+
+
+def test_cuts_change_neither_rows_nor_fingerprint() -> None:
+    columns = make_columns()
+    made = [build_shards(make_dataset(columns), COLUMNS, min_shards=count) for count in (1, 2, 7)]
+    assert [len(shards.parts) for shards in made] == [1, 2, 7]
+    assert len({shards.fingerprint for shards in made}) == 1
+    rows = np.array([202, 0, 5, 5, 101, 33])
+    for shards in made:
+        batch = shards.gather(rows)
+        for name, values in columns.items():
+            np.testing.assert_array_equal(batch[name], values[rows])
+
+
+def test_fingerprint_sees_content_and_order() -> None:
+    columns = make_columns()
+    swapped = {name: values[[1, 0, *range(2, len(values))]] for name, values in columns.items()}
+    changed = {**columns, "a": columns["a"].copy()}
+    changed["a"][100, 3] += 1e-6
+    prints = {build_shards(make_dataset(c), COLUMNS).fingerprint for c in (columns, swapped, changed)}
+    assert len(prints) == 3
+
+
+def test_reads_are_views_and_batches_are_copies() -> None:
+    shards = build_shards(make_dataset(make_columns()), COLUMNS)
+    view = shards.read(0)["a"]
+    assert not view.flags.writeable
+    assert not view.flags.owndata
+    batch = shards.gather(np.arange(10))
+    batch["a"] += 1  # an in-place operation on a batch must not reach the store
+    np.testing.assert_array_equal(shards.gather(np.arange(10))["a"], make_columns()["a"][:10])
+
+
+def test_parquet_lists_and_functions(tmp_path: Any) -> None:
+    columns = make_columns(40)
+    table = pa.table({name: list(values) if values.ndim > 1 else values for name, values in columns.items()})
+    (tmp_path / "train").mkdir()
+    pq.write_table(table, tmp_path / "train" / "0.parquet")
+    splits = load_splits(str(tmp_path))
+    assert splits["validation"] is None
+    assert splits["train"] is not None
+    shards = build_shards(splits["train"], COLUMNS)
+    np.testing.assert_array_equal(shards.gather(np.arange(40))["b"], columns["b"])
+    assert build_shards(make_dataset(columns), COLUMNS).fingerprint == shards.fingerprint
+    with pytest.raises(DataError, match=r"no such file or folder.*nowhere"):
+        load_splits("./nowhere")
+    with pytest.raises(DataError, match="did you mean 'make_dataset'"):
+        load_splits("tests.runs:make_datase")
+
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def _set(name: str, row: int, value: Any) -> Change:
+    def change(columns: dict[str, Any]) -> None:
+        columns[name][row] = value
+
+    return change
+
+
+def _replace(name: str, make: Callable[[Any], Any]) -> Change:
+    def change(columns: dict[str, Any]) -> None:
+        columns[name] = make(columns[name])
+
+    return change
+
+
+BAD: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "NaN input": (_set("a", 150, np.nan), {}, r"NaN or infinite values in modality 'a' \(1 row; first row ids 150\)"),
+    "infinite input": (_set("b", 7, np.inf), {}, r"NaN or infinite values in modality 'b' \(1 row; first row ids 7\)"),
+    "negative label": (_set("label", 90, -1), {}, r"negative labels in column 'label' \(1 row; first row ids 90\)"),
+    "label too large": (_set("label", 3, 9), {"num_classes": 3}, r"0\.\.2 \(num_classes=3\).*first row ids 3"),
+    "float labels": (_replace("label", lambda x: x + 0.5), {}, r"labels must be integers.*float64"),
+    "missing label": (
+        _replace("label", lambda x: [None if i in (4, 180) else int(v) for i, v in enumerate(x)]),
+        {},
+        r"nulls in column 'label' \(2 rows; first row ids 4, 180\)",
+    ),
+    "text input": (_replace("a", lambda x: [f"row {i}" for i in range(len(x))]), {}, r"'a' must hold numeric tensors"),
+    "ragged input": (_replace("a", lambda x: [v[: 3 + i % 2] for i, v in enumerate(x)]), {}, r"'a' need one shape"),
+    "duplicate id": (
+        _replace("name", lambda x: [*x[:-1], x[9]]),
+        {"id": "name"},
+        r"'row 9' in rows 9 and 202",
+    ),
+    "no such column": (_replace("a", lambda x: x), {"label": "lable"}, r"no column 'lable'; did you mean 'label'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_named(case: str) -> None:
+    change, options, message = BAD[case]
+    columns: dict[str, Any] = make_columns()
+    columns["name"] = [f"row {i}" for i in range(len(columns["label"]))]
+    change(columns)
+    num_classes = options.pop("num_classes", None) if "num_classes" in options else None
+    roles = Columns(**{"modalities": ("a", "b"), **options})
+    with pytest.raises(DataError, match=message):
+        build_shards(make_dataset(columns), roles, num_classes=num_classes, min_shards=3)
+
+
+def test_no_rows_and_too_few() -> None:
+    with pytest.raises(DataError, match="no rows"):
+        build_shards(make_dataset(make_columns()).filter(lambda row: row["label"] > 99), COLUMNS)
+    with pytest.raises(ConfigError, match="batch_size=64, rows=10"):
+        check_batch_size(64, 10)
+
+
+def test_impossible_resources_are_refused_at_once() -> None:
+    with pytest.raises(ResourceError, match=r"needs 100 CPU .*the cluster has 6"):
+        check_resources(ray.train.ScalingConfig(num_workers=100), Scoring())
+    with pytest.raises(ResourceError, match=r"needs 1 GPU .*the cluster has 0"):
+        check_resources(ray.train.ScalingConfig(num_workers=1, use_gpu=True), Scoring())
+    with pytest.raises(ResourceError, match=r"2 scorers x 0\.5\); the cluster has 0"):
+        check_resources(ray.train.ScalingConfig(num_workers=1), Scoring(gpus_per_scorer=0.5))

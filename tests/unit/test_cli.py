@@ -1,0 +1,92 @@
+"""The command line without Ray: wrong options, defaults, and the run folder's rules."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bss_ray.cli import main, train_parser
+from bss_ray.errors import ConfigError, StorageError
+from bss_ray.train.folder import RunFolder
+
+
+def wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What `bss-ray train` says to wrong arguments."""
+    try:
+        code = main(["train", *arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code != 0
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scheduler", "Learnin"], "Did you mean 'Learning'?"),
+        (["--scheduler.temperatur", "0.5"], "Did you mean 'temperature'?"),
+        (["--lop.epochs", "3"], "Did you mean 'loop.epochs'?"),
+        (["--loop.epochs", "many"], "many"),
+        (["--loop.epochs", "0"], "epochs must be at least 1; received 0"),
+        (["--scheduler.temperature", "0"], "temperature must be at least 0.01"),
+        (["--scheduler", "Heuristic", "--scheduler.initial", "1.5"], "(0, 1]; received 1.5"),
+        (["--measurer.similarity", "predicton"], "did you mean 'prediction'?"),
+        (["--columns.modalities", "[audio]"], "at least two input columns; received ['audio']"),
+        (["--scoring.momentum", "1"], "momentum must lie in [0, 1)"),
+        (["--config", "no_such.yaml"], "no_such.yaml"),
+    ],
+)
+def test_wrong_options_say_what_to_do(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert said in wrong(["--storage_path", str(tmp_path), *arguments], capsys)
+    assert not list(tmp_path.iterdir()), "nothing may be written for a wrong option"
+
+
+def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_scheduler_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    # Heuristic never refreshes its scores by default; Learning's interval of 1 must not leak into it.
+    def settings(arguments: list[str]) -> dict[str, object]:
+        return dict(train_parser(arguments).parse_args(arguments).scheduler.init_args.as_dict())
+
+    assert settings(["--scheduler", "Heuristic"])["update_interval"] == 0
+    assert settings(["--scheduler.temperature", "0.5"]) == {**settings([]), "temperature": 0.5}
+    config = tmp_path / "config.yaml"
+    config.write_text("scheduler: {class_path: Heuristic, init_args: {initial: 0.2}}\n")
+    chosen = settings(["--config", str(config), "--scheduler.power", "1"])
+    assert (chosen["initial"], chosen["power"], chosen["update_interval"]) == (0.2, 1.0, 0)
+
+
+class TestRunFolder:
+    def test_same_configuration_goes_on_and_another_is_refused(self, tmp_path: Path) -> None:
+        folder = RunFolder(str(tmp_path), "run")
+        assert folder.claim("seed: 1\nloop: {lr: 0.1}\nnum_workers: 1\n") is False
+        assert folder.claim("seed: 1\nloop: {lr: 0.1}\nnum_workers: 4\n") is True
+        with pytest.raises(ConfigError, match=r"loop\.lr: 0\.1 there, 0\.2 now"):
+            folder.claim("seed: 1\nloop: {lr: 0.2}\nnum_workers: 1\n")
+        assert "0.1" in (folder.path / "config.yaml").read_text(), "what is there must stay"
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StorageError, match=r"cannot be written.*--storage_path"):
+            RunFolder(str(tmp_path / "file"), "run")
+        if os.geteuid() != 0:  # root may write anywhere
+            tmp_path.chmod(0o500)
+            with pytest.raises(StorageError, match="cannot be written"):
+                RunFolder(str(tmp_path), "run")
+
+    @pytest.mark.parametrize("name", ["", "..", "a/b"])
+    def test_names_that_are_no_folder(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(ConfigError, match="name of one folder"):
+            RunFolder(str(tmp_path), name)
+
+    def test_metrics_are_rewritten_whole(self, tmp_path: Path) -> None:
+        folder = RunFolder(str(tmp_path), "run")
+        folder.write_metrics([{"epoch": 0, "loss": 1.0}])
+        folder.write_metrics([{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5, "val": 0.9}])
+        lines = (folder.path / "metrics.csv").read_text().splitlines()
+        assert lines == ["epoch,loss,val", "0,1.0,", "1,0.5,0.9"]

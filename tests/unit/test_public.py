@@ -1,0 +1,31 @@
+"""The public surface is what the README shows."""
+
+import subprocess
+import sys
+
+import bss_ray
+
+
+def test_names() -> None:
+    assert set(bss_ray.__all__) == {
+        "BalancedTrainer",
+        "BssRayError",
+        "Columns",
+        "Heuristic",
+        "Learning",
+        "Measurer",
+        "Measures",
+        "Scoring",
+        "Uniform",
+        "balance_scores",
+        "get_sampler",
+        "weighted_permutation",
+    }
+    for name in bss_ray.__all__:
+        assert getattr(bss_ray, name).__doc__
+
+
+def test_sampler_without_ray() -> None:
+    # A plain PyTorch script must not pay for Ray.
+    code = "import bss_ray, sys; bss_ray.weighted_permutation([1.0], seed=0); sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
