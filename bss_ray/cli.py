@@ -147,14 +147,18 @@ def train_command(argv: Sequence[str]) -> int:
 
 def _resolved(parser: ArgumentParser, settings: Namespace) -> str:
     """All settings as YAML."""
-    return str(parser.dump(settings, skip_none=False))
+    return str(parser.dump(settings, skip_unset=False))
 
 
 def _instantiate(parser: ArgumentParser, settings: Namespace) -> Any:
     from bss_ray.train.loop import ModelSpec
     from bss_ray.train.run import TrainConfig
 
-    made = parser.instantiate_classes(settings)
+    try:
+        made = parser.instantiate(settings)
+    except ValueError as error:
+        # An optional setting's own error comes wrapped into one about its union type.
+        raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
     init_args = made.model.get("init_args")
     model = ModelSpec(class_path=made.model.class_path, init_args=init_args.as_dict() if init_args else {})
     others = {f.name: made[f.name] for f in fields(TrainConfig) if f.name != "model"}

@@ -1,11 +1,11 @@
 """A train loop of your own: three modalities, your model, your loss, any number of ranks.
 
 Run it:  python examples/custom_loop.py
-The data is made here; put your Ray Dataset in its place. Run it again with the same name and storage
-path and it goes on where it stopped.
+The data is made here; put your Ray Dataset in its place. Stop it and run it again: it goes on where
+it stopped, in runs/custom-loop.
 """
 
-import tempfile
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -65,6 +65,6 @@ if __name__ == "__main__":
         batch_size=32,
         train_loop_config={"lr": 0.01, "epochs": 3},
         scaling_config=ray.train.ScalingConfig(num_workers=1),
-        run_config=ray.train.RunConfig(name="custom-loop", storage_path=tempfile.mkdtemp()),
+        run_config=ray.train.RunConfig(name="custom-loop", storage_path=str(Path("runs").absolute())),
     ).fit()
     print({name: round(value, 3) for name, value in result.metrics.items()})

@@ -77,6 +77,7 @@ def per_row_loss(
     Returns:
         (B,) with gradients; its mean over a global batch is the training loss.
     """
+    labels = labels.long()  # shards hold int64; a user's own batches may not
     fused = F.cross_entropy(outputs[FUSED], labels, reduction="none")
     unimodal = [F.cross_entropy(outputs[name], labels, reduction="none") for name in modalities_of(outputs)]
     return fused_weight * fused + unimodal_weight * torch.stack(unimodal).sum(0)

@@ -178,7 +178,8 @@ class _Unpacker(pickle.Unpickler):
     def persistent_load(self, pid: tuple[Any, ...]) -> torch.Tensor:
         index, dtype, shape, is_parameter, requires_grad = pid
         if index not in self._made:
-            tensor = torch.from_numpy(self._arrays[index].copy()).view(dtype).reshape(shape)
+            data = torch.from_numpy(self._arrays[index].copy())
+            tensor = data.view(dtype).reshape(shape) if len(data) else torch.empty(shape, dtype=dtype)
             if is_parameter:
                 tensor = nn.Parameter(tensor, requires_grad=requires_grad)
             self._made[index] = tensor

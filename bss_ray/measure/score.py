@@ -35,7 +35,8 @@ class Bounds:
     @staticmethod
     def union(parts: list[Bounds]) -> Bounds:
         """Bounds over all parts. Exact, whatever the parts' number and order."""
-        return Bounds(min(part.low for part in parts), max(part.high for part in parts))
+        lows, highs = (part.low for part in parts), (part.high for part in parts)
+        return Bounds(min(lows, default=math.inf), max(highs, default=-math.inf))
 
 
 def normalise(values: np.ndarray, bounds: Bounds) -> np.ndarray:

@@ -64,7 +64,7 @@ class Display:
             text = f"building shards ({message['split']})"
             self._progress.update(self._task, description=text, completed=message["done"], total=message["of"])
         elif kind == "batch" and self.console.is_terminal:
-            text = f"epoch {message['epoch'] + 1}"
+            text = f"epoch {message['epoch']}"
             self._progress.update(
                 self._task, description=text, completed=message["batch"] + 1, total=message["batches"]
             )
@@ -84,7 +84,7 @@ class Display:
 def epoch_cells(row: Mapping[str, Any]) -> dict[str, str]:
     """Column name and text of each figure that an epoch's line shows."""
     cells = {
-        "epoch": str(row["epoch"] + 1),
+        "epoch": str(row["epoch"]),
         "rows": str(row["rows"]),
         "eff. size": f"{row['effective_sample_size']:.0f}",
         "loss": f"{row['train_information']:.4f}" if "train_information" in row else "-",
@@ -97,7 +97,7 @@ def epoch_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 def result_table(result: Mapping[str, Any], folder: Path) -> Table:
     """The run's end: the chosen epoch's metrics by head, and where everything lies."""
-    table = Table(title=f"epoch {result['chosen_epoch'] + 1}, chosen on validation", title_justify="left")
+    table = Table(title=f"epoch {result['chosen_epoch']}, chosen on validation", title_justify="left")
     figures = {**result["validation"], **result["test"]}
     names = [name.split("_", 2) for name in figures]
     columns = list(dict.fromkeys((split, metric) for split, metric, _ in names))

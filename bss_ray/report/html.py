@@ -66,7 +66,7 @@ def _sizes(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
     kept = [row for row in rows if row.get(name)]
-    return [int(row["epoch"]) + 1 for row in kept], [float(row[name]) for row in kept]
+    return [int(row["epoch"]) for row in kept], [float(row[name]) for row in kept]
 
 
 def _figure(go: Any, title: str, series: dict[str, tuple[list[int], list[float]]], x: str, y: str) -> Any:

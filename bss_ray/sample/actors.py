@@ -33,7 +33,7 @@ class Scoring:
 
     Args:
         engine: `actors`: scorer actors forward their shards between epochs, while the ranks wait.
-        num_scorers: holders of scores; the order of rows does not depend on it.
+        num_scorers: holders of scores; for given scores the order of rows does not depend on it.
         momentum: mu in [0, 1) of the score's moving average; 0 is the released code.
         accumulate: `ema`, or `sum` (the mean of all updates).
         batch_size: rows of a scorer's forward pass.

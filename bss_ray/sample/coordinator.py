@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from bss_ray.errors import CheckpointError, ConfigError, ScheduleError, WeightEr
 from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
 from bss_ray.sample.plan import TAILS, Plan, Tail
-from bss_ray.sample.radix import Window, cut_windows, exact_total, radix_select
+from bss_ray.sample.radix import Window, cut_windows, radix_select
 from bss_ray.sample.scorer import Draw, Moments, PartState, Scorer
 from bss_ray.schedule.schedulers import Scheduler, Uniform
 
@@ -198,7 +199,7 @@ class Coordinator:
                 f"epoch {epoch} wants {size} different rows, and {moments.positive} of {self._rows} have a positive "
                 "weight. Lower `fraction`, raise `uniform_mix`, or draw with replacement"
             )
-        total = exact_total(moments.total)
+        total = float(moments.total)
         if scheduler.replacement:
             draw = replace(draw, horizon=horizon_for(size, total))
         windows = cut_windows(
@@ -214,7 +215,7 @@ class Coordinator:
             window_ends=tuple(int(end) for end in ends),
             diagnostics={
                 "eligible_rows": moments.positive,
-                "effective_sample_size": total**2 / exact_total(moments.squares),
+                "effective_sample_size": float(moments.total**2 / moments.squares),
                 "largest_share": moments.largest / total,
             },
         )
@@ -231,14 +232,14 @@ class Coordinator:
         mix = draw.scheduler.uniform_mix
         if mix == 1:
             return replace(draw, scheduler=Uniform())
-        return replace(draw, added_weight=mix / (1 - mix) * exact_total(moments.total) / subset)
+        return replace(draw, added_weight=mix / (1 - mix) * float(moments.total) / subset)
 
     def _moments(self, draw: Draw) -> Moments:
         parts: list[Moments] = self._holders.map("moments", draw)
         return Moments(
             positive=sum(part.positive for part in parts),
-            total=sum(part.total for part in parts),
-            squares=sum(part.squares for part in parts),
+            total=sum((part.total for part in parts), start=Fraction(0)),
+            squares=sum((part.squares for part in parts), start=Fraction(0)),
             largest=max(part.largest for part in parts),
         )
 

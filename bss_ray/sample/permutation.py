@@ -57,8 +57,14 @@ def exponentials(seed: int, epoch: int, block: int, round_: int = 0) -> np.ndarr
         (65536,) float64.
     """
     # The lowest counter word counts within a stream, so streams 2^64 apart can never meet.
-    bits = np.random.Philox(key=[seed, _BLOCK_STREAM], counter=[0, round_, block, epoch])
-    return np.random.Generator(bits).standard_exponential(BLOCK_ROWS)
+    return _generator(seed, _BLOCK_STREAM, 0, round_, block, epoch).standard_exponential(BLOCK_ROWS)
+
+
+def _generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
+    """The generator of one purpose and place."""
+    # As uint64: NumPy makes floats of a list with numbers above 2^63, and loses their last bits.
+    key, words = np.array([seed, stream], dtype=np.uint64), np.array(counter, dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=words))
 
 
 def check_weights(weights: np.ndarray, first_row: int = 0) -> np.ndarray:
@@ -157,8 +163,7 @@ def arrivals(
 
 def _later_arrivals(seed: int, epoch: int, row_id: int, elapsed: float, weight: float, horizon: float) -> np.ndarray:
     """Arrival times of one heavy row after its first `_BLOCK_ROUNDS`."""
-    bits = np.random.Philox(key=[seed, _ROW_STREAM], counter=[0, 0, row_id, epoch])
-    generator = np.random.Generator(bits)
+    generator = _generator(seed, _ROW_STREAM, 0, 0, row_id, epoch)
     times: list[np.ndarray] = []
     while elapsed / weight <= horizon:
         # A fixed chunk: its size must not depend on the horizon, or the sums would round differently.

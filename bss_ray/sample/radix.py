@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -102,11 +103,11 @@ def _bins(counts: Counts, prefix: int, shift: int, limit: int) -> Iterator[tuple
             yield value << shift, (value + 1) << shift, rows
 
 
-def exact_sum(values: np.ndarray) -> int:
-    """Sum of finite, non-negative float64 (n,) in units of 2^-1074, exactly.
+def exact_sum(values: np.ndarray) -> Fraction:
+    """Exact sum of finite, non-negative float64 (n,).
 
-    Floating-point sums depend on how the rows are grouped; an integer does not, so parts of any
-    number of holders add up to the same total. `exact_total` turns it back.
+    Floating-point sums depend on how the rows are grouped; a fraction does not, so parts of any
+    number of holders add up to the same total.
     """
     total = 0
     # Half a mantissa is below 2^27, and float64 adds integers exactly up to 2^53: 2^26 at a time.
@@ -119,9 +120,4 @@ def exact_sum(values: np.ndarray) -> int:
                 shift = place + lowest - 53 + up + _EXACT_UNIT
                 # Subnormals have zeros where a negative shift would cut.
                 total += int(part) << shift if shift >= 0 else int(part) >> -shift
-    return total
-
-
-def exact_total(units: int) -> float:
-    """A sum of `exact_sum` results as float64, correctly rounded."""
-    return units / (1 << _EXACT_UNIT)
+    return Fraction(total, 1 << _EXACT_UNIT)

@@ -7,8 +7,10 @@ for and forgotten again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -58,11 +60,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Moments:
-    """Figures of the weights of some rows; sums in exact units (`exact_sum`)."""
+    """Figures of the weights of some rows; sums are exact, so they do not depend on who holds which row."""
 
     positive: int
-    total: int
-    squares: int
+    total: Fraction
+    squares: Fraction
     largest: float
 
 
@@ -78,6 +80,11 @@ class _Part:
     @property
     def stop_row(self) -> int:
         return self.first_row + len(self.score)
+
+    def clear(self) -> None:
+        # New arrays: the old ones may be part of a state that was handed out.
+        rows = len(self.score)
+        self.score, self.similarity, self.information = (np.zeros(rows, kind) for kind in (float, "f4", "f4"))
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Scorer:
     def reset(self) -> None:
         """Forget all scores: the state before the first update."""
         for part in self._parts:
-            part.score[:] = part.similarity[:] = part.information[:] = 0
+            part.clear()
         self._version, self._measured = 0, []
 
     def measure(self, model: nn.Module, read: Callable[[int], dict[str, np.ndarray]]) -> tuple[Bounds, Bounds]:
@@ -214,6 +221,8 @@ class Scorer:
         """
         found = 0
         for own in self._parts:
+            own.clear()
+            seen = np.zeros(len(own.score), dtype=bool)
             for saved in parts:
                 start = max(own.first_row, saved.first_row)
                 stop = min(own.stop_row, saved.first_row + len(saved.score))
@@ -224,7 +233,8 @@ class Scorer:
                 own.score[here] = saved.score[there]
                 own.similarity[here] = saved.similarity[there]
                 own.information[here] = saved.information[there]
-                found += stop - start
+                seen[here] = True
+            found += int(seen.sum())
         self._version, self._measured = version, []
         return found
 
@@ -256,12 +266,15 @@ class Scorer:
             WeightError: a scheduler returned weights from which no order can be drawn.
         """
         self._check_version(draw.version)
-        positive, total, squares, largest = 0, 0, 0, 0.0
+        positive, total, squares, largest = 0, Fraction(0), Fraction(0), 0.0
         for _, weights in self._weights(draw):
             positive += int(np.count_nonzero(weights))
             total += exact_sum(weights)
-            squares += exact_sum(weights**2)
-            largest = max(largest, float(weights.max(initial=0.0)))
+            # Squares of very large or small weights leave float64's range: take a power of two out first.
+            highest = float(weights.max(initial=0.0))
+            scale = math.frexp(highest)[1]
+            squares += exact_sum(np.ldexp(weights, -scale) ** 2) * Fraction(4) ** scale
+            largest = max(largest, highest)
         return Moments(positive, total, squares, largest)
 
     def key_counts(self, draw: Draw, prefix: int, shift: int) -> np.ndarray:

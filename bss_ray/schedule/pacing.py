@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal, get_args
 
 from bss_ray.errors import ScheduleError, nearest
@@ -43,8 +44,9 @@ def pacing(
     check_pacing(initial=initial, grow_epochs=grow_epochs, power=power, shape=shape, steps=steps)
     if t < 1:
         raise ScheduleError(f"epochs after burn-in count from 1; received t={t}")
-    progress = min(1.0, t / grow_epochs)
-    return min(1.0, _SHAPES[shape](progress, initial, power, steps))
+    if t >= grow_epochs:
+        return 1.0  # exactly, whatever the shape's rounding
+    return min(1.0, _SHAPES[shape](Fraction(t, grow_epochs), initial, power, steps))
 
 
 def check_pacing(*, initial: float, grow_epochs: int, power: float, shape: str, steps: int) -> None:
@@ -65,24 +67,25 @@ def check_pacing(*, initial: float, grow_epochs: int, power: float, shape: str, 
         raise ScheduleError(f"steps must be at least 1; received {steps}")
 
 
-def _root(progress: float, initial: float, power: float, _steps: int) -> float:
+def _root(progress: Fraction, initial: float, power: float, _steps: int) -> float:
     start = initial**power
-    return float(((1 - start) * progress + start) ** (1 / power))
+    return float(((1 - start) * float(progress) + start) ** (1 / power))
 
 
-def _linear(progress: float, initial: float, _power: float, _steps: int) -> float:
-    return (1 - initial) * progress + initial
+def _linear(progress: Fraction, initial: float, _power: float, _steps: int) -> float:
+    return (1 - initial) * float(progress) + initial
 
 
-def _geometric(progress: float, initial: float, _power: float, _steps: int) -> float:
-    return float(initial ** (1 - progress))
+def _geometric(progress: Fraction, initial: float, _power: float, _steps: int) -> float:
+    return float(initial ** (1 - float(progress)))
 
 
-def _step(progress: float, initial: float, _power: float, steps: int) -> float:
+def _step(progress: Fraction, initial: float, _power: float, steps: int) -> float:
+    # The fraction keeps the jumps on time: 49 * (1 / 49) is below 1 in floating point.
     return (1 - initial) * math.floor(progress * steps) / steps + initial
 
 
-_SHAPES: dict[str, Callable[[float, float, float, int], float]] = {
+_SHAPES: dict[str, Callable[[Fraction, float, float, int], float]] = {
     "root": _root,
     "linear": _linear,
     "geometric": _geometric,

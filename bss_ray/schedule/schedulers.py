@@ -99,7 +99,8 @@ class Heuristic(Scheduler):
     """BSS-H: the rows of highest score, a growing share of them, in uniform order.
 
     Weight 1 for the floor(lambda(t) N) rows of highest score (ties: lower row id first), 0 for the
-    rest; see `bss_ray.schedule.pacing` for lambda. The defaults are the released code's.
+    rest; see `bss_ray.schedule.pacing` for lambda. The defaults are the released code's, but for
+    `burn_in`: the released code scores the untrained model (`burn_in=0`).
 
     Args:
         initial: share of rows before the first epoch, in (0, 1].
@@ -195,6 +196,8 @@ class Learning(Scheduler):
             )
         if not 0 <= self.uniform_mix <= 1:
             raise ScheduleError(f"uniform_mix is a share and must lie in [0, 1]; received {self.uniform_mix}")
+        if not 0 < self.fraction <= 1:
+            raise ScheduleError(f"fraction is a share of the rows and must lie in (0, 1]; received {self.fraction}")
         check_pacing(
             initial=self.fraction,
             grow_epochs=1 if self.grow_epochs is None else self.grow_epochs,

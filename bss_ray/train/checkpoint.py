@@ -1,6 +1,6 @@
 """A checkpoint: model, optimiser and everything else with a state, and the sampler's whole state.
 
-    manifest.json      format, fingerprint of the data, seed, position, history, digests of the files
+    manifest.json      format, fingerprint of the data, seed, position, history, digests of all files
     model.pt           state dict
     <name>.pt          state dict of whatever else was handed over (optimizer, lr_schedule, ...)
     scores-00000.npz   scores and measures of one holder's rows, as many files as holders
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from bss_ray.sample.scorer import PartState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SCORES = "scores-"
 
 _REMEDY = "Choose another run name, or go back to the data and settings that the run was started with"
 
@@ -59,8 +61,7 @@ class Manifest:
         position: where training goes on.
         history: metrics of all finished epochs, in order.
         observed: sums of the unfinished epoch's measures over all ranks: rows, similarity, information.
-        score_parts: number of score files.
-        digests: BLAKE2 of each file that rank 0 wrote.
+        digests: BLAKE2 of each file.
         format: version of this layout.
     """
 
@@ -70,26 +71,27 @@ class Manifest:
     position: Position
     history: list[dict[str, Any]]
     observed: list[float]
-    score_parts: int
     digests: dict[str, str]
     format: int = FORMAT
 
 
 def score_file(index: int) -> str:
     """File name of one holder's scores."""
-    return f"scores-{index:05d}.npz"
+    return f"{_SCORES}{index:05d}.npz"
 
 
-def write_scores(folder: Path, index: int, parts: list[PartState]) -> None:
-    """Write one holder's scores: plain arrays, no pickles; the zip's CRCs guard the content."""
+def write_scores(folder: Path, index: int, parts: list[PartState]) -> dict[str, str]:
+    """Write one holder's scores as plain arrays, no pickles; returns the file's digest."""
+    path = folder / score_file(index)
     np.savez(
-        folder / score_file(index),
+        path,
         first_row=np.array([part.first_row for part in parts], dtype=np.int64),
         rows=np.array([len(part.score) for part in parts], dtype=np.int64),
         score=np.concatenate([part.score for part in parts]),
         similarity=np.concatenate([part.similarity for part in parts]),
         information=np.concatenate([part.information for part in parts]),
     )
+    return {path.name: _digest(path.read_bytes())}
 
 
 def write_states(folder: Path, states: dict[str, Any]) -> dict[str, str]:
@@ -104,7 +106,8 @@ def write_states(folder: Path, states: dict[str, Any]) -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, after everything that it speaks of."""
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1))
+    content = asdict(manifest)
+    (folder / MANIFEST).write_text(json.dumps({**content, "digest": _digest(_canonical(content))}, indent=1))
 
 
 class SavedCheckpoint:
@@ -125,14 +128,19 @@ class SavedCheckpoint:
             CheckpointError: missing, damaged, or of another format version.
         """
         try:
-            fields = json.loads(self._read(MANIFEST))
+            fields = json.loads(self._read(MANIFEST, check=False))
+            expected = fields.pop("digest")
             if fields["format"] != FORMAT:
                 raise CheckpointError(
                     f"checkpoint {self._path} has format {fields['format']}; this version of bss_ray reads format "
                     f"{FORMAT}. Use the version that wrote it, or start a new run"
                 )
+            if _digest(_canonical(fields)) != expected:
+                raise self._damaged(MANIFEST, "its content does not have the digest that it names")
             return Manifest(**{**fields, "position": Position(**fields["position"])})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(MANIFEST, error) from error
 
     def manifest_for(self, *, fingerprint: str, seed: int) -> Manifest:
@@ -160,11 +168,11 @@ class SavedCheckpoint:
             CheckpointError: missing or damaged.
         """
         file = f"{name}.pt"
-        content = self._read(file)
-        expected = self.manifest().digests.get(file)
-        if _digest(content) != expected:
-            raise self._damaged(file, f"its digest is {_digest(content)}, the manifest says {expected}")
-        return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
+        content = io.BytesIO(self._read(file))
+        try:
+            return torch.load(content, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+            raise self._damaged(file, error) from error
 
     def scores(self, start: int, stop: int) -> list[PartState]:
         """Saved scores that overlap rows [start, stop), whoever held them.
@@ -172,14 +180,12 @@ class SavedCheckpoint:
         Raises:
             CheckpointError: a score file is missing or damaged.
         """
-        found = []
-        for index in range(self.manifest().score_parts):
-            found += [
-                part
-                for part in self._score_parts(score_file(index))
-                if part.first_row < stop and part.first_row + len(part.score) > start
-            ]
-        return found
+        return [
+            part
+            for file in sorted(name for name in self.manifest().digests if name.startswith(_SCORES))
+            for part in self._score_parts(file)
+            if part.first_row < stop and part.first_row + len(part.score) > start
+        ]
 
     def _score_parts(self, file: str) -> list[PartState]:
         try:
@@ -189,23 +195,33 @@ class SavedCheckpoint:
             columns = (np.split(arrays[name], edges) for name in ("score", "similarity", "information"))
             firsts = arrays["first_row"].tolist()
             return [PartState(first, *values) for first, *values in zip(firsts, *columns, strict=True)]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # written by another program
             raise self._damaged(file, error) from error
 
-    def _read(self, file: str) -> bytes:
+    def _read(self, file: str, *, check: bool = True) -> bytes:
+        """Content of a file, if it has the digest that the manifest names."""
         path = f"{self._path}/{file}"
         try:
             with self._filesystem.open_input_stream(path) as stream:
                 content: bytes = stream.read()
-                return content
         except OSError as error:
             raise self._damaged(file, error) from error
+        if check:
+            digest, expected = _digest(content), self.manifest().digests.get(file)
+            if digest != expected:
+                raise self._damaged(file, f"its digest is {digest}, the manifest says {expected}")
+        return content
 
     def _damaged(self, file: str, why: object) -> CheckpointError:
         return CheckpointError(
             f"checkpoint {self._path} is damaged: {file} cannot be used ({why}). Remove this checkpoint's folder "
             "to go on from an older one, or start a new run"
         )
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    # Through JSON and back: a tuple is written as a list, and NaN has one spelling.
+    return json.dumps(json.loads(json.dumps(manifest)), sort_keys=True).encode()
 
 
 def _digest(content: bytes) -> str:

@@ -83,7 +83,7 @@ class Sampler:
         self._context = context
         self._rank, self._ranks = train.get_world_rank(), train.get_world_size()
         node = ray.get_runtime_context().get_node_id()
-        nodes = [node] if self._ranks == 1 else _gather_nodes(node, self._ranks)
+        nodes = _gather_objects(node, self._ranks)
         self._loader = Loader(context.train, rank=self._rank, rank_nodes=nodes, device=self.device)
         self._validation: Loader | None = None
         if context.validation is not None:
@@ -290,11 +290,14 @@ class Sampler:
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
             holders = ray.get(self._context.coordinator.parts.remote(position.version)) if position.version else []
+            digests: dict[str, str] = {}
             for index in range(self._rank, len(holders), self._ranks):
-                write_scores(folder, index, ray.get(holders[index]))
+                digests |= write_scores(folder, index, ray.get(holders[index]))
             if self._rank == 0:
                 states = {"model": unwrap_model(model), **stateful}
-                digests = write_states(folder, {name: part.state_dict() for name, part in states.items()})
+                digests |= write_states(folder, {name: part.state_dict() for name, part in states.items()})
+            everyones = _gather_objects(digests, self._ranks)
+            if self._rank == 0:
                 manifest = Manifest(
                     fingerprint=self.shards.fingerprint,
                     seed=self._context.seed,
@@ -302,8 +305,7 @@ class Sampler:
                     position=position,
                     history=self._history,
                     observed=observed,
-                    score_parts=len(holders),
-                    digests=digests,
+                    digests={file: digest for own in everyones for file, digest in own.items()},
                 )
                 write_manifest(folder, manifest)
             # A rank without a file of its own reports without one, and still takes part in the barrier.
@@ -351,11 +353,12 @@ class Sampler:
             self._context.coordinator.post.remote(message)
 
 
-def _gather_nodes(node: str, ranks: int) -> list[str]:
-    """Node id of every rank."""
-    nodes: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(nodes, node)
-    return nodes
+def _gather_objects(own: Any, ranks: int) -> list[Any]:
+    """A small object of every rank, on every rank."""
+    everyones: list[Any] = [own] * ranks
+    if ranks > 1:
+        torch.distributed.all_gather_object(everyones, own)
+    return everyones
 
 
 _current: Sampler | None = None

@@ -43,10 +43,10 @@ def kill_scorer_and_coordinator() -> None:
     _kill_actor("-coordinator")
 
 
-FAULTS = [kill_self, kill_scorer, kill_scorer_and_coordinator]
+FAULTS = [kill_self, kill_scorer_and_coordinator]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=["rank", "scorer", "scorer and coordinator"])
+@pytest.mark.parametrize("fault", FAULTS, ids=["rank", "scorer and coordinator"])
 def test_same_rows_and_metrics_as_undisturbed(
     fault: Callable[[], None], shards: Shards, undisturbed: Outcome, tmp_path: Path
 ) -> None:

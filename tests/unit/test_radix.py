@@ -14,7 +14,6 @@ from bss_ray.sample.radix import (
     cut_windows,
     digit_counts,
     exact_sum,
-    exact_total,
     ordered_bits,
     radix_select,
 )
@@ -130,7 +129,7 @@ class TestExactSum:
     @all_addends
     def test_equals_rational_sum(self, values: np.ndarray) -> None:
         exact = sum((Fraction(value) for value in values.tolist()), start=Fraction(0))
-        assert Fraction(exact_sum(values), 2**1074) == exact
+        assert exact_sum(values) == exact
 
     @all_addends
     def test_independent_of_the_split_and_the_order(self, values: np.ndarray) -> None:
@@ -142,9 +141,9 @@ class TestExactSum:
     def test_total_is_correctly_rounded(self) -> None:
         values = ADDENDS["uniform"]
         exact = sum((Fraction(value) for value in values.tolist()), start=Fraction(0))
-        assert exact_total(exact_sum(values)) == float(exact)
-        assert exact_total(exact_sum(np.array([0.1]))) == 0.1
-        assert exact_total(0) == 0.0
+        assert float(exact_sum(values)) == float(exact)
+        assert float(exact_sum(np.array([0.1]))) == 0.1
+        assert exact_sum(np.empty(0)) == 0
 
     def test_float_sums_do_depend_on_the_order(self) -> None:
         # Why this function exists: without such a case the ones above would prove nothing.
