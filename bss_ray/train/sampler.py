@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import CheckpointError, ConfigError
-from bss_ray.measure.criteria import Measurer, Outputs
+from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
+from bss_ray.measure.criteria import FUSED, Measurer, Outputs
 from bss_ray.measure.forward import pack_model, unwrap_model
 from bss_ray.sample.actors import ScoringJob
 from bss_ray.sample.loader import FILLER, Loader
@@ -197,6 +197,10 @@ class Sampler:
             ModelOutputError: outputs that cannot be measured.
         """
         measures = self.measurer.measure(outputs, batch[self.shards.columns.label])
+        if outputs[FUSED].shape[1] < self.shards.num_classes:
+            raise ModelOutputError(
+                f"the data has {self.shards.num_classes} classes and the model's logits only {outputs[FUSED].shape[1]}"
+            )
         own = batch["row_id"] != FILLER
         parts = (own, measures.similarity[own], measures.information[own])
         self._sums += torch.stack([part.sum(dtype=torch.float64) for part in parts])

@@ -251,18 +251,18 @@ class TestSizes:
 class TestScale:
     weights = np.random.default_rng(1).uniform(0.01, 2.0, 500)
 
-    @pytest.mark.parametrize("power", [-390, -3, 1, 64, 390])
+    @pytest.mark.parametrize("power", [-600, -3, 1, 64, 600])
     def test_a_power_of_two_changes_nothing(self, power: int) -> None:
         expected = weighted_permutation(self.weights, seed=3)
         assert weighted_permutation(self.weights * 2.0**power, seed=3).tolist() == expected.tolist()
 
     def test_extreme_range(self) -> None:
-        weights = np.array([1e-120, 1.0, 1e120, 1e-60, 1e60])
+        weights = np.array([1e-200, 1.0, 1e200, 1e-100, 1e100])
         for epoch in range(50):
-            # Factors of 1e60 leave nothing to chance.
+            # Factors of 1e100 leave nothing to chance.
             assert weighted_permutation(weights, seed=0, epoch=epoch).tolist() == [2, 4, 1, 3, 0]
 
-    @pytest.mark.parametrize("scale", [1e-119, 1e119])
+    @pytest.mark.parametrize("scale", [1e-200, 1e200])
     def test_ratios_at_the_ends_of_the_range(self, scale: float) -> None:
         firsts = np.argmin(race_keys(np.tile(WEIGHTS * scale, 4000), seed=0, epoch=0).reshape(-1, 5), axis=1)
         expected = {row: weight / WEIGHTS.sum() for row, weight in enumerate(WEIGHTS)}
@@ -450,7 +450,7 @@ class TestRefuses:
 
     @pytest.mark.parametrize("weights", [[1.0, 1e-300], [1e300, 1.0], [5e-324, 0.0]])
     def test_beyond_the_range_of_keys(self, weights: list[float]) -> None:
-        with pytest.raises(WeightError, match=r"\[2\^-400, 2\^400\].*Rescale"):
+        with pytest.raises(WeightError, match=r"\[2\^-900, 2\^900\].*Rescale"):
             weighted_permutation(weights, seed=0)
 
     def test_not_one_number_a_row(self) -> None:

@@ -141,6 +141,15 @@ class PositiveOnly(Scheduler):
         return (score > 0).astype(np.float64)
 
 
+class Huge(Scheduler):
+    """Weights of a range whose squares leave float64 at both ends."""
+
+    uses_scores: ClassVar[bool] = True
+
+    def weights(self, score: np.ndarray) -> np.ndarray:
+        return 10.0 ** (200 * score)
+
+
 class TestCoordinatorPlans:
     score = np.linspace(-1, 1, 50)
 
@@ -154,6 +163,14 @@ class TestCoordinatorPlans:
     def test_figures_of_a_weighted_plan(self) -> None:
         _, plan = order_of(local_coordinator(self.score, Learning(temperature=0.3), shards=3, scorers=2), 1)
         weights = np.exp(self.score / 0.3)
+        assert plan.diagnostics["effective_sample_size"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+        assert plan.diagnostics["largest_share"] == pytest.approx(weights.max() / weights.sum())
+
+    @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (1.0, 1.0), (-1.0, -1.0)])
+    def test_figures_of_extreme_weights(self, low: float, high: float) -> None:
+        order, plan = order_of(local_coordinator(np.linspace(low, high, 50), Huge(), shards=3, scorers=2), 1)
+        assert sorted(order.tolist()) == list(range(50))
+        weights = np.ones(50) if low == high else 10.0 ** (200 * (np.linspace(low, high, 50) - high))
         assert plan.diagnostics["effective_sample_size"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
         assert plan.diagnostics["largest_share"] == pytest.approx(weights.max() / weights.sum())
 
