@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.data.block import BlockAccessor
 
+from bss_ray.data.checks import Problem, check_input, check_labels, raise_first_problem
 from bss_ray.data.columns import Columns
 from bss_ray.data.digest import add_digests, row_hashes, rows_digest
 from bss_ray.data.shards import Arrays, Feature, Shard, Shards
@@ -23,17 +23,6 @@ from bss_ray.errors import DataError, nearest
 # Large enough that a shard's overhead (a few hundred microseconds to open) is nothing, small enough
 # that shards spread evenly over nodes and scorers.
 SHARD_BYTES = 128 << 20
-
-_NAMED_IDS = 5
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """A rule that some rows of a shard break."""
-
-    rule: str
-    count: int
-    first_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class _Report:
     features: dict[str, Feature]
     digests: dict[str, int]
     largest_label: int
-    problems: list[_Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def build_shards(
@@ -88,7 +77,7 @@ def build_shards(
             on_progress(done, count)
     reports: list[_Report] = ray.get(report_refs)
 
-    _raise_first_problem(reports)
+    raise_first_problem([problem for report in reports for problem in report.problems])
     features = _common_features(reports)
     shards = Shards(
         columns=columns,
@@ -102,6 +91,48 @@ def build_shards(
     )
     if columns.id is not None:
         _refuse_duplicates(shards, columns.id, ray.get(_equal_hashes.remote(*id_refs)))
+    return shards
+
+
+def build_split(
+    split: str,
+    dataset: ray.data.Dataset,
+    columns: Columns,
+    *,
+    train: Shards | None = None,
+    num_classes: int | None = None,
+    min_shards: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Shards:
+    """`build_shards` for one split of a data set, with the split's name in errors.
+
+    Args:
+        split: `train`, `validation` or `test`.
+        dataset: its rows.
+        columns: roles of the training data's columns; ids and extras are of use there alone.
+        train: the training rows, which the rows of another split must be like.
+        num_classes: C; None takes that of `train`, or the largest label + 1.
+        min_shards: see `build_shards`.
+        on_progress: see `build_shards`.
+
+    Raises:
+        DataError: see `build_shards`; or shape or dtype of a modality differ from the training rows'.
+    """
+    if train is not None:
+        columns = Columns(modalities=columns.modalities, label=columns.label)
+        num_classes = train.num_classes
+    try:
+        shards = build_shards(dataset, columns, num_classes=num_classes, min_shards=min_shards, on_progress=on_progress)
+    except DataError as error:
+        raise DataError(f"{split} data: {error}") from None
+    features = {} if train is None else train.features
+    for name in columns.modalities:
+        here, there = shards.features[name], features.get(name, shards.features[name])
+        if here != there:
+            raise DataError(
+                f"{split} data: modality {name!r} has {here.dtype} {here.shape} and the training data {there.dtype} "
+                f"{there.shape}; all splits need one shape and dtype"
+            )
     return shards
 
 
@@ -160,12 +191,12 @@ def _make_shard(
         arrays = {name: _column(accessors, name) for name in columns.all}
     except DataError as error:
         # Reported, not raised: the driver names the first shard's problem, whichever task ends first.
-        return _Report(0, node, {}, {}, -1, [_Problem(str(error), 0, [])]), {}, np.empty(0, np.uint64)
-    problems: list[_Problem] = []
+        return _Report(0, node, {}, {}, -1, [Problem(str(error), 0, [])]), {}, np.empty(0, np.uint64)
+    problems: list[Problem] = []
     for name in columns.modalities:
-        problems += _check_input(arrays[name], name, first_row)
+        problems += check_input(arrays[name], name, first_row)
     label = arrays[columns.label]
-    problems += _check_labels(label, columns.label, first_row, num_classes)
+    problems += check_labels(label, columns.label, first_row, num_classes)
     if not problems:
         arrays[columns.label] = label = label.astype(np.int64)
 
@@ -209,76 +240,6 @@ def _to_numpy(values: np.ndarray, name: str) -> np.ndarray:
                 f"all rows of column {name!r} need one shape: {error}. Pad or crop them in Ray Data first"
             ) from error
     return values  # nulls and mixtures: the checks below name them
-
-
-# ---- checks -----------------------------------------------------------------------------------
-
-
-def _problem(rule: str, bad: np.ndarray, first_row: int) -> list[_Problem]:
-    rows = np.flatnonzero(bad)
-    if len(rows) == 0:
-        return []
-    return [_Problem(rule, len(rows), [first_row + int(row) for row in rows[:_NAMED_IDS]])]
-
-
-def _check_input(values: np.ndarray, name: str, first_row: int) -> list[_Problem]:
-    if values.dtype.kind not in "fiub":
-        return _problem(
-            f"modality {name!r} must hold numeric tensors, not {values.dtype} values. Decode it in Ray Data first "
-            "(dataset.map_batches)",
-            np.ones(len(values), dtype=bool),
-            first_row,
-        )
-    if values.dtype.kind != "f":
-        return []
-    # The sum of a row is finite only if all of it is (or, rarely, if huge values overflow: look again).
-    flat = values.reshape(len(values), -1)
-    suspects = ~np.isfinite(flat.sum(axis=1, dtype=np.float64))
-    suspects[suspects] = ~np.isfinite(flat[suspects]).all(axis=1)
-    return _problem(f"inputs must be finite: NaN or infinite values in modality {name!r}", suspects, first_row)
-
-
-def _check_labels(values: np.ndarray, name: str, first_row: int, num_classes: int | None) -> list[_Problem]:
-    if values.ndim != 1:
-        return _problem(
-            f"label column {name!r} must hold one integer a row, not shape {values.shape[1:]}",
-            np.ones(len(values), dtype=bool),
-            first_row,
-        )
-    if values.dtype.kind not in "iu":
-        missing = np.asarray(pa.array(values, from_pandas=True).is_null())
-        return _problem(f"labels must not be missing: nulls in column {name!r}", missing, first_row) or _problem(
-            f"labels must be integers 0..C-1: column {name!r} holds {values.dtype} values",
-            np.ones(len(values), dtype=bool),
-            first_row,
-        )
-    if num_classes is None:
-        return _problem(f"labels must lie in 0..C-1: negative labels in column {name!r}", values < 0, first_row)
-    return _problem(
-        f"labels must lie in 0..{num_classes - 1} (num_classes={num_classes}): column {name!r} holds "
-        f"{int(values.min())}..{int(values.max())}",
-        (values < 0) | (values >= num_classes),
-        first_row,
-    )
-
-
-def _raise_first_problem(reports: list[_Report]) -> None:
-    """Raise for the first broken rule, with its count and first row ids over all shards.
-
-    Raises:
-        DataError: if any shard reported a problem.
-    """
-    found = [problem for report in reports for problem in report.problems]
-    if not found:
-        return
-    # The same rule can name other values in other shards: group by what comes before them.
-    rule = found[0].rule
-    same = [problem for problem in found if problem.rule.split(":")[0] == rule.split(":")[0]]
-    count = sum(problem.count for problem in same)
-    ids = [row for problem in same for row in problem.first_ids][:_NAMED_IDS]
-    if not ids:
-        raise DataError(rule)
-    raise DataError(f"{rule} ({count} {'row' if count == 1 else 'rows'}; first row ids {', '.join(map(str, ids))})")
 
 
 def _common_features(reports: list[_Report]) -> dict[str, Feature]:

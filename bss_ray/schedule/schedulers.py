@@ -22,6 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from bss_ray.errors import ScheduleError
+from bss_ray.schedule.exponential import stable_exp
 from bss_ray.schedule.pacing import Shape, check_pacing, pacing
 
 # exp(score / temperature) with scores in [-1, 1]: at 0.01 the weights span e^200, which the keys'
@@ -225,4 +226,4 @@ class Learning(Scheduler):
     def weights(self, score: np.ndarray) -> np.ndarray:
         if self.temperature is None:
             return 1.0 + score + 0.01
-        return np.exp(score / self.temperature)
+        return stable_exp(score / self.temperature)

@@ -14,10 +14,10 @@ import ray
 import ray.train
 import ray.train.torch
 
-from bss_ray.data.build import build_shards
+from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
-from bss_ray.errors import BssRayError, ConfigError, DataError, ResourceError
+from bss_ray.errors import BssRayError, ConfigError, ResourceError
 from bss_ray.measure.criteria import Measurer
 from bss_ray.sample.actors import Scoring, start_coordinator, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
@@ -74,7 +74,9 @@ class BalancedTrainer:
         run_config: ray.train.RunConfig | None = None,
         on_message: Callable[[Message], None] | None = None,
     ) -> None:
-        if columns is None and not isinstance(dataset, Shards):
+        if isinstance(dataset, Shards):
+            columns = dataset.columns
+        elif columns is None:
             raise ConfigError("name the modalities and the label: columns=Columns(modalities=(...), label=...)")
         self._train_loop = train_loop
         self._dataset, self._validation = dataset, validation
@@ -97,7 +99,7 @@ class BalancedTrainer:
             Ray Train's result; `metrics` are those of the last epoch.
 
         Raises:
-            DataError: the data breaks a rule (see `build_shards`).
+            DataError: the data breaks a rule (see `build_split`).
             ResourceError: the cluster can never run it.
             BssRayError: whatever else a setting, the data or the model causes inside the ranks.
             ray.train.TrainingFailedError: any other error of the ranks, after all retries.
@@ -149,38 +151,21 @@ class BalancedTrainer:
                 ray.kill(actor)
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:
-        train = self._shards("train", self._dataset, self._num_classes)
-        if self._validation is None:
-            return train, None
-        validation = self._shards("validation", self._validation, train.num_classes)
-        for name in train.columns.modalities:
-            ours, theirs = train.features[name], validation.features[name]
-            if ours != theirs:
-                raise DataError(
-                    f"training and validation rows need one shape and dtype: modality {name!r} has {ours.dtype} "
-                    f"{ours.shape} in training and {theirs.dtype} {theirs.shape} in validation"
-                )
-        return train, validation
+        train = self._shards("train", self._dataset, None)
+        return train, None if self._validation is None else self._shards("validation", self._validation, train)
 
-    def _shards(self, split: str, rows: ray.data.Dataset | Shards, num_classes: int | None) -> Shards:
+    def _shards(self, split: str, rows: ray.data.Dataset | Shards, train: Shards | None) -> Shards:
         if isinstance(rows, Shards):
             return rows
-        columns = self._columns
-        assert columns is not None
-        if split != "train":  # ids and extras are of use for training rows only
-            columns = Columns(modalities=columns.modalities, label=columns.label)
-        try:
-            return build_shards(
-                rows,
-                columns,
-                num_classes=num_classes,
-                min_shards=self._scoring.num_scorers,
-                on_progress=lambda done, of: self._on_message(
-                    {"kind": "shards", "split": split, "done": done, "of": of}
-                ),
-            )
-        except DataError as error:
-            raise DataError(f"{split} data: {error}") from None
+        return build_split(
+            split,
+            rows,
+            self._columns,
+            train=train,
+            num_classes=self._num_classes,
+            min_shards=self._scoring.num_scorers,
+            on_progress=lambda done, of: self._on_message({"kind": "shards", "split": split, "done": done, "of": of}),
+        )
 
 
 def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:
