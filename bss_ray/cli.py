@@ -133,7 +133,7 @@ def train_command(argv: Sequence[str]) -> int:
         if result is None:
             try:
                 _start_ray(config, display)
-                result = train(config, folder, display)
+                result = train(config, folder, display.on_message)
                 _write_report(folder.path, display)
             except (KeyboardInterrupt, SystemExit):
                 # Ray Train turns ctrl-C into SystemExit(0) once its controller has stopped.

@@ -214,8 +214,8 @@ class SavedCheckpoint:
 
     def _damaged(self, file: str, why: object) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint {self._path} is damaged: {file} cannot be used ({why}). Remove this checkpoint's folder "
-            "to go on from an older one, or start a new run"
+            f"checkpoint {self._path} is damaged: {file} cannot be used ({why}). Restore the file from a copy, or "
+            "start a new run under another name; nothing was changed"
         )
 
 

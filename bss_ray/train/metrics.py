@@ -16,6 +16,14 @@ from bss_ray.measure.forward import autocast, evaluating
 SUM = "sum"
 
 
+METRICS = ("accuracy", "map", "f1")
+
+
+def metric_names(prefix: str, modalities: Sequence[str]) -> list[str]:
+    """All names that `HeadMetrics.compute(prefix)` returns."""
+    return [f"{prefix}_{metric}_{head}" for metric in METRICS for head in (FUSED, *modalities, SUM)]
+
+
 class HeadMetrics:
     """Accuracy, mean average precision and macro F1 of each head.
 

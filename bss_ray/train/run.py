@@ -17,19 +17,18 @@ from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, load_splits
-from bss_ray.errors import ConfigError, DataError
+from bss_ray.errors import ConfigError, DataError, nearest
 from bss_ray.measure.criteria import Measurer
 from bss_ray.measure.forward import to_tensors
-from bss_ray.report.console import Display
 from bss_ray.sample.actors import Scoring
 from bss_ray.sample.plan import Tail
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
-from bss_ray.train.metrics import HeadMetrics, evaluate
+from bss_ray.train.metrics import HeadMetrics, evaluate, metric_names
 from bss_ray.train.scores import roc_areas, write_scores
-from bss_ray.train.trainer import BalancedTrainer, Message, check_resources
+from bss_ray.train.trainer import BalancedTrainer, Message, OnMessage, check_resources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class TrainConfig:
     verbose: bool = False
 
 
-def train(config: TrainConfig, folder: RunFolder, display: Display) -> dict[str, Any]:
+def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     """Train, choose the epoch on validation, read test once, and write the run folder.
 
     Ray must be running. A run that was stopped goes on.
@@ -94,7 +93,7 @@ def train(config: TrainConfig, folder: RunFolder, display: Display) -> dict[str,
     Args:
         config: all settings.
         folder: claimed for this configuration.
-        display: shows progress.
+        on_message: called with what happens (see `BalancedTrainer`), for progress displays.
 
     Returns:
         The content of `result.json`.
@@ -104,12 +103,12 @@ def train(config: TrainConfig, folder: RunFolder, display: Display) -> dict[str,
     """
     scaling = _scaling(config)
     check_resources(scaling, config.scoring)
-    splits = _load_shards(config, display)
+    splits = _load_shards(config, on_message)
     checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
     if splits["validation"] is not None:
         checkpoints = ray.train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=config.choose_by)
 
-    with _recording(folder, display) as on_message:
+    with _recording(folder, on_message) as record:
         trainer = BalancedTrainer(
             default_loop,
             dataset=splits["train"],
@@ -128,11 +127,11 @@ def train(config: TrainConfig, folder: RunFolder, display: Display) -> dict[str,
                 checkpoint_config=checkpoints,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
-            on_message=on_message,
+            on_message=record,
         )
         outcome = trainer.fit()
 
-    display.status("testing the chosen epoch")
+    on_message({"kind": "status", "text": "testing the chosen epoch"})
     last = SavedCheckpoint(outcome.checkpoint)
     history = last.manifest().history
     folder.write_metrics(history)
@@ -163,13 +162,14 @@ def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu)
 
 
-def _load_shards(config: TrainConfig, display: Display) -> dict[str, Any]:
+def _load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
     """Shards of all splits, checked; nothing is trained before all of them are sound."""
     columns = config.columns or (AV_DIGITS_COLUMNS if config.data == AV_DIGITS else None)
     if columns is None:
         raise DataError(
             f"name the columns of {config.data}: --columns.modalities '[audio, image]' --columns.label label"
         )
+    check_choice(config.choose_by, columns)
     datasets = load_splits(
         config.data,
         validation=config.validation,
@@ -180,7 +180,7 @@ def _load_shards(config: TrainConfig, display: Display) -> dict[str, Any]:
     shards: dict[str, Shards | None] = dict.fromkeys(datasets)
     for split, dataset in datasets.items():  # train comes first
         if dataset is not None:
-            display.status(f"reading {split} rows")
+            on_message({"kind": "status", "text": f"reading {split} rows"})
             shards[split] = build_split(
                 split,
                 dataset,
@@ -193,20 +193,31 @@ def _load_shards(config: TrainConfig, display: Display) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _recording(folder: RunFolder, display: Display) -> Iterator[Any]:
-    """Writes each epoch to the run folder as it is reported, and shows it."""
+def _recording(folder: RunFolder, on_message: OnMessage) -> Iterator[OnMessage]:
+    """Writes each epoch to the run folder as it is reported, before it is passed on."""
     with contextlib.closing(folder.events()) as events:
 
-        def on_message(message: Message) -> None:
+        def record(message: Message) -> None:
             if message["kind"] == "epoch":
                 row = message["row"]
                 for name, value in row.items():
                     if isinstance(value, (int, float)) and math.isfinite(value):
                         events.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
                 folder.write_metrics(message["history"])
-            display.on_message(message)
+            on_message(message)
 
-        yield on_message
+        yield record
+
+
+def check_choice(metric: str, columns: Columns) -> None:
+    """Refuse to choose the epoch by a metric that there will not be.
+
+    Raises:
+        ConfigError: names the nearest metric.
+    """
+    names = metric_names("val", columns.modalities)
+    if metric not in names:
+        raise ConfigError(f"choose_by={metric!r} is no validation metric; {nearest(metric, names)}")
 
 
 def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
@@ -214,9 +225,6 @@ def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoin
     scored = [(saved, row) for saved, row in outcome.best_checkpoints or [] if metric in row]
     if scored:
         return max(scored, key=lambda pair: (pair[1][metric], -pair[1]["epoch"]))
-    if any(name.startswith("val_") for name in outcome.metrics):
-        names = [name for name in outcome.metrics if name.startswith("val_")]
-        raise ConfigError(f"choose_by={metric!r} is no validation metric; choose from {names}")
     return outcome.checkpoint, outcome.metrics
 
 

@@ -26,6 +26,7 @@ from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
 
 Message = dict[str, Any]
+OnMessage = Callable[[Message], None]
 
 _POLL_S = 0.25
 
@@ -72,7 +73,7 @@ class BalancedTrainer:
         train_loop_config: Any = None,
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
-        on_message: Callable[[Message], None] | None = None,
+        on_message: OnMessage | None = None,
     ) -> None:
         if isinstance(dataset, Shards):
             columns = dataset.columns
@@ -199,7 +200,7 @@ def _fatal_error(coordinator: Any) -> BssRayError | None:
 
 
 @contextlib.contextmanager
-def _watching(coordinator: Any, on_message: Callable[[Message], None]) -> Iterator[None]:
+def _watching(coordinator: Any, on_message: OnMessage) -> Iterator[None]:
     """Hand the messages on the coordinator's board to `on_message`, from a thread of the driver."""
     done = threading.Event()
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from bss_ray.cli import main, train_parser
+from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.train.folder import RunFolder
+from bss_ray.train.run import check_choice
 
 
 def wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -59,6 +61,13 @@ def test_a_scheduler_starts_from_its_own_defaults(tmp_path: Path) -> None:
     config.write_text("scheduler: {class_path: Heuristic, init_args: {initial: 0.2}}\n")
     chosen = settings(["--config", str(config), "--scheduler.power", "1"])
     assert (chosen["initial"], chosen["power"], chosen["update_interval"]) == (0.2, 1.0, 0)
+
+
+def test_the_metric_to_choose_by_must_exist() -> None:
+    columns = Columns(modalities=("audio", "image"))
+    check_choice("val_f1_audio", columns)
+    with pytest.raises(ConfigError, match="did you mean 'val_accuracy_fused'"):
+        check_choice("val_acuracy_fused", columns)
 
 
 class TestRunFolder:

@@ -1,4 +1,4 @@
-"""One local Ray per test module: starting it costs 5 to 10 seconds."""
+"""Shared fixtures. One local Ray per test module: starting it costs 5 to 10 seconds."""
 
 import os
 from collections.abc import Iterator
