@@ -7,6 +7,7 @@ types and docstrings.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 import os
@@ -29,6 +30,12 @@ SCHEDULERS: dict[str, type[Scheduler]] = {kind.__name__: kind for kind in (Unifo
 # The demo's own setting: what a prototype on AV-Digits found good (docs/method.md).
 _DEMO_SCHEDULER = {"temperature": 0.25, "fraction": 0.7}
 
+_MODEL_HELP = (
+    "Import path of a torch.nn.Module that maps a batch to {modality: logits, ..., 'fused': logits}; its arguments as "
+    "--model.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they are "
+    "given."
+)
+
 _STOPPED = 130  # what shells expect after ctrl-C
 
 
@@ -39,6 +46,13 @@ class Parser(ArgumentParser):
         text = " ".join(str(message).split())
         print(f"bss-ray: {text}{self._nearest(text)}\nFor all options: bss-ray train --help", file=sys.stderr)
         raise SystemExit(2)
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Help without the list of all modules that torch knows, which would be three quarters of it."""
+        known = re.compile(r",\s+known\s+subclasses:[^)]*\)")
+        return known.sub(
+            lambda found: ")" if "torch." in found.group() else found.group(), super().format_help(formatter)
+        )
 
     def _nearest(self, text: str) -> str:
         unknown = re.search(r"Option '([\w.]+)' is not accepted|dot import path string: (\S+)|--([\w.]+)", text)
@@ -71,13 +85,13 @@ def train_parser(argv: Sequence[str]) -> ArgumentParser:
     parser = Parser(
         prog="bss-ray train",
         description="Train a multi-modal model with balance-aware sampling. Without arguments: the embedded "
-        "data set AV-Digits with 40 %% of its training pairs mixed up.",
+        "data set AV-Digits with 40 % of its training pairs mixed up.",
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
     # Built on the ranks, which alone know the shapes of the rows: parsed and checked here, not made.
     parser.add_subclass_arguments(
-        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help="The model."
+        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help=_MODEL_HELP
     )
     parser.set_defaults({"model": {"class_path": "bss_ray.models.LateFusion"}})
     kind, settings = _chosen_scheduler(argv)

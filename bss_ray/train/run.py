@@ -55,7 +55,7 @@ class TrainConfig:
         num_workers: ranks; null takes one per GPU, or two on CPUs.
         use_gpu: one GPU per rank; null where the cluster has one.
         max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
-        name: of the run. The same name and settings go on where the run stopped.
+        name: of the run; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
         verbose: show what Ray prints.

@@ -97,6 +97,7 @@ class Sampler:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # see _observed
         self._saved = self._restore_scores()
         self.resumed = self._saved is not None
+        self._restored = False
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -113,6 +114,7 @@ class Sampler:
         Raises:
             CheckpointError: damaged, or of another model (names the keys).
         """
+        self._restored = True
         if self._saved is None:
             return False
         for name, part in {"model": unwrap_model(model), **stateful}.items():
@@ -130,7 +132,16 @@ class Sampler:
         Args:
             n: number of epochs of the whole run.
             model: needed only with `burn_in=0`, whose first epoch is drawn from scores of the untrained model.
+
+        Raises:
+            ConfigError: the run goes on from a checkpoint and `restore` was not called, or `burn_in=0`
+                without a model.
         """
+        if self.resumed and not self._restored:
+            raise ConfigError(
+                f"this run goes on at epoch {self._position.epoch}, batch {self._position.batch}, and its model would "
+                "start anew: call sampler.restore(model=model, optimizer=optimizer, ...) before sampler.epochs(n)"
+            )
         if self._position == Position() and self._context.scheduler.scores_due_after(-1):
             if model is None:
                 raise ConfigError(

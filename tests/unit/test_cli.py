@@ -45,6 +45,15 @@ def test_wrong_options_say_what_to_do(
     assert not list(tmp_path.iterdir()), "nothing may be written for a wrong option"
 
 
+def test_help_teaches_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    for words in ("Learning", "--loop.epochs", "rows of a global batch", "--model.NAME VALUE", "goes on where"):
+        assert words in " ".join(out.split()), words
+    assert len(out.splitlines()) < 250, "torch's own modules are no choices"
+
+
 def test_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "Did you mean 'train'?" in capsys.readouterr().err
