@@ -88,7 +88,7 @@ def test_mispaired_rows_get_lower_scores(undisturbed: tuple[Path, str]) -> None:
     truth = table["mispaired"].to_numpy()
     assert truth.mean() == pytest.approx(0.4, abs=1e-3)
     area = roc_auc_score(truth, -table["score"].to_numpy())
-    # Seen over 5 seeds: 0.93 to 0.94 after these 4 epochs, 0.978 to 0.984 after the demo's 15.
+    # Seen over 5 seeds: 0.922 to 0.949 after these 4 epochs, 0.978 to 0.984 after the demo's 15.
     assert area > 0.9
     result = json.loads((folder / "demo" / "result.json").read_text())
     assert result["score_roc_area"]["mispaired"] == pytest.approx(area, abs=1e-6)
