@@ -145,7 +145,8 @@ def run(
     result = bss_ray.BalancedTrainer(
         audited_loop,
         dataset=shards,
-        scheduler=bss_ray.Learning(temperature=0.3, fraction=0.9),
+        # Every second epoch: between two updates only a check can tell that an actor lost its scores.
+        scheduler=bss_ray.Learning(temperature=0.3, fraction=0.9, update_interval=2),
         scoring=bss_ray.Scoring(num_scorers=scorers, momentum=0.5),
         batch_size=BATCH,
         seed=7,

@@ -20,7 +20,7 @@ from bss_ray.measure.forward import PRECISIONS, ModelSnapshot, unpack_model
 from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
 from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.plan import Plan, Tail
-from bss_ray.sample.scorer import PartState, Scorer
+from bss_ray.sample.scorer import LostStateError, PartState, Scorer
 from bss_ray.schedule.schedulers import Scheduler
 
 Engine = Literal["actors"]
@@ -161,20 +161,26 @@ class CoordinatorActor:
         self._lock = threading.Lock()
 
     def reset(self) -> None:
+        self._windows.clear()
         self._coordinator.reset()
 
     def load(self, saved: SavedScores, version: int) -> None:
+        # A version that is published again after a restart need not have the same scores to the bit.
+        self._windows.clear()
         self._coordinator.load(saved, version)
 
     def score(self, job: ScoringJob) -> int:
         return self._coordinator.score(job)
 
-    def plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int, version: int) -> Plan:
+        """The plan of `epoch`, drawn from score version `version`."""
+        self._check_version(version)
         return self._coordinator.plan(epoch)
 
-    def window(self, epoch: int, index: int) -> Any:
+    def window(self, epoch: int, index: int, version: int) -> Any:
         """Reference to a window: one object for all ranks of all nodes."""
-        key = (self._coordinator.version, epoch, index)
+        self._check_version(version)
+        key = (version, epoch, index)
         if key not in self._windows:
             self._windows[key] = ray.put(self._coordinator.window(epoch, index))
             while len(self._windows) > 2:
@@ -183,7 +189,14 @@ class CoordinatorActor:
 
     def parts(self, version: int) -> list[Any]:
         """References to each holder's `list[PartState]` of `version`; the scores do not pass through here."""
+        self._check_version(version)
         return self._holders.start("state", version)
+
+    def _check_version(self, version: int) -> None:
+        if self._coordinator.version != version:
+            raise LostStateError(
+                f"the coordinator stands at score version {self._coordinator.version}, not {version}: it was restarted"
+            )
 
     @ray.method(concurrency_group="board")
     def post(self, message: dict[str, Any]) -> None:

@@ -120,6 +120,7 @@ class SavedCheckpoint:
     def __init__(self, checkpoint: ray.train.Checkpoint) -> None:
         self._path: str = checkpoint.path
         self._filesystem: pyarrow.fs.FileSystem = checkpoint.filesystem
+        self._manifest: Manifest | None = None  # once read and checked: every other file is checked against it
 
     def manifest(self) -> Manifest:
         """The manifest.
@@ -127,6 +128,8 @@ class SavedCheckpoint:
         Raises:
             CheckpointError: missing, damaged, or of another format version.
         """
+        if self._manifest is not None:
+            return self._manifest
         try:
             fields = json.loads(self._read(MANIFEST, check=False))
             expected = fields.pop("digest")
@@ -137,7 +140,8 @@ class SavedCheckpoint:
                 )
             if _digest(_canonical(fields)) != expected:
                 raise self._damaged(MANIFEST, "its content does not have the digest that it names")
-            return Manifest(**{**fields, "position": Position(**fields["position"])})
+            self._manifest = Manifest(**{**fields, "position": Position(**fields["position"])})
+            return self._manifest
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError) as error:

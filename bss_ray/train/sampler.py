@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -167,12 +167,7 @@ class Sampler:
         """
         started = time.perf_counter()
         epoch = self._position.epoch
-        plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch))
-        if plan.version != self._position.version:
-            raise LostStateError(
-                f"the coordinator plans from score version {plan.version}, not {self._position.version}: "
-                "it was restarted"
-            )
+        plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch, self._position.version))
         order = Order(plan, self._window)
         self._plan = plan
         self._seconds["planning"] += time.perf_counter() - started
@@ -350,8 +345,8 @@ class Sampler:
         return saved
 
     def _window(self, index: int) -> Any:
-        assert self._plan is not None
-        return ray.get(ray.get(self._context.coordinator.window.remote(self._plan.epoch, index))[0])
+        window = self._context.coordinator.window.remote(self.plan.epoch, index, self.plan.version)
+        return ray.get(ray.get(window)[0])
 
     def _barrier(self) -> None:
         if self._ranks > 1:
@@ -392,12 +387,8 @@ def get_sampler() -> Sampler:
         ConfigError: not inside a train loop of `BalancedTrainer`.
     """
     if _current is None:
-        _outside()
+        raise ConfigError(
+            "get_sampler() works inside the train loop of BalancedTrainer(train_loop, ...).fit(). Without Ray use "
+            "bss_ray.weighted_permutation; see examples/plain_torch.py"
+        )
     return _current
-
-
-def _outside() -> NoReturn:
-    raise ConfigError(
-        "get_sampler() works inside the train loop of BalancedTrainer(train_loop, ...).fit(). Without Ray use "
-        "bss_ray.weighted_permutation; see examples/plain_torch.py"
-    )

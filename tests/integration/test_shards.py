@@ -115,10 +115,9 @@ def test_bad_data_is_named(case: str) -> None:
     columns: dict[str, Any] = make_columns()
     columns["name"] = [f"row {i}" for i in range(len(columns["label"]))]
     change(columns)
-    num_classes = options.pop("num_classes", None) if "num_classes" in options else None
-    roles = Columns(**{"modalities": ("a", "b"), **options})
+    roles = Columns(**{"modalities": ("a", "b"), **{k: v for k, v in options.items() if k != "num_classes"}})
     with pytest.raises(DataError, match=message):
-        build_shards(make_dataset(columns), roles, num_classes=num_classes, min_shards=3)
+        build_shards(make_dataset(columns), roles, num_classes=options.get("num_classes"), min_shards=3)
 
 
 def test_no_rows_and_too_few() -> None:
