@@ -17,7 +17,8 @@ from ray.data.block import BlockAccessor
 from bss_ray.data.checks import Problem, check_input, check_labels, raise_first_problem
 from bss_ray.data.columns import Columns
 from bss_ray.data.digest import add_digests, row_hashes, rows_digest
-from bss_ray.data.shards import Arrays, Feature, Shard, Shards
+from bss_ray.data.shards import Feature, Shard, Shards
+from bss_ray.data.store import Arrays, ObjectStore
 from bss_ray.errors import DataError, nearest
 
 # Large enough that a shard's overhead (a few hundred microseconds to open) is nothing, small enough
@@ -81,13 +82,11 @@ def build_shards(
     features = _common_features(reports)
     shards = Shards(
         columns=columns,
-        parts=tuple(
-            Shard(start, report.rows, report.node, ref)
-            for start, report, ref in zip(edges[:-1], reports, array_refs, strict=True)
-        ),
+        parts=tuple(Shard(start, report.rows, report.node) for start, report in zip(edges[:-1], reports, strict=True)),
         features=features,
         num_classes=num_classes or max(report.largest_label for report in reports) + 1,
         fingerprint=_fingerprint(rows, features, reports),
+        store=ObjectStore(array_refs),
     )
     if columns.id is not None:
         _refuse_duplicates(shards, columns.id, ray.get(_equal_hashes.remote(*id_refs)))

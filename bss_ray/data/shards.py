@@ -1,38 +1,33 @@
-"""Shards: the rows of a data set in the object store, with stable row ids.
+"""Shards: the rows of a data set with stable row ids, in a store that many processes read.
 
-A shard is a run of consecutive rows, kept as plain NumPy arrays that every process of a node reads
-without a copy. A row's id is its position in the data set's order. `bss_ray.data.build` makes shards
-from a Ray Dataset.
+A shard is a run of consecutive rows. A row's id is its position in the data set's order.
+`bss_ray.data.build` makes shards from a Ray Dataset.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import ray
 
 from bss_ray.data.columns import Columns
-
-Arrays = dict[str, np.ndarray]
+from bss_ray.data.store import Arrays, Piece, Store
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of consecutive rows held as one object.
+    """A run of consecutive rows.
 
     Attributes:
         first_row: row id of the first row.
         rows: number of rows.
-        node: id of the node on which the shard was made.
-        ref: the object: `{column: (rows, ...)}`.
+        node: id of the node that holds it; empty where all nodes read it alike.
     """
 
     first_row: int
     rows: int
     node: str
-    ref: Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +36,11 @@ class Feature:
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Shards:
         features: shape and dtype of each column that a batch holds (modalities and label).
         num_classes: C; labels lie in 0..C-1.
         fingerprint: digest of rows, schema and content.
+        store: where the rows are.
     """
 
     columns: Columns
@@ -60,11 +61,7 @@ class Shards:
     features: dict[str, Feature]
     num_classes: int
     fingerprint: str
-    _opened: dict[int, Arrays] = field(default_factory=dict, repr=False, compare=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What a process has opened is its own.
-        return Shards, (self.columns, self.parts, self.features, self.num_classes, self.fingerprint)
+    store: Store
 
     @property
     def rows(self) -> int:
@@ -77,34 +74,69 @@ class Shards:
         return np.array([part.first_row for part in self.parts], dtype=np.int64)
 
     def read(self, index: int) -> Arrays:
-        """Columns of shard `index`: read-only views into the object store, never copies."""
-        if index not in self._opened:
-            self._opened[index] = ray.get(self.parts[index].ref)
-        return self._opened[index]
+        """Columns of shard `index`: read-only, and views where the store can."""
+        return self.store.read(index)
 
     def locate(self, row_ids: np.ndarray) -> np.ndarray:
         """(n,) index of the shard that holds each row id (n,)."""
         return np.searchsorted(self.first_rows, row_ids, side="right") - 1
 
-    def gather(self, row_ids: np.ndarray, columns: tuple[str, ...] | None = None) -> Arrays:
+    def only(self, indices: Sequence[int]) -> Shards:
+        """These shards alone (ascending); row ids stay what they are."""
+        return replace(self, parts=tuple(self.parts[index] for index in indices), store=self.store.only(indices))
+
+    def gather(self, row_ids: np.ndarray, columns: tuple[str, ...] | None = None, out: Arrays | None = None) -> Arrays:
         """Copy rows into fresh arrays, so that in-place operations on a batch harm nobody.
+
+        Ascending row ids are the fast case: each shard's rows go straight to their place.
 
         Args:
             row_ids: (n,) int64.
             columns: names; None for the modalities and the label.
+            out: arrays `{column: (n, ...)}` to fill instead of fresh ones, one for each name.
 
         Returns:
             `{column: (n, ...)}` in the order of `row_ids`.
         """
         names = self.columns.inputs if columns is None else columns
-        owner = self.locate(row_ids)
-        pieces = {int(index): np.flatnonzero(owner == index) for index in np.unique(owner)}
-        batch: Arrays = {}
+        order = None if (row_ids[1:] >= row_ids[:-1]).all() else np.argsort(row_ids, kind="stable")
+        pieces = self._pieces(row_ids if order is None else row_ids[order])
+        direct = out is not None and order is None
+        rows = out if direct and out is not None else self._empty(names, len(row_ids), pieces)
+        self.store.take(pieces, rows)
+        if order is None:
+            return rows
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return {
+            name: np.take(values, back, axis=0, out=None if out is None else out[name], mode="clip")
+            for name, values in rows.items()
+        }
+
+    def _pieces(self, row_ids: np.ndarray) -> list[Piece]:
+        """Ascending row ids, shard by shard."""
+        if len(row_ids) == 0:
+            return []
+        first, last = int(self.locate(row_ids[:1])[0]), int(self.locate(row_ids[-1:])[0])
+        end = self.parts[last].first_row + self.parts[last].rows
+        if first < 0 or row_ids[-1] >= end:
+            raise IndexError(f"row ids lie in [{self.parts[0].first_row}, {end}); received {row_ids[[0, -1]].tolist()}")
+        cuts = np.searchsorted(row_ids, self.first_rows[first + 1 : last + 1]).tolist()
+        pieces = []
+        for index, start, stop in zip(range(first, last + 1), [0, *cuts], [*cuts, len(row_ids)], strict=True):
+            if stop > start:
+                pieces.append(Piece(index, row_ids[start:stop] - self.parts[index].first_row, start))
+        return pieces
+
+    def _empty(self, names: tuple[str, ...], rows: int, pieces: list[Piece]) -> Arrays:
+        """Uninitialised arrays for so many rows of these columns."""
+        arrays: Arrays = {}
         for name in names:
-            sources = {index: self.read(index)[name] for index in (pieces or [0])}
-            kind = np.result_type(*(source.dtype for source in sources.values()))
-            shape = next(iter(sources.values())).shape[1:]
-            batch[name] = np.empty((len(row_ids), *shape), dtype=kind)
-            for index, positions in pieces.items():
-                batch[name][positions] = sources[index][row_ids[positions] - self.parts[index].first_row]
-        return batch
+            if name in self.features:
+                feature = self.features[name]
+                arrays[name] = np.empty((rows, *feature.shape), feature.dtype)
+            else:  # ids and extras: text is as wide as the widest of the shards
+                sources = [self.read(shard)[name] for shard in {piece.shard for piece in pieces} or {0}]
+                kind = np.result_type(*(source.dtype for source in sources))
+                arrays[name] = np.empty((rows, *sources[0].shape[1:]), kind)
+        return arrays
