@@ -21,12 +21,10 @@ def cut(rows: int, parts: int) -> list[tuple[int, int]]:
 
 def saved(score: np.ndarray, parts: int = 1) -> list[PartState]:
     """`score` (N,) as a checkpoint of `parts` parts; the measures do not matter to an order."""
-    score = np.asarray(score, dtype=np.float64)
-    nothing = np.zeros(len(score), np.float32)
-    return [
-        PartState(first, score[first : first + n].copy(), nothing[:n].copy(), nothing[:n].copy())
-        for first, n in cut(len(score), parts)
-    ]
+    states = [PartState.empty(first, n) for first, n in cut(len(score), parts)]
+    for state in states:
+        state.score[:] = np.asarray(score)[state.first_row : state.stop_row]
+    return states
 
 
 def local_coordinator(

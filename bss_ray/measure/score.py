@@ -72,6 +72,7 @@ def accumulate_scores(
         accumulate: `ema`, or `sum`: the sum of all updates over their number (the paper's figure).
         updates: how many updates `previous` holds, at least 1.
     """
+    previous = previous.astype(np.float64)  # kept as float32
     if accumulate == "sum":
         return np.asarray((previous * updates + current) / (updates + 1))
     return np.asarray(momentum * previous + (1 - momentum) * current)
@@ -113,7 +114,7 @@ def balance_scores(
         updates: number of updates in `previous`; only `sum` uses it.
 
     Returns:
-        (N,) float64 in [-1, 1], high = balanced.
+        (N,) float32 in [-1, 1], high = balanced: the bits that holders of scores keep, too.
 
     Raises:
         WeightError: lengths differ, or a measure is NaN or infinite.
@@ -130,6 +131,7 @@ def balance_scores(
         if not np.isfinite(values).all():
             raise WeightError(f"{name} must be finite; NaN or infinite in {first_ids(~np.isfinite(values))}")
     current = current_scores(similarity, information, Bounds.of(similarity), Bounds.of(information))
-    if previous is None:
-        return current
-    return accumulate_scores(np.asarray(previous), current, momentum=momentum, accumulate=accumulate, updates=updates)
+    if previous is not None:
+        previous = np.asarray(previous)
+        current = accumulate_scores(previous, current, momentum=momentum, accumulate=accumulate, updates=updates)
+    return current.astype(np.float32)

@@ -6,9 +6,9 @@ scores of all rows. `Coordinator` is a plain class; `bss_ray.sample.actors` puts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +18,14 @@ from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
 from bss_ray.sample.plan import TAILS, Plan, Tail
 from bss_ray.sample.radix import Window, cut_windows, radix_select
-from bss_ray.sample.scorer import Draw, Moments, PartState, Scorer
+from bss_ray.sample.scorer import WINDOW_ROWS, Draw, Keys, Moments, PartState, Scorer
 from bss_ray.schedule.schedulers import Scheduler, Uniform
 
-# Rows of one window: 2^24 keys and ids are 256 MiB while they are sorted.
-WINDOW_ROWS = 1 << 24
+# A row is neglected when it has not been drawn for so many epochs.
+NEGLECT_EPOCHS = 5
+
+# Below this share of the epoch's size the effective sample size is worth a warning.
+_PEAKED = 0.1
 
 
 class Holders(Protocol):
@@ -166,15 +169,24 @@ class Coordinator:
         plan = self.plan(epoch)
         assert self._planned is not None
         _, draw, windows = self._planned
-        start = plan.window_ends[index - 1] if index else 0
         window = windows[index]
-        pieces = [piece for held in self._holders.map("window", draw, window.low, window.high) for piece in held]
+        wanted = plan.window_ends[index] - (plan.window_ends[index - 1] if index else 0)
+        pieces: list[Keys] = [
+            keys for held in self._holders.map("window", draw, window.low, window.high) for keys in held
+        ]
         # Rows ascend within a piece and pieces do not overlap, so a stable sort breaks ties by row id.
-        pieces.sort(key=lambda piece: int(piece[1][0]))
-        keys = np.concatenate([piece[0] for piece in pieces])
-        rows = np.concatenate([piece[1] for piece in pieces])
+        pieces = sorted((piece for piece in pieces if len(piece.rows)), key=lambda piece: int(piece.rows[0]))
+        keys = np.concatenate([piece.keys for piece in pieces])
+        rows = np.concatenate([piece.rows for piece in pieces])
         assert len(rows) == window.rows, f"window of {window.rows} rows brought {len(rows)}"
-        return np.asarray(rows[sort_by_key(keys)][: plan.window_ends[index] - start])
+        del pieces  # one window at a time: they hold as much as their concatenation
+        order = sort_by_key(keys)[:wanted]
+        self._holders.map("mark_drawn", draw, window.low, float(keys[order[-1]]), int(rows[order[-1]]))
+        return np.asarray(rows[order])
+
+    def neglected(self, epoch: int) -> int:
+        """How many rows were drawn neither in `epoch` nor in the `NEGLECT_EPOCHS` - 1 epochs before it."""
+        return sum(self._holders.map("neglected", epoch, NEGLECT_EPOCHS))
 
     def _make_plan(self, epoch: int) -> tuple[Plan, Draw, list[Window]]:
         scheduler = self._scheduler
@@ -203,7 +215,7 @@ class Coordinator:
         if scheduler.replacement:
             draw = replace(draw, horizon=horizon_for(size, total))
         windows = cut_windows(
-            lambda prefix, shift: self._sum("key_counts", draw, prefix, shift), size=size, limit=self._window_rows
+            lambda prefixes, shift: self._sum("key_counts", draw, prefixes, shift), size=size, limit=self._window_rows
         )
         ends = np.minimum(np.cumsum([window.rows for window in windows]), size)
         plan = Plan(
@@ -213,18 +225,15 @@ class Coordinator:
             batch_size=self._batch_size,
             tail=self._tail,
             window_ends=tuple(int(end) for end in ends),
-            diagnostics={
-                "eligible_rows": moments.positive,
-                "effective_sample_size": float(moments.total**2 / moments.squares),
-                "largest_share": moments.largest / total,
-            },
+            diagnostics=_diagnostics(moments, size),
+            warnings=_warnings(epoch, moments, size, scheduler),
         )
         return plan, draw, windows
 
     def _cutoff(self, subset: int) -> tuple[int, int]:
         """The last of the `subset` rows of highest score, ties by lower row id: (score bits, row id)."""
-        bits, among_ties = radix_select(lambda prefix, shift: self._sum("score_counts", prefix, shift), subset - 1)
-        row, _ = radix_select(lambda prefix, shift: self._sum("tie_counts", bits, prefix, shift), among_ties)
+        bits, among_ties = radix_select(lambda prefixes, shift: self._sum("score_counts", prefixes, shift), subset - 1)
+        row, _ = radix_select(lambda prefixes, shift: self._sum("tie_counts", bits, prefixes, shift), among_ties)
         return bits, row
 
     def _mixed(self, draw: Draw, moments: Moments, subset: int) -> Draw:
@@ -235,18 +244,42 @@ class Coordinator:
         return replace(draw, added_weight=mix / (1 - mix) * float(moments.total) / subset)
 
     def _moments(self, draw: Draw) -> Moments:
-        parts: list[Moments] = self._holders.map("moments", draw)
-        return Moments(
-            positive=sum(part.positive for part in parts),
-            total=sum((part.total for part in parts), start=Fraction(0)),
-            squares=sum((part.squares for part in parts), start=Fraction(0)),
-            largest=max(part.largest for part in parts),
-        )
+        return sum(self._holders.map("moments", draw), start=Moments())
 
     def _sum(self, method: str, *args: Any) -> np.ndarray:
         """Sum of the holders' integer counts."""
         counts: np.ndarray = np.sum(self._holders.map(method, *args), axis=0)
         return counts
+
+
+def _diagnostics(moments: Moments, size: int) -> dict[str, float]:
+    """Figures of a sampling distribution p = w / sum(w), see `Plan`."""
+    total = float(moments.total)
+    return {
+        "eligible_rows": moments.positive,
+        "effective_sample_size": _effective_size(moments),
+        "entropy": math.log(total) - float(moments.w_log_w / moments.total),
+        "largest_share": moments.largest / total,
+        "expected_draws": size / moments.positive,
+    }
+
+
+def _effective_size(moments: Moments) -> float:
+    """(sum of w)^2 / sum of w^2: so many rows of equal weight would be as diverse."""
+    return float(moments.total**2 / moments.squares)
+
+
+def _warnings(epoch: int, moments: Moments, size: int, scheduler: Scheduler) -> tuple[str, ...]:
+    """What to tell the user about a distribution, in plain words."""
+    effective = _effective_size(moments)
+    if effective >= _PEAKED * size:
+        return ()
+    heaviest = moments.largest / float(moments.total)
+    return (
+        f"the sampling distribution of epoch {epoch} is very peaked: its effective sample size is {effective:.1f}, and "
+        f"the epoch draws {size} of {moments.positive} rows; the heaviest row has {heaviest:.1%} of all weight. "
+        f"{scheduler.flatten_hint}",
+    )
 
 
 def check_batch_size(batch_size: int, rows: int) -> None:

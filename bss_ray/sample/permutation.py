@@ -8,14 +8,17 @@ weight) alone, so the order is the same however the rows are cut into shards, ho
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from bss_ray.errors import ConfigError, WeightError, first_ids
+from bss_ray.sample.radix import Window, cut_windows, digit_counts, within
+from bss_ray.sample.threads import in_threads
 
 BLOCK_ROWS = 65_536
 
@@ -25,6 +28,9 @@ MIN_WEIGHT, MAX_WEIGHT = 2.0**-900, 2.0**900
 # Rounds of arrivals that a whole block draws together; rows that still arrive after them (very heavy
 # ones, hence few) go on with a generator of their own.
 _BLOCK_ROUNDS = 16
+
+# Parts of the keys that stay in cache while they are looked through, and keys that are sorted at once.
+_PART_ROWS, _SORT_ROWS = 1 << 18, 1 << 23
 
 # What a generator is for, as part of its key: streams of different purposes never overlap.
 _BLOCK_STREAM, _ROW_STREAM = 0, 1
@@ -108,12 +114,17 @@ def race_keys(weights: np.ndarray, *, seed: int, epoch: int, first_row: int = 0)
         (n,) float64; infinity where the weight is 0.
     """
     keys = np.empty(len(weights))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for block, start, stop in _blocks(first_row, len(weights)):
-            offset = first_row + start - block * BLOCK_ROWS
-            draws = exponentials(seed, epoch, block)[offset : offset + stop - start]
+
+    def race(place: tuple[int, int, int]) -> None:
+        block, start, stop = place
+        offset = first_row + start - block * BLOCK_ROWS
+        draws = exponentials(seed, epoch, block)[offset : offset + stop - start]
+        with np.errstate(divide="ignore", invalid="ignore"):
             np.divide(draws, weights[start:stop], out=keys[start:stop])
-    keys[weights == 0] = np.inf  # also where E itself was 0: 0 / 0 is NaN
+        keys[start:stop][weights[start:stop] == 0] = np.inf  # also where E itself was 0: 0 / 0 is NaN
+
+    for _ in in_threads(race, _blocks(first_row, len(weights))):
+        pass
     return keys
 
 
@@ -185,8 +196,11 @@ def horizon_for(draws: int, total_weight: float) -> float:
 def sort_by_key(keys: np.ndarray) -> np.ndarray:
     """Positions of `keys` in ascending order; equal keys stay as they stand.
 
-    Non-negative float64 sort as their int64 bits, for which torch has a parallel radix sort: faster
-    than NumPy's, and stable (NumPy's default is not, and differs between CPUs).
+    Non-negative float64 compare as their bits do. The leading bits of a key and its position share one
+    64-bit word, and the words are sorted in place: NumPy's vectorised sort of plain words takes a fifth of
+    the time of a sort that carries positions along (2^24 keys: 0.13 s against 0.68 s of `torch.sort`), and
+    words are all different, so no unstable sort and no SIMD level can change the result. The few keys
+    whose leading bits are equal are put right at the end.
 
     Args:
         keys: (n,) float64, non-negative, contiguous.
@@ -194,9 +208,36 @@ def sort_by_key(keys: np.ndarray) -> np.ndarray:
     Returns:
         (n,) int64.
     """
-    bits = torch.from_numpy(keys.view(np.int64))
-    positions: np.ndarray = torch.sort(bits, stable=True).indices.numpy()
+    if len(keys) == 0:
+        return np.empty(0, dtype=np.int64)
+    bits = keys.view(np.uint64)
+    low, high = int(bits.min()), int(bits.max())
+    position_bits = (len(keys) - 1).bit_length()
+    cut_off = max(0, (high - low).bit_length() + position_bits - 64)
+    words = bits - np.uint64(low)
+    words >>= np.uint64(cut_off)
+    words <<= np.uint64(position_bits)
+    words |= np.arange(len(keys), dtype=np.uint64)
+    words.sort()
+    positions = (words & np.uint64((1 << position_bits) - 1)).view(np.int64)
+    if cut_off:
+        words >>= np.uint64(position_bits)
+        _settle(keys, positions, words)
     return positions
+
+
+def _settle(keys: np.ndarray, positions: np.ndarray, leading: np.ndarray) -> None:
+    """Put `positions` in order where the sorted leading bits of keys are equal."""
+    equal = leading[1:] == leading[:-1]
+    if not equal.any():
+        return
+    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
+    if len(tied) > len(keys) // 8:  # keys that crowd in a corner of their range
+        bits = torch.from_numpy(keys.view(np.int64))
+        positions[:] = torch.sort(bits, stable=True).indices.numpy()
+        return
+    among = positions[tied]
+    positions[tied] = among[np.lexsort((among, keys[among], leading[tied]))]
 
 
 def weighted_permutation(
@@ -238,12 +279,40 @@ def weighted_permutation(
             f"{len(weights)}); received size={size}"
         )
     keys = race_keys(weights, seed=check_seed(seed), epoch=epoch, first_row=first_row)
+    order = _first_by_key(keys, size)
+    order += first_row
+    return order
+
+
+def _first_by_key(keys: np.ndarray, size: int) -> np.ndarray:
+    """Positions (size,) int64 of the `size` smallest keys in ascending order, ties as they stand.
+
+    The windows of the distributed sampler, in one process: only keys that are wanted are sorted, and
+    what a sort needs beside them stays small.
+    """
+    order = np.empty(size, dtype=np.int64)
     if size == 0:
-        return np.empty(0, dtype=np.int64)
-    if size <= len(keys) // 2:  # find the last key first: sorting is the dear part
-        rows = np.flatnonzero(keys <= np.partition(keys, size - 1)[size - 1])
-        return np.asarray(first_row + rows[sort_by_key(keys[rows])[:size]], dtype=np.int64)
-    return np.asarray(first_row + sort_by_key(keys)[:size])
+        return order
+    bits = keys.view(np.uint64)
+    parts = [slice(start, start + _PART_ROWS) for start in range(0, len(keys), _PART_ROWS)]
+
+    def counts(prefixes: Sequence[int], shift: int) -> np.ndarray:
+        found: np.ndarray = np.sum(
+            list(in_threads(lambda part: digit_counts(bits[part], prefixes, shift), parts)), axis=0
+        )
+        return found
+
+    def sort(window: tuple[int, Window]) -> None:
+        start, bounds = window
+        rows = np.concatenate([part.start + within(bits[part], bounds.low, bounds.high) for part in parts])
+        stop = min(start + len(rows), size)
+        order[start:stop] = rows[sort_by_key(keys[rows])[: stop - start]]
+
+    windows = cut_windows(counts, size=size, limit=_SORT_ROWS)
+    starts = itertools.accumulate((window.rows for window in windows), initial=0)
+    for _ in in_threads(sort, zip(starts, windows, strict=False)):
+        pass
+    return order
 
 
 def _blocks(first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:

@@ -26,8 +26,10 @@ class Plan:
         batch_size: rows of a global batch, over all ranks.
         tail: whether the last, smaller batch is kept or dropped.
         window_ends: end position of each window, ascending; the last is `size`.
-        diagnostics: figures of the sampling distribution: `eligible_rows`, `effective_sample_size`,
-            `largest_share`.
+        diagnostics: figures of the sampling distribution p: `eligible_rows` (p > 0),
+            `effective_sample_size` (1 / sum of p^2), `entropy` (nats; at most the log of the eligible rows),
+            `largest_share` (largest p), `expected_draws` (draws per eligible row, on average).
+        warnings: what the user should know about it, in plain words.
     """
 
     epoch: int
@@ -37,6 +39,7 @@ class Plan:
     tail: Tail
     window_ends: tuple[int, ...]
     diagnostics: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def batches(self) -> int:

@@ -74,6 +74,11 @@ class Scheduler:
         """How many rows `epoch` presents (after burn-in)."""
         return rows
 
+    @property
+    def flatten_hint(self) -> str:
+        """What a user can do about a distribution that is too peaked."""
+        return "Let the scheduler return weights that differ less"
+
     def weights(self, score: np.ndarray) -> np.ndarray:
         """Sampling weights of rows; elementwise, so that holders can apply it to their own rows.
 
@@ -223,7 +228,13 @@ class Learning(Scheduler):
     def epoch_size(self, epoch: int, rows: int) -> int:
         return max(1, round(self.share(epoch) * rows))
 
+    @property
+    def flatten_hint(self) -> str:
+        temperature = "" if self.temperature is None else f"Raise temperature (now {self.temperature:g}), or "
+        return f"{temperature}mix in the uniform distribution by uniform_mix (now {self.uniform_mix:g})".capitalize()
+
     def weights(self, score: np.ndarray) -> np.ndarray:
+        score = np.asarray(score, dtype=np.float64)  # holders keep float32
         if self.temperature is None:
             return 1.0 + score + 0.01
         return stable_exp(score / self.temperature)

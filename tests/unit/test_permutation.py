@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -309,7 +309,7 @@ class TestSlices:
 
     def test_coordinator_over_several_blocks(self) -> None:
         # The same order from 7 shards, 3 holders and small windows as from one array.
-        score = np.random.default_rng(3).uniform(-1, 1, self.rows)
+        score = np.random.default_rng(3).uniform(-1, 1, self.rows).astype(np.float32)
         scheduler = Learning(temperature=0.3, fraction=0.4)
         coordinator = local_coordinator(score, scheduler, shards=7, scorers=3, window_rows=20_000, seed=6)
         order, plan = order_of(coordinator, 1)
@@ -326,6 +326,45 @@ class TestSlices:
         monkeypatch.setattr(scorer, "_CHUNK_ROWS", 7)
         chunked, _ = order_of(local_coordinator(score, scheduler, shards=2), 1)
         assert chunked.tolist() == whole.tolist()
+
+
+class TestSort:
+    """`sort_by_key` against NumPy's stable sort, where its words of 64 bits are too short."""
+
+    rng = np.random.default_rng(9)
+    cases: ClassVar[dict[str, np.ndarray]] = {
+        "nothing": np.empty(0),
+        "one": np.array([3.0]),
+        "equal": np.full(1000, 0.25),
+        "few different": rng.integers(0, 5, 5000) / 4,
+        "exponentials": rng.standard_exponential(100_000),
+        "any positive bits": rng.integers(0, 0x7FF0 << 48, 5000).view(np.float64),
+        # Leading bits are equal almost everywhere, and the rest decides.
+        "one far away": np.append(1.0 + np.arange(5000)[::-1] * 2.0**-52, 1e300),
+        "some neighbours": np.concatenate(
+            [rng.standard_exponential(5000), 1 + np.arange(90) * 2.0**-52, [1e-300, 1e300]]
+        ),
+    }
+
+    @pytest.mark.parametrize("keys", cases.values(), ids=cases.keys())
+    def test_stable(self, keys: np.ndarray) -> None:
+        assert sort_by_key(keys).tolist() == np.argsort(keys, kind="stable").tolist()
+
+    @pytest.mark.parametrize("size", [1, 17, 5000, 20_000])
+    def test_windows_of_one_process(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        weights = np.random.default_rng(1).random(20_000) + 0.01
+        whole = weighted_permutation(weights, seed=1)
+        monkeypatch.setattr(permutation, "_PART_ROWS", 999)
+        monkeypatch.setattr(permutation, "_SORT_ROWS", 700)
+        assert weighted_permutation(weights, seed=1, size=size).tolist() == whole[:size].tolist()
+
+    @pytest.mark.parametrize("threads", [1, 2, 5])
+    def test_any_number_of_threads(self, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        weights = np.random.default_rng(1).random(200_000)
+        whole = weighted_permutation(weights, seed=1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(permutation, "_SORT_ROWS", 30_000)
+        assert (weighted_permutation(weights, seed=1) == whole).all()
 
 
 class TestTies:

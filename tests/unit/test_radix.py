@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -16,12 +17,13 @@ from bss_ray.sample.radix import (
     exact_sum,
     ordered_bits,
     radix_select,
+    within,
 )
 
 
 def counts_of(*holders: np.ndarray) -> Counts:
     """`Counts` over the uint64 values of some holders."""
-    return lambda prefix, shift: np.sum([digit_counts(values, prefix, shift) for values in holders], axis=0)
+    return lambda prefixes, shift: np.sum([digit_counts(values, prefixes, shift) for values in holders], axis=0)
 
 
 # Values that crowd in few of the top bins, tie, and touch both ends of the range.
@@ -75,9 +77,9 @@ class TestWindows:
         asked: list[int] = []
         values = VALUES["crowded"]  # all in one bin of the top 16 bits, and of the next 16
 
-        def counts(prefix: int, shift: int) -> np.ndarray:
+        def counts(prefixes: Sequence[int], shift: int) -> np.ndarray:
             asked.append(shift)
-            return digit_counts(values, prefix, shift)
+            return digit_counts(values, prefixes, shift)
 
         windows = cut_windows(counts, size=400, limit=50)
         assert max(window.rows for window in windows) <= 50
@@ -86,9 +88,9 @@ class TestWindows:
     def test_no_refinement_where_none_is_needed(self) -> None:
         asked: list[int] = []
 
-        def counts(prefix: int, shift: int) -> np.ndarray:
+        def counts(prefixes: Sequence[int], shift: int) -> np.ndarray:
             asked.append(shift)
-            return digit_counts(VALUES["keys"], prefix, shift)
+            return digit_counts(VALUES["keys"], prefixes, shift)
 
         assert len(cut_windows(counts, size=400, limit=400)) == 1
         assert asked == [48]  # one round of messages is the normal case
@@ -120,6 +122,7 @@ ADDENDS = {
     "zeros": np.zeros(4),
     "nothing": np.empty(0),
     "all mantissa bits": np.array([np.nextafter(1.0, 0.0), np.nextafter(2.0, 0.0), 2.0**53 - 1, 2.0**53 + 2]),
+    "of both signs": np.random.default_rng(8).normal(size=300) * 2.0 ** np.arange(-150, 150),
     "lost in floats": np.array([1.0] * 50 + [1e16, 1e-300] + [1.0] * 9),
 }
 all_addends = pytest.mark.parametrize("values", ADDENDS.values(), ids=ADDENDS.keys())
@@ -172,12 +175,32 @@ class TestOrderedBits:
         assert (ordered_bits(self.values) == ordered_bits(self.values.copy())).all()
 
 
+def test_refined_bins_do_not_swallow_their_neighbours() -> None:
+    # Two crowded bins and a thin one between them: pieces of the outer ones must not be joined over it.
+    crowd = np.arange(40, dtype=np.uint64)
+    values = np.concatenate([crowd + np.uint64(digit << 48) for digit in (3, 4, 5)] + [[np.uint64(4 << 48)]])
+    values = np.delete(values, slice(41, 79))
+    windows = cut_windows(counts_of(values), size=len(values), limit=20)
+    held = np.concatenate([np.sort(values[within(values, w.low, w.high)]) for w in windows])
+    assert held.tolist() == np.sort(values).tolist()
+
+
 def test_digits_of_one_holder() -> None:
     values = np.array([0x0001_0002_0003_0004, 0x0001_0002_0003_0005, 0x0001_FFFF_0000_0000], dtype=np.uint64)
-    top = digit_counts(values, 0, radix.TOP_SHIFT)
+    (top,) = digit_counts(values, [0], radix.TOP_SHIFT)
     assert (top[1], top.sum(), len(top)) == (3, 3, radix.BINS)
-    second = digit_counts(values, 0x0001, 32)
+    (second,) = digit_counts(values, [0x0001], 32)
     assert (second[0x0002], second[0xFFFF], second.sum()) == (2, 1, 3)
-    last = digit_counts(values, 0x0001_0002_0003, 0)
+    (last,) = digit_counts(values, [0x0001_0002_0003], 0)
     assert (last[4], last[5], last.sum()) == (1, 1, 2)
-    assert digit_counts(values, 0x0002, 32).sum() == 0
+    assert digit_counts(values, [0x0002], 32).sum() == 0
+
+
+def test_digits_of_several_prefixes_in_one_pass() -> None:
+    values = np.array([0x0001_0002_0003_0004, 0x0007_0002_0003_0005, 0x0001_FFFF_0000_0000, 5], dtype=np.uint64)
+    prefixes = [0x0001, 0x0003, 0x0007]
+    together = digit_counts(values, prefixes, 32)
+    assert together.shape == (3, radix.BINS)
+    for row, prefix in zip(together, prefixes, strict=True):
+        assert (row == digit_counts(values, [prefix], 32)[0]).all()
+    assert together.sum() == 3  # the value below prefix 0 is nobody's
