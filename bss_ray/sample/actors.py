@@ -7,6 +7,7 @@ import itertools
 import threading
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,10 +19,13 @@ from bss_ray.errors import ConfigError, nearest
 from bss_ray.measure.criteria import Measurer
 from bss_ray.measure.forward import PRECISIONS, ModelSnapshot, unpack_model
 from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
-from bss_ray.sample.coordinator import Coordinator
+from bss_ray.sample.coordinator import Coordinator, Review
 from bss_ray.sample.plan import Plan, Tail
 from bss_ray.sample.scorer import LostStateError, PartState, Scorer
 from bss_ray.schedule.schedulers import Scheduler
+
+# Score version, epoch, index of the window.
+_WindowKey = tuple[int, int, int]
 
 Engine = Literal["actors"]
 ENGINES = ("actors",)
@@ -149,48 +153,80 @@ class ActorHolders:
 class CoordinatorActor:
     """A `Coordinator` over scorer actors, and the run's message board.
 
-    The board has a thread of its own, so that the driver can look while scores are being made.
+    One thread does all of the coordinator's work, in the order it is asked for, so that the next window
+    is made while the ranks consume the one at hand. The board has a thread of its own, so that the
+    driver can look while scores are being made.
     """
 
     def __init__(self, scorers: Sequence[str], settings: dict[str, Any]) -> None:
         self._holders = ActorHolders([ray.get_actor(name) for name in scorers])
         self._coordinator = Coordinator(self._holders, **settings)
-        # Two windows: a rank may still want the one that another rank has just left.
-        self._windows: collections.OrderedDict[tuple[int, int, int], Any] = collections.OrderedDict()
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-planner")
+        self._windows: collections.OrderedDict[_WindowKey, Future[Any]] = collections.OrderedDict()
         self._messages: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
     def reset(self) -> None:
-        self._windows.clear()
-        self._coordinator.reset()
+        self._forget_windows()
+        self._do("reset")
 
     def load(self, saved: SavedScores, version: int) -> None:
         # A version that is published again after a restart need not have the same scores to the bit.
-        self._windows.clear()
-        self._coordinator.load(saved, version)
+        self._forget_windows()
+        self._do("load", saved, version)
 
     def score(self, job: ScoringJob) -> int:
-        return self._coordinator.score(job)
+        self._forget_windows()
+        return int(self._do("score", job))
 
-    def plan(self, epoch: int, version: int) -> Plan:
-        """The plan of `epoch`, drawn from score version `version`."""
+    def plan(self, epoch: int, version: int, batch: int = 0) -> Plan:
+        """The plan of `epoch`, drawn from score version `version`, for ranks that start at global batch `batch`."""
         self._check_version(version)
-        return self._coordinator.plan(epoch)
+        plan: Plan = self._do("plan", epoch)
+        if batch < plan.batches:
+            self._window((version, epoch, plan.window_of(plan.span(batch)[0])))
+        return plan
 
     def window(self, epoch: int, index: int, version: int) -> Any:
-        """Reference to a window: one object for all ranks of all nodes."""
+        """Reference to a window: one object for all ranks, one copy a node."""
         self._check_version(version)
-        key = (version, epoch, index)
-        if key not in self._windows:
-            self._windows[key] = ray.put(self._coordinator.window(epoch, index))
-            while len(self._windows) > 2:
-                self._windows.popitem(last=False)
-        return [self._windows[key]]
+        ref = self._window((version, epoch, index)).result()
+        plan: Plan = self._do("plan", epoch)
+        if index + 1 < len(plan.window_ends):
+            self._window((version, epoch, index + 1))
+        else:
+            self._planner.submit(self._coordinator.plan_ahead, epoch)
+        return [ref]
+
+    def review(self, epoch: int, version: int) -> Review:
+        """`Coordinator.review` of an epoch that was drawn from score version `version`."""
+        self._check_version(version)
+        return Review(*self._do("review", epoch))
 
     def parts(self, version: int) -> list[Any]:
         """References to each holder's `list[PartState]` of `version`; the scores do not pass through here."""
         self._check_version(version)
         return self._holders.start("state", version)
+
+    def _do(self, method: str, *args: Any) -> Any:
+        return self._planner.submit(getattr(self._coordinator, method), *args).result()
+
+    def _window(self, key: _WindowKey) -> Future[Any]:
+        """A window that is made, or will be as soon as what was asked for before it is done."""
+        if key not in self._windows:
+            self._windows[key] = self._planner.submit(self._put_window, *key[1:])
+            # A rank may still want the one that another has just left; and one is made ahead.
+            while len(self._windows) > 3:
+                self._windows.popitem(last=False)
+        return self._windows[key]
+
+    def _put_window(self, epoch: int, index: int) -> Any:
+        return ray.put(self._coordinator.window(epoch, index))
+
+    def _forget_windows(self) -> None:
+        for window in self._windows.values():
+            window.cancel()
+        self._windows.clear()
 
     def _check_version(self, version: int) -> None:
         if self._coordinator.version != version:

@@ -6,10 +6,11 @@ scores of all rows. `Coordinator` is a plain class; `bss_ray.sample.actors` puts
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +27,9 @@ NEGLECT_EPOCHS = 5
 
 # Below this share of the epoch's size the effective sample size is worth a warning.
 _PEAKED = 0.1
+
+# Above this share of all rows so are neglected ones.
+_NEGLECTED = 0.1
 
 
 class Holders(Protocol):
@@ -44,6 +48,24 @@ class LocalHolders:
 
     def map(self, method: str, *args: Any) -> list[Any]:
         return [getattr(scorer, method)(*args) for scorer in self._scorers]
+
+
+class Review(NamedTuple):
+    """What an epoch that was presented leaves to say.
+
+    Attributes:
+        neglected_rows: rows drawn neither in it nor in the `NEGLECT_EPOCHS` - 1 epochs before it.
+        warnings: what the user should know, in plain words, by the kind of trouble.
+    """
+
+    neglected_rows: int
+    warnings: dict[str, str]
+
+
+class _Planned(NamedTuple):
+    plan: Plan
+    draw: Draw
+    windows: list[Window]
 
 
 class Coordinator:
@@ -91,7 +113,9 @@ class Coordinator:
         self._accumulate: Accumulate = accumulate
         self._window_rows = window_rows
         self._version = 0
-        self._planned: tuple[Plan, Draw, list[Window]] | None = None
+        # Two epochs: a rank may still be in the one that others have just left.
+        self._plans: collections.OrderedDict[int, _Planned] = collections.OrderedDict()
+        self._reviews: dict[int, Review] = {}
 
     # ---- scores -------------------------------------------------------------------------------
 
@@ -103,7 +127,7 @@ class Coordinator:
     def reset(self) -> None:
         """Start over without scores."""
         self._holders.map("reset")
-        self._version, self._planned = 0, None
+        self._replace(0)
 
     def score(self, *job: Any) -> int:
         """Measure all rows with a model and publish the scores as a new version.
@@ -125,8 +149,7 @@ class Coordinator:
             self._momentum,
             self._accumulate,
         )
-        self._version += 1
-        self._planned = None
+        self._replace(self._version + 1)
         return self._version
 
     def load(self, parts: Any, version: int) -> None:
@@ -145,7 +168,13 @@ class Coordinator:
                 f"the checkpoint holds scores of {found} of the {self._rows} rows; a part of it is missing. "
                 "Go back to an older checkpoint"
             )
-        self._version, self._planned = version, None
+        self._replace(version)
+
+    def _replace(self, version: int) -> None:
+        """Other scores: what was planned from those before is void."""
+        self._version = version
+        self._plans.clear()
+        self._reviews.clear()
 
     def state(self) -> list[PartState]:
         """Scores and measures of all rows; only for small data and tests, it gathers every row."""
@@ -160,15 +189,23 @@ class Coordinator:
             ScheduleError: the scheduler needs scores and there are none yet.
             WeightError: the weights are bad, or fewer rows have weight than the epoch presents.
         """
-        if self._planned is None or self._planned[0].epoch != epoch:
-            self._planned = self._make_plan(epoch)
-        return self._planned[0]
+        return self._planned(epoch).plan
+
+    def plan_ahead(self, epoch: int) -> None:
+        """Plan the epoch after `epoch`, unless new scores come before it."""
+        if not self._scheduler.scores_due_after(epoch):
+            self.plan(epoch + 1)
+
+    def _planned(self, epoch: int) -> _Planned:
+        if epoch not in self._plans:
+            self._plans[epoch] = self._make_plan(epoch)
+            while len(self._plans) > 2:
+                self._plans.popitem(last=False)
+        return self._plans[epoch]
 
     def window(self, epoch: int, index: int) -> np.ndarray:
         """Window `index` of the order of `epoch`: (rows,) int64 row ids."""
-        plan = self.plan(epoch)
-        assert self._planned is not None
-        _, draw, windows = self._planned
+        plan, draw, windows = self._planned(epoch)
         window = windows[index]
         wanted = plan.window_ends[index] - (plan.window_ends[index - 1] if index else 0)
         pieces: list[Keys] = [
@@ -184,11 +221,14 @@ class Coordinator:
         self._holders.map("mark_drawn", draw, window.low, float(keys[order[-1]]), int(rows[order[-1]]))
         return np.asarray(rows[order])
 
-    def neglected(self, epoch: int) -> int:
-        """How many rows were drawn neither in `epoch` nor in the `NEGLECT_EPOCHS` - 1 epochs before it."""
-        return sum(self._holders.map("neglected", epoch, NEGLECT_EPOCHS))
+    def review(self, epoch: int) -> Review:
+        """Look back at `epoch`, all of whose windows have been made."""
+        if epoch not in self._reviews:
+            rows = sum(self._holders.map("neglected", epoch, NEGLECT_EPOCHS))
+            self._reviews = {epoch: Review(rows, _neglect_warnings(epoch, rows, self._rows, self._scheduler))}
+        return self._reviews[epoch]
 
-    def _make_plan(self, epoch: int) -> tuple[Plan, Draw, list[Window]]:
+    def _make_plan(self, epoch: int) -> _Planned:
         scheduler = self._scheduler
         if scheduler.is_burn_in(epoch):
             scheduler = Uniform()
@@ -228,7 +268,7 @@ class Coordinator:
             diagnostics=_diagnostics(moments, size),
             warnings=_warnings(epoch, moments, size, scheduler),
         )
-        return plan, draw, windows
+        return _Planned(plan, draw, windows)
 
     def _cutoff(self, subset: int) -> tuple[int, int]:
         """The last of the `subset` rows of highest score, ties by lower row id: (score bits, row id)."""
@@ -269,17 +309,28 @@ def _effective_size(moments: Moments) -> float:
     return float(moments.total**2 / moments.squares)
 
 
-def _warnings(epoch: int, moments: Moments, size: int, scheduler: Scheduler) -> tuple[str, ...]:
+def _warnings(epoch: int, moments: Moments, size: int, scheduler: Scheduler) -> dict[str, str]:
     """What to tell the user about a distribution, in plain words."""
     effective = _effective_size(moments)
     if effective >= _PEAKED * size:
-        return ()
+        return {}
     heaviest = moments.largest / float(moments.total)
-    return (
+    text = (
         f"the sampling distribution of epoch {epoch} is very peaked: its effective sample size is {effective:.1f}, and "
         f"the epoch draws {size} of {moments.positive} rows; the heaviest row has {heaviest:.1%} of all weight. "
-        f"{scheduler.flatten_hint}",
     )
+    return {"peaked": text + scheduler.flatten_hint}
+
+
+def _neglect_warnings(epoch: int, neglected: int, rows: int, scheduler: Scheduler) -> dict[str, str]:
+    # A curriculum leaves rows out on purpose.
+    if neglected < _NEGLECTED * rows or scheduler.subset_size(epoch, rows) < rows:
+        return {}
+    text = (
+        f"{neglected} of {rows} rows ({neglected / rows:.0%}) have not been drawn in the {NEGLECT_EPOCHS} epochs up to "
+        f"epoch {epoch}. {scheduler.flatten_hint}; or present a larger fraction of the rows in each epoch"
+    )
+    return {"neglected": text}
 
 
 def check_batch_size(batch_size: int, rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -29,7 +30,7 @@ class Plan:
         diagnostics: figures of the sampling distribution p: `eligible_rows` (p > 0),
             `effective_sample_size` (1 / sum of p^2), `entropy` (nats; at most the log of the eligible rows),
             `largest_share` (largest p), `expected_draws` (draws per eligible row, on average).
-        warnings: what the user should know about it, in plain words.
+        warnings: what the user should know about it, in plain words, by the kind of trouble.
     """
 
     epoch: int
@@ -39,7 +40,7 @@ class Plan:
     tail: Tail
     window_ends: tuple[int, ...]
     diagnostics: dict[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    warnings: dict[str, str] = field(default_factory=dict)
 
     @property
     def batches(self) -> int:
@@ -56,6 +57,10 @@ class Plan:
         """Positions [start, stop) of global batch `batch` in the order."""
         return batch * self.batch_size, min((batch + 1) * self.batch_size, self.size)
 
+    def window_of(self, position: int) -> int:
+        """Index of the window that holds a position of the order."""
+        return bisect.bisect_right(self.window_ends, position)
+
 
 class Order:
     """The row ids of a plan by position, read window by window.
@@ -66,7 +71,7 @@ class Order:
     """
 
     def __init__(self, plan: Plan, window: Callable[[int], np.ndarray]) -> None:
-        self._ends = np.asarray(plan.window_ends)
+        self._plan = plan
         self._window = window
         self._current: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -74,10 +79,10 @@ class Order:
         """Row ids (stop - start,) int64 at positions [start, stop); moves on cheaply, not back."""
         parts: list[np.ndarray] = []
         while start < stop:
-            index = int(np.searchsorted(self._ends, start, side="right"))
+            index = self._plan.window_of(start)
             if index != self._current[0]:
                 self._current = (index, self._window(index))
-            first = int(self._ends[index - 1]) if index else 0
+            first = self._plan.window_ends[index - 1] if index else 0
             parts.append(self._current[1][start - first : stop - first])
             start += len(parts[-1])
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

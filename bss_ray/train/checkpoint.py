@@ -1,38 +1,40 @@
 """A checkpoint: model, optimiser and everything else with a state, and the sampler's whole state.
 
-    manifest.json      format, fingerprint of the data, seed, position, history, digests of all files
-    model.pt           state dict
-    <name>.pt          state dict of whatever else was handed over (optimizer, lr_schedule, ...)
-    scores-00000.npz   scores and measures of one holder's rows, as many files as holders
+    manifest.json            format, fingerprint of the data, seed, position, history, digests of all files
+    model.pt                 state dict
+    <name>.pt                state dict of whatever else was handed over (optimizer, lr_schedule, ...)
+    scores-00000-00000.npz   scores and measures of one holder's rows, see `bss_ray.sample.state`
 
-Each rank writes its share of the score files, rank 0 the rest; Ray Train joins them in one folder and
+Each rank writes the files of some holders, rank 0 the rest; Ray Train joins them in one folder and
 counts a checkpoint only when all ranks have delivered theirs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
-import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.fs
 import ray.train
 import torch
 
 from bss_ray.errors import CheckpointError
 from bss_ray.sample.scorer import PartState
+from bss_ray.sample.state import ScoreFile, digest, read_scores, write_file
 
-FORMAT = 1
+# 2: scores are float32 and know when a row was last drawn; files know their rows.
+FORMAT = 2
 MANIFEST = "manifest.json"
-_SCORES = "scores-"
 
 _REMEDY = "Choose another run name, or go back to the data and settings that the run was started with"
+
+
+_MEND = "Restore the file from a copy, or start a new run under another name; nothing was changed"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Manifest:
         position: where training goes on.
         history: metrics of all finished epochs, in order.
         observed: sums of the unfinished epoch's measures over all ranks: rows, similarity, information.
-        digests: BLAKE2 of each file.
+        digests: BLAKE2 of each state dict's file.
+        scores: the files of scores.
         format: version of this layout.
     """
 
@@ -72,42 +75,30 @@ class Manifest:
     history: list[dict[str, Any]]
     observed: list[float]
     digests: dict[str, str]
+    scores: list[ScoreFile]
     format: int = FORMAT
 
 
-def score_file(index: int) -> str:
-    """File name of one holder's scores."""
-    return f"{_SCORES}{index:05d}.npz"
-
-
-def write_scores(folder: Path, index: int, parts: list[PartState]) -> dict[str, str]:
-    """Write one holder's scores as plain arrays, no pickles; returns the file's digest."""
-    path = folder / score_file(index)
-    np.savez(
-        path,
-        first_row=np.array([part.first_row for part in parts], dtype=np.int64),
-        rows=np.array([len(part.score) for part in parts], dtype=np.int64),
-        score=np.concatenate([part.score for part in parts]),
-        similarity=np.concatenate([part.similarity for part in parts]),
-        information=np.concatenate([part.information for part in parts]),
-    )
-    return {path.name: _digest(path.read_bytes())}
-
-
 def write_states(folder: Path, states: dict[str, Any]) -> dict[str, str]:
-    """Write state dicts as `<name>.pt`; returns the files' digests."""
-    digests = {}
-    for name, state in states.items():
-        path = folder / f"{name}.pt"
-        torch.save(state, path)
-        digests[path.name] = _digest(path.read_bytes())
-    return digests
+    """Write state dicts as `<name>.pt`; returns the files' digests.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written to.
+    """
+    return {
+        f"{name}.pt": write_file(folder / f"{name}.pt", partial(torch.save, state)) for name, state in states.items()
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, after everything that it speaks of."""
+    """Write the manifest, after everything that it speaks of.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written to.
+    """
     content = asdict(manifest)
-    (folder / MANIFEST).write_text(json.dumps({**content, "digest": _digest(_canonical(content))}, indent=1))
+    text = json.dumps({**content, "digest": _digest(_canonical(content))}, indent=1)
+    write_file(folder / MANIFEST, lambda stream: stream.write(text.encode()))
 
 
 class SavedCheckpoint:
@@ -140,7 +131,9 @@ class SavedCheckpoint:
                 )
             if _digest(_canonical(fields)) != expected:
                 raise self._damaged(MANIFEST, "its content does not have the digest that it names")
-            self._manifest = Manifest(**{**fields, "position": Position(**fields["position"])})
+            position = Position(**fields.pop("position"))
+            scores = [ScoreFile(**file) for file in fields.pop("scores")]
+            self._manifest = Manifest(**fields, position=position, scores=scores)
             return self._manifest
         except CheckpointError:
             raise
@@ -184,43 +177,33 @@ class SavedCheckpoint:
         Raises:
             CheckpointError: a score file is missing or damaged.
         """
-        return [
-            part
-            for file in sorted(name for name in self.manifest().digests if name.startswith(_SCORES))
-            for part in self._score_parts(file)
-            if part.first_row < stop and part.first_row + len(part.score) > start
-        ]
-
-    def _score_parts(self, file: str) -> list[PartState]:
+        manifest = self.manifest()
         try:
-            with np.load(io.BytesIO(self._read(file)), allow_pickle=False) as saved:
-                arrays = {name: saved[name] for name in saved.files}
-            edges = np.cumsum(arrays["rows"])[:-1]
-            columns = (np.split(arrays[name], edges) for name in ("score", "similarity", "information"))
-            firsts = arrays["first_row"].tolist()
-            return [PartState(first, *values) for first, *values in zip(firsts, *columns, strict=True)]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # written by another program
-            raise self._damaged(file, error) from error
+            return read_scores(
+                manifest.scores, self._content, version=manifest.position.version, start=start, stop=stop
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint {self._path} is damaged: {error}. {_MEND}") from error
 
     def _read(self, file: str, *, check: bool = True) -> bytes:
         """Content of a file, if it has the digest that the manifest names."""
-        path = f"{self._path}/{file}"
         try:
-            with self._filesystem.open_input_stream(path) as stream:
-                content: bytes = stream.read()
+            content = self._content(file)
         except OSError as error:
             raise self._damaged(file, error) from error
         if check:
-            digest, expected = _digest(content), self.manifest().digests.get(file)
-            if digest != expected:
-                raise self._damaged(file, f"its digest is {digest}, the manifest says {expected}")
+            found, expected = _digest(content), self.manifest().digests.get(file)
+            if found != expected:
+                raise self._damaged(file, f"its digest is {found}, the manifest says {expected}")
+        return content
+
+    def _content(self, file: str) -> bytes:
+        with self._filesystem.open_input_stream(f"{self._path}/{file}") as stream:
+            content: bytes = stream.read()
         return content
 
     def _damaged(self, file: str, why: object) -> CheckpointError:
-        return CheckpointError(
-            f"checkpoint {self._path} is damaged: {file} cannot be used ({why}). Restore the file from a copy, or "
-            "start a new run under another name; nothing was changed"
-        )
+        return CheckpointError(f"checkpoint {self._path} is damaged: {file} cannot be used ({why}). {_MEND}")
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:
@@ -229,4 +212,4 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return digest(io.BytesIO(content))

@@ -25,16 +25,17 @@ from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
 from bss_ray.measure.criteria import FUSED, Measurer, Outputs
 from bss_ray.measure.forward import pack_model, unwrap_model
 from bss_ray.sample.actors import ScoringJob
+from bss_ray.sample.coordinator import Review
 from bss_ray.sample.loader import FILLER, Loader
 from bss_ray.sample.plan import Order, Plan
 from bss_ray.sample.scorer import LostStateError
+from bss_ray.sample.state import ScoreFile, write_scores
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.checkpoint import (
     Manifest,
     Position,
     SavedCheckpoint,
     write_manifest,
-    write_scores,
     write_states,
 )
 
@@ -93,6 +94,7 @@ class Sampler:
         self._position = Position()
         self._history: list[dict[str, Any]] = []
         self._posted = 0.0
+        self._warned: set[str] = set()
         self._seconds = {"scoring": 0.0, "planning": 0.0, "training": 0.0}
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # see _observed
         self._saved = self._restore_scores()
@@ -167,7 +169,9 @@ class Sampler:
         """
         started = time.perf_counter()
         epoch = self._position.epoch
-        plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch, self._position.version))
+        at = self._position
+        plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch, at.version, at.batch))
+        self._warn(plan.warnings)
         order = Order(plan, self._window)
         self._plan = plan
         self._seconds["planning"] += time.perf_counter() - started
@@ -247,9 +251,11 @@ class Sampler:
             self._save(row, self._position, self._observed(), model, stateful)
             return row
         epoch, plan = self._position.epoch, self.plan
+        review: Review = ray.get(self._context.coordinator.review.remote(epoch, plan.version))
+        self._warn(review.warnings)
         if self._context.scheduler.scores_due_after(epoch):
             self._publish_scores(model)
-        row = {"epoch": epoch, **self._figures(plan), **metrics}
+        row = {"epoch": epoch, **self._figures(plan), "neglected_rows": review.neglected_rows, **metrics}
         self._history = [*self._history, row]
         following = Position(epoch + 1, 0, self._position.version)
         self._save(row, following, [0.0, 0.0, 0.0], model, stateful)
@@ -300,14 +306,13 @@ class Sampler:
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
             holders = ray.get(self._context.coordinator.parts.remote(position.version)) if position.version else []
-            digests: dict[str, str] = {}
+            written: list[ScoreFile] = []
             for index in range(self._rank, len(holders), self._ranks):
-                digests |= write_scores(folder, index, ray.get(holders[index]))
+                written += write_scores(folder, index, position.version, ray.get(holders[index]))
+            everyones = _gather_objects(written, self._ranks)
             if self._rank == 0:
                 states = {"model": unwrap_model(model), **stateful}
-                digests |= write_states(folder, {name: part.state_dict() for name, part in states.items()})
-            everyones = _gather_objects(digests, self._ranks)
-            if self._rank == 0:
+                digests = write_states(folder, {name: part.state_dict() for name, part in states.items()})
                 manifest = Manifest(
                     fingerprint=self.shards.fingerprint,
                     seed=self._context.seed,
@@ -315,7 +320,8 @@ class Sampler:
                     position=position,
                     history=self._history,
                     observed=observed,
-                    digests={file: digest for own in everyones for file, digest in own.items()},
+                    digests=digests,
+                    scores=[file for own in everyones for file in own],
                 )
                 write_manifest(folder, manifest)
             # A rank without a file of its own reports without one, and still takes part in the barrier.
@@ -357,6 +363,13 @@ class Sampler:
         if self._rank == 0 and now - self._posted > _POST_INTERVAL_S:
             self._posted = now
             self._post({"kind": "batch", "epoch": epoch, "batch": batch, "batches": batches})
+
+    def _warn(self, warnings: dict[str, str]) -> None:
+        """Tell the user of each kind of trouble once, not in every epoch."""
+        for name, text in warnings.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                self._post({"kind": "notice", "text": f"Warning: {text}"})
 
     def _post(self, message: dict[str, Any]) -> None:
         if self._rank == 0:

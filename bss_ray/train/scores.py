@@ -29,7 +29,7 @@ def write_scores(path: Path, saved: SavedCheckpoint, shards: Shards) -> None:
 @ray.remote
 def _write_part(folder: Path, saved: SavedCheckpoint, shards: Shards, index: int) -> None:
     part, columns = shards.parts[index], shards.columns
-    names = {"similarity": np.float32, "information": np.float32, "score": np.float64}
+    names = {"similarity": np.float32, "information": np.float32, "score": np.float32}
     table = {"row_id": np.arange(part.first_row, part.first_row + part.rows)}
     table |= {name: np.full(part.rows, np.nan, kind) for name, kind in names.items()}
     for scores in saved.scores(part.first_row, part.first_row + part.rows):

@@ -1,6 +1,8 @@
 """A checkpoint proves what it is of, and says so when it is damaged."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,33 +12,29 @@ import ray.train
 import torch
 
 from bss_ray.errors import CheckpointError
+from bss_ray.sample import state
 from bss_ray.sample.scorer import PartState
+from bss_ray.sample.state import write_scores
 from bss_ray.train.checkpoint import (
     Manifest,
     Position,
     SavedCheckpoint,
-    score_file,
     write_manifest,
-    write_scores,
     write_states,
 )
+
+SCORE = np.linspace(-1, 1, 17).astype(np.float32)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A whole checkpoint: two holders of 10 and 7 rows, the second with two shards."""
-    score = np.linspace(-1, 1, 17)
-    single = score.astype(np.float32)
-    digests = write_scores(tmp_path, 0, [PartState(0, score[:10], single[:10], single[:10])])
-    digests |= write_scores(
-        tmp_path,
-        1,
-        [
-            PartState(10, score[10:12], single[10:12], single[10:12]),
-            PartState(12, score[12:], single[12:], single[12:]),
-        ],
-    )
-    digests |= write_states(tmp_path, {"model": torch.nn.Linear(2, 2).state_dict()})
+    parts = [PartState.empty(first, rows) for first, rows in ((0, 10), (10, 2), (12, 5))]
+    for part in parts:
+        part.score[:] = SCORE[part.first_row : part.stop_row]
+        part.last_drawn[:] = 4
+    scores = [*write_scores(tmp_path, 0, 1, parts[:1]), *write_scores(tmp_path, 1, 1, parts[1:])]
+    digests = write_states(tmp_path, {"model": torch.nn.Linear(2, 2).state_dict()})
     write_manifest(
         tmp_path,
         Manifest(
@@ -47,6 +45,7 @@ def folder(tmp_path: Path) -> Path:
             history=[{"epoch": 0}],
             observed=[0.0, 0.0, 0.0],
             digests=digests,
+            scores=scores,
         ),
     )
     return tmp_path
@@ -63,7 +62,8 @@ def test_round_trip(folder: Path) -> None:
     assert saved(folder).state("model").keys() == {"weight", "bias"}
     parts = saved(folder).scores(9, 11)
     assert [part.first_row for part in parts] == [0, 10]
-    assert np.concatenate([p.score for p in saved(folder).scores(0, 17)]).tolist() == np.linspace(-1, 1, 17).tolist()
+    assert np.concatenate([p.score for p in saved(folder).scores(0, 17)]).tolist() == SCORE.tolist()
+    assert parts[0].last_drawn.tolist() == [4] * 10
 
 
 def test_other_data_and_seed_name_both_values(folder: Path) -> None:
@@ -76,11 +76,11 @@ def test_other_data_and_seed_name_both_values(folder: Path) -> None:
 def test_other_format_names_both_versions(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match=r"format 99.*format 1"):
+    with pytest.raises(CheckpointError, match=r"format 99.*format 2"):
         saved(folder).manifest()
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "model.pt", score_file(1)])
+@pytest.mark.parametrize("file", ["manifest.json", "model.pt", "scores-00001-00000.npz"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_damage_names_the_file(folder: Path, file: str, damage: str) -> None:
     path = folder / file
@@ -102,3 +102,62 @@ def test_a_pickle_in_place_of_a_state_is_not_run(folder: Path) -> None:
     write_manifest(folder, replace(manifest, digests={**manifest.digests, **digests}))
     with pytest.raises(CheckpointError, match=r"damaged: model\.pt"):
         saved(folder).state("model")
+
+
+def test_scores_of_another_version_are_refused(folder: Path) -> None:
+    # A whole, sound file, but of a later update than the manifest's.
+    (late,) = write_scores(folder, 0, 2, [PartState.empty(0, 10)])
+    manifest = saved(folder).manifest()
+    write_manifest(folder, replace(manifest, scores=[late, *manifest.scores[1:]]))
+    with pytest.raises(CheckpointError, match=r"of score version 2; the manifest says .* of version 1"):
+        saved(folder).scores(0, 17)
+
+
+def test_only_files_that_are_wanted_are_read(folder: Path) -> None:
+    (folder / "scores-00001-00001.npz").unlink()
+    assert [part.first_row for part in saved(folder).scores(0, 12)] == [0, 10]
+    with pytest.raises(CheckpointError, match=r"damaged: scores-00001-00001\.npz"):
+        saved(folder).scores(0, 13)
+
+
+def test_long_runs_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_FILE_ROWS", 4)
+    part = PartState.empty(3, 10)
+    part.score[:] = SCORE[:10]
+    files = write_scores(tmp_path, 0, 1, [part])
+    assert [(file.first_row, file.rows) for file in files] == [(3, 4), (7, 4), (11, 2)]
+    again = state.read_scores(files, lambda name: (tmp_path / name).read_bytes(), version=1, start=0, stop=99)
+    assert np.concatenate([piece.score for piece in again]).tolist() == part.score.tolist()
+
+
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from bss_ray.errors import StorageError
+from bss_ray.sample.scorer import PartState
+from bss_ray.sample.state import write_scores
+from bss_ray.train.checkpoint import write_states
+import torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for write in (
+    lambda: write_scores(Path(sys.argv[1]), 0, 2, [PartState.empty(0, 100_000)]),
+    lambda: write_states(Path(sys.argv[1]), {"model": {"weight": torch.zeros(100_000)}}),
+):
+    try:
+        write()
+    except StorageError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_state(folder: Path) -> None:
+    # A limit on the size of files fails a write in the middle, as a full disk does.
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = subprocess.run([sys.executable, "-c", _FULL_DISK, str(folder)], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert "scores-00000-00000.npz cannot be written" in lines[0]
+    assert "model.pt cannot be written" in lines[1]
+    assert "Free space" in lines[1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
