@@ -21,7 +21,7 @@ from bss_ray.measure.forward import PRECISIONS, ModelSnapshot, unpack_model
 from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
 from bss_ray.sample.coordinator import Coordinator, Review
 from bss_ray.sample.plan import Plan, Tail
-from bss_ray.sample.scorer import LostStateError, PartState, Scorer
+from bss_ray.sample.scorer import WINDOW_ROWS, LostStateError, PartState, Scorer
 from bss_ray.schedule.schedulers import Scheduler
 
 # Score version, epoch, index of the window.
@@ -276,6 +276,7 @@ def start_coordinator(
     seed: int,
     batch_size: int,
     tail: Tail,
+    window_rows: int = WINDOW_ROWS,
 ) -> Any:
     """Start the coordinator actor, over scorers of these names (it finds them again after a restart)."""
     settings = {
@@ -284,6 +285,7 @@ def start_coordinator(
         "seed": seed,
         "batch_size": batch_size,
         "tail": tail,
+        "window_rows": window_rows,
         "momentum": scoring.momentum,
         "accumulate": scoring.accumulate,
     }
