@@ -1,9 +1,6 @@
 """A small training run with an audit: which row ids each rank received in which global batch."""
 
-import os
-import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from torch import nn
 import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
+from bss_ray.testing import Fault
 
 # The ranks do not know this module: send what it defines along with the loop.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -65,15 +63,14 @@ class Audit:
         epochs: of the run.
         dropout: of the model; its numbers depend on the rank.
         checkpoint_every: batches between checkpoints.
-        fault: called once in the run, at `fault_at` (epoch, batch) on the last rank.
+        fault: what goes wrong, once in the run.
     """
 
     folder: Path
     epochs: int = 3
     dropout: float = 0.2
     checkpoint_every: int | None = None
-    fault: Callable[[], None] | None = None
-    fault_at: tuple[int, int] = (1, 5)
+    fault: Fault | None = None
 
 
 def audited_loop(audit: Audit) -> None:
@@ -84,7 +81,8 @@ def audited_loop(audit: Audit) -> None:
     torch.manual_seed(0)
     model = ray.train.torch.prepare_model(TwoHeads(audit.dropout))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sampler.restore(model=model, optimizer=optimizer)
+    if sampler.restore(model=model, optimizer=optimizer):
+        (audit.folder / "resumed").touch()
     for epoch in sampler.epochs(audit.epochs):
         for batch in sampler.batches():
             number = sampler.position.batch - 1
@@ -96,23 +94,12 @@ def audited_loop(audit: Audit) -> None:
             loss.backward()
             optimizer.step()
             np.save(audit.folder / f"{epoch}-{number}-{rank}-of-{ranks}.npy", batch["row_id"].numpy())
-            _maybe_fail(audit, epoch, number, rank == ranks - 1)
+            if audit.fault is not None:
+                audit.fault.reached(epoch, number, rank=rank, ranks=ranks)
             if audit.checkpoint_every and sampler.position.batch % audit.checkpoint_every == 0:
                 sampler.report({}, model=model, optimizer=optimizer)
         weight = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
         sampler.report({"weight": weight}, model=model, optimizer=optimizer)
-
-
-def _maybe_fail(audit: Audit, epoch: int, number: int, here: bool) -> None:
-    marker = audit.folder / "failed"
-    if audit.fault is not None and here and (epoch, number) == audit.fault_at and not marker.exists():
-        marker.write_text(f"{epoch} {number}")
-        audit.fault()
-
-
-def kill_self() -> None:
-    """Kill -9 this process."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def batches_of(folder: Path) -> dict[tuple[int, int], list[int]]:
@@ -126,10 +113,17 @@ def batches_of(folder: Path) -> dict[tuple[int, int], list[int]]:
 
 @dataclass
 class Outcome:
-    """A run's end."""
+    """A run's end.
+
+    Attributes:
+        metrics: of the last report.
+        batches: see `batches_of`.
+        resumed: whether any attempt of it went on from a checkpoint.
+    """
 
     metrics: dict[str, float]
     batches: dict[tuple[int, int], list[int]]
+    resumed: bool
 
     @property
     def figures(self) -> dict[str, float]:
@@ -141,7 +135,7 @@ def run(
     folder: Path, shards: Shards, *, workers: int = 2, scorers: int = 2, failures: int = 0, **audit: object
 ) -> Outcome:
     """Run `audited_loop` to its end."""
-    (folder / "audit").mkdir(parents=True)
+    (folder / "audit").mkdir(parents=True, exist_ok=True)  # a second call goes on with the run
     result = bss_ray.BalancedTrainer(
         audited_loop,
         dataset=shards,
@@ -156,4 +150,4 @@ def run(
             name="run", storage_path=str(folder), failure_config=ray.train.FailureConfig(max_failures=failures)
         ),
     ).fit()
-    return Outcome(dict(result.metrics), batches_of(folder / "audit"))
+    return Outcome(dict(result.metrics), batches_of(folder / "audit"), (folder / "audit" / "resumed").exists())

@@ -1,19 +1,16 @@
-"""Killed processes: training goes on from the last checkpoint and ends as if nothing had happened."""
+"""Killed processes and other faults: training goes on from the last checkpoint and ends as if nothing had happened."""
 
-import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 
 from bss_ray.data.shards import Shards
-from tests.runs import Outcome, kill_self, make_shards, run
+from bss_ray.errors import StorageError
+from bss_ray.testing import Fault, FullDisk, Hang, KillActor, KillRank, Raise
+from tests.runs import Outcome, make_shards, run
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("ray_session")]
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +23,32 @@ def undisturbed(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Out
     return run(tmp_path_factory.mktemp("undisturbed"), shards)
 
 
-def _kill_actor(name_part: str) -> None:
-    name = next(name for name in ray.util.list_named_actors() if name_part in name)
-    actor = ray.get_actor(name)
-    os.kill(ray.get(actor.__ray_call__.remote(lambda _self: os.getpid())), signal.SIGKILL)
+FAULTS: dict[str, Callable[[], None]] = {
+    "killed rank": KillRank(),
+    "killed scorer": KillActor("scorer-0"),  # it comes back without its scores, which must be noticed
+    "killed coordinator": KillActor("coordinator"),  # it comes back without a score version: no error of the user's
+    "exception": Raise(RuntimeError("a bug in the loop")),
+    "slow rank": Hang(1.0),
+}
 
 
-def kill_scorer() -> None:
-    """Kill -9 one scorer: Ray restarts it without its scores, which must be noticed."""
-    _kill_actor("-scorer-0")
-
-
-def kill_coordinator() -> None:
-    """Kill -9 the coordinator: it comes back without a score version, which is no error of the user's."""
-    _kill_actor("-coordinator")
-
-
-FAULTS = [kill_self, kill_scorer, kill_coordinator]
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=["rank", "scorer", "coordinator"])
-def test_same_rows_and_metrics_as_undisturbed(
-    fault: Callable[[], None], shards: Shards, undisturbed: Outcome, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", FAULTS)
+def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, undisturbed: Outcome, tmp_path: Path) -> None:
+    fault = Fault(FAULTS[name], marker=tmp_path / "fault", epoch=1, batch=5)
     # A checkpoint every 3 batches: the run resumes in the middle of an epoch.
     outcome = run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
-    assert (tmp_path / "audit" / "failed").exists(), "the fault was never injected"
+    assert fault.happened(), "the fault was never injected"
+    assert outcome.resumed == (name != "slow rank")
+    assert outcome.batches == undisturbed.batches
+    assert outcome.figures == undisturbed.figures
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(shards: Shards, undisturbed: Outcome, tmp_path: Path) -> None:
+    fault = Fault(FullDisk(), marker=tmp_path / "fault", epoch=1, batch=5)
+    with pytest.raises(StorageError, match="cannot be written"):
+        run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
+    assert fault.happened()
+    outcome = run(tmp_path, shards, checkpoint_every=3, fault=fault)  # the same run, with space again
+    assert outcome.resumed
     assert outcome.batches == undisturbed.batches
     assert outcome.figures == undisturbed.figures

@@ -1,0 +1,146 @@
+"""Faults for train loops: kill, fail, hang or fill the disk, once in a run, at a given global batch.
+
+    fault = Fault(KillRank(), marker=folder / "fault", epoch=1, batch=5)
+    ...
+    for batch in sampler.batches():
+        ...
+        fault.reached(epoch, sampler.position.batch - 1, rank=rank, ranks=ranks)
+    ...
+    assert fault.happened()
+
+Every rank calls `reached`; one of them acts. All of it can be pickled into `train_loop_config`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong once in a run, after a given global batch.
+
+    Attributes:
+        action: what happens: one of the classes below, or any function of one's own.
+        marker: file that says that it has happened, so that a restarted process does not do it again;
+            in a folder that all ranks and the test see.
+        epoch: epoch, from 0.
+        batch: global batch of the epoch, from 0.
+        rank: which rank it happens on; negative numbers count from the last.
+    """
+
+    action: Callable[[], None]
+    marker: Path
+    epoch: int = 0
+    batch: int = 0
+    rank: int = -1
+
+    def reached(self, epoch: int, batch: int, *, rank: int = 0, ranks: int = 1) -> None:
+        """Act, if this is the place and it has not happened yet."""
+        if (epoch, batch) != (self.epoch, self.batch) or rank != self.rank % ranks:
+            return
+        try:
+            with self.marker.open("x") as file:
+                file.write(f"{self.action} after epoch {epoch}, global batch {batch}, on rank {rank} of {ranks}\n")
+        except FileExistsError:
+            return
+        self.action()
+
+    def happened(self) -> bool:
+        """Whether it was really injected."""
+        return self.marker.exists()
+
+
+@dataclass(frozen=True)
+class KillRank:
+    """Kill -9 the process that the train loop runs in."""
+
+    def __call__(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class KillActor:
+    """Kill -9 an actor of this run, from inside its train loop; Ray restarts it empty.
+
+    Attributes:
+        role: `coordinator`, or `scorer-0`, `scorer-1`, ...
+    """
+
+    role: str
+
+    def __call__(self) -> None:
+        import ray  # a fault of a plain process does not need Ray
+
+        killed = _actor_of_this_run(self.role).__ray_call__.remote(_kill)
+        try:
+            ray.get(killed)
+        except ray.exceptions.RayActorError:
+            return
+        raise AssertionError(f"{self.role} answered, although it was killed")
+
+
+@dataclass(frozen=True)
+class Raise:
+    """Raise an exception: a programming error in the loop, say."""
+
+    error: Exception
+
+    def __call__(self) -> None:
+        raise self.error
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Do nothing for so many seconds: a slow or stuck rank."""
+
+    seconds: float
+
+    def __call__(self) -> None:
+        time.sleep(self.seconds)
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """Let this process write no more to any file: an OSError each time, until the process ends.
+
+    It stands for a full disk without filling one (`RLIMIT_FSIZE`; the error is EFBIG, not ENOSPC).
+
+    Attributes:
+        file_bytes: files may grow up to this size all the same.
+    """
+
+    file_bytes: int = 0
+
+    def __call__(self) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes, hard))
+
+
+def _actor_of_this_run(role: str) -> Any:
+    """The actor by its role. Others of that role may live beside it: of another run, or one that is ending."""
+    import ray
+
+    from bss_ray.train.sampler import get_sampler
+
+    coordinator = get_sampler()._context.coordinator
+    name: str = ray.get(coordinator.__ray_call__.remote(_own_name))
+    return ray.get_actor(name.removesuffix("coordinator") + role)
+
+
+def _own_name(_actor: Any) -> str | None:
+    import ray
+
+    name: str | None = ray.get_runtime_context().get_actor_name()
+    return name
+
+
+def _kill(_actor: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
