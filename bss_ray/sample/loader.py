@@ -1,19 +1,37 @@
-"""One rank's batches of an epoch: its rows of every global batch, gathered and put on its device."""
+"""One rank's batches of an epoch: its rows of every global batch, gathered ahead and put on its device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bss_ray.data.shards import Shards
-from bss_ray.measure.forward import to_tensors
+from bss_ray.data.shards import Feature, Shards
+from bss_ray.data.store import Arrays
+from bss_ray.errors import ConfigError
+from bss_ray.sample.background import work_ahead
 from bss_ray.sample.plan import Order, Plan, share_out
+from bss_ray.sample.randomness import RowRandom
+from bss_ray.sample.rows import Fill, Request, RowReader
+from bss_ray.sample.transfer import BufferRing, Tensors, Transfer, make_transfer
 
 # Row id of a filler row: it belongs to no one and its loss counts nothing.
 FILLER = -1
+
+# Changes a batch on its device, e.g. augments it: (batch, its rows' random numbers) -> batch.
+Transform = Callable[[Tensors, RowRandom], Tensors]
+
+# What is made ahead of the loop: so many batches and bytes, but at least two groups of batches.
+_AHEAD_BATCHES = 32
+_AHEAD_BYTES = 64 << 20
+# The second one works while the first waits for another node or a disk, or transforms. Copies of a few rows
+# hardly run side by side: they take 3 us, less than it takes a thread to wake up and get the GIL.
+_THREADS = 2
 
 
 class RankBatch(NamedTuple):
@@ -21,62 +39,284 @@ class RankBatch(NamedTuple):
 
     Attributes:
         number: of the global batch in the epoch, from 0.
-        tensors: `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64.
+        tensors: `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64, ascending.
         loss_scale: multiply the mean loss of the part by it; averaged over the ranks, as DDP averages
             gradients, this is the mean over the global batch, whatever the parts' sizes.
     """
 
     number: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     loss_scale: float
 
 
+class Part(NamedTuple):
+    """The rows of one batch of this rank.
+
+    Attributes:
+        number: of the batch.
+        row_ids: (b,) int64, ascending.
+        loss_scale: see `RankBatch`; 0 for a filler row.
+    """
+
+    number: int
+    row_ids: np.ndarray
+    loss_scale: float = 1.0
+
+
 class Loader:
-    """Reads one rank's rows of every global batch of a plan.
+    """Reads one rank's rows of every global batch of a plan, ahead of the loop.
+
+    Rows go to a rank on the node that holds them, as far as it has room. The surplus is picked out by a
+    task on that node: single rows move, never shards.
 
     Args:
         shards: the rows.
         rank: this rank.
         rank_nodes: node id of every rank.
         device: where batches go.
+        seed: the run's seed, for the random numbers of transforms.
+
+    Attributes:
+        read: rows that the last `batches` has handed out so far, filler rows left out.
+        moved: how many of them came from another node.
     """
 
-    def __init__(self, shards: Shards, *, rank: int, rank_nodes: list[str], device: torch.device) -> None:
+    def __init__(
+        self, shards: Shards, *, rank: int, rank_nodes: list[str], device: torch.device, seed: int = 0
+    ) -> None:
         self._shards = shards
         self._rank = rank
         self._device = device
+        self._seed = seed
+        self._reader = RowReader(shards, rank_nodes[rank])
         nodes = {node: index for index, node in enumerate(dict.fromkeys(rank_nodes))}
         self._rank_homes = np.array([nodes[node] for node in rank_nodes])
-        # Shards on nodes without a rank have no home: their rows are surplus from the start.
+        # Shards on nodes without a rank, or without a node, have no home: any rank may take their rows.
         self._shard_homes = np.array([nodes.get(part.node, -1) for part in shards.parts])
+        homes = set(self._shard_homes.tolist())
+        self._one_home = homes == {-1} or (len(nodes) == 1 and len(homes) == 1)
+        self.read, self.moved = 0, 0
 
-    def batches(self, plan: Plan, order: Order, start: int = 0) -> Iterator[RankBatch]:
-        """The rank's parts of global batches `start`, `start + 1`, ... of the plan."""
-        for index in range(start, plan.batches):
-            global_ids = order.take(*plan.span(index))
-            ids = global_ids[self._owners(global_ids) == self._rank]
-            scale = len(ids) * len(self._rank_homes) / len(global_ids)
-            filled = len(ids) == 0
-            if filled:
-                # A tail of fewer rows than ranks. The rank must still take part in the backward pass.
-                ids = global_ids[:1]
-            tensors = self.gather(ids)
-            if filled:
-                tensors["row_id"].fill_(FILLER)
-            yield RankBatch(index, tensors, scale)
+    @property
+    def moved_share(self) -> float:
+        """`moved / read`; 0 before any row."""
+        return self.moved / max(self.read, 1)
 
-    def rows(self, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The rank's share of all rows in batches, each row on one rank, in any order (evaluation)."""
-        ranks = len(self._rank_homes)
-        mine = np.arange(self._rank, self._shards.rows, ranks)
-        for start in range(0, len(mine), batch_size):
-            yield self.gather(mine[start : start + batch_size])
+    def batches(
+        self, plan: Plan, order: Order, start: int = 0, transform: Transform | None = None
+    ) -> Generator[RankBatch, None, None]:
+        """The rank's parts of global batches `start`, `start + 1`, ... of the plan.
 
-    def gather(self, row_ids: np.ndarray) -> dict[str, torch.Tensor]:
-        """Rows as tensors on the rank's device; row ids stay int64, never part of a float tensor."""
-        columns = self._shards.gather(row_ids)
-        columns["row_id"] = row_ids.astype(np.int64, copy=True)
-        return to_tensors(columns, self._device)
+        Args:
+            plan: of the epoch.
+            order: of the plan; read in a background thread.
+            start: first global batch.
+            transform: called in the background for each batch, on its device.
 
-    def _owners(self, row_ids: np.ndarray) -> np.ndarray:
-        return share_out(self._shard_homes[self._shards.locate(row_ids)], self._rank_homes)
+        Raises:
+            ConfigError: the transform returned something else than a batch.
+        """
+        self.read, self.moved = 0, 0
+        parts = (self._part(number, order.take(*plan.span(number))) for number in range(start, plan.batches))
+        largest = -(-plan.batch_size // len(self._rank_homes))
+        loaded = self._load(parts, largest, f"epoch {plan.epoch}", self._finish(transform, plan.epoch))
+        with contextlib.closing(loaded):
+            for part, tensors in loaded:
+                if part.loss_scale > 0:
+                    self.read += len(part.row_ids)
+                    self.moved += self._reader.far(part.row_ids)
+                yield RankBatch(part.number, tensors, part.loss_scale)
+
+    def rows(self, batch_size: int, transform: Transform | None = None) -> Generator[Tensors, None, None]:
+        """The rank's share of all rows in batches, each row on one rank (evaluation).
+
+        Args:
+            batch_size: rows of a batch on this rank.
+            transform: as in `batches`; its random numbers are those of epoch 0, each time.
+        """
+        runs = share_runs(
+            [(part.first_row, part.rows) for part in self._shards.parts], self._shard_homes, self._rank_homes
+        )[self._rank]
+        parts = (Part(number, ids) for number, ids in enumerate(_cut(runs, batch_size)))
+        with contextlib.closing(self._load(parts, batch_size, "evaluation", self._finish(transform, 0))) as loaded:
+            for _, tensors in loaded:
+                yield tensors
+
+    def _part(self, number: int, global_ids: np.ndarray) -> Part:
+        row_ids = self._own(global_ids)
+        if len(row_ids) == 0:
+            # A tail of fewer rows than ranks. The rank must still take part in the backward pass.
+            return Part(number, global_ids[:1], 0.0)
+        # Ascending rows are copied straight from each shard to their place, and any order in a batch will do.
+        return Part(number, np.sort(row_ids), len(row_ids) * len(self._rank_homes) / len(global_ids))
+
+    def _own(self, global_ids: np.ndarray) -> np.ndarray:
+        """This rank's rows of a global batch."""
+        if self._one_home:  # what `share_out` says then, without looking at the rows
+            size, more = divmod(len(global_ids), len(self._rank_homes))
+            start = self._rank * size + min(self._rank, more)
+            return global_ids[start : start + size + (self._rank < more)]
+        homes = self._shard_homes[self._reader.locate(global_ids)]
+        own: np.ndarray = global_ids[share_out(homes, self._rank_homes) == self._rank]
+        return own
+
+    def _load(
+        self, parts: Iterator[Part], largest: int, where: str, finish: Callable[[Tensors], Tensors]
+    ) -> Generator[tuple[Part, Tensors], None, None]:
+        """The batches of `parts`, made in the background.
+
+        Args:
+            parts: of at most `largest` rows; advanced in the background, too.
+            largest: rows.
+            where: for notes of errors.
+            finish: the last step of each batch, on its device.
+        """
+        group = self._reader.group_size(largest)
+        group_bytes = group * largest * self._reader.row_bytes
+        ahead = max(2, min(_AHEAD_BATCHES // group, _AHEAD_BYTES // max(group_bytes, 1)))
+        job = _Job(self._reader, self._shards, group, ahead, largest, self._device, where, finish)
+        loaded = work_ahead(
+            map(job.request, _groups(parts, group)),
+            job.load,
+            ahead=ahead,
+            threads=_THREADS,
+        )
+        with contextlib.closing(loaded):
+            for batches in loaded:
+                batches.reverse()
+                while batches:
+                    part, receive = batches.pop()  # off the list, so that only the loop keeps it alive
+                    yield part, receive()
+                    del receive
+
+    def _finish(self, transform: Transform | None, epoch: int) -> Callable[[Tensors], Tensors]:
+        if transform is None:
+            return lambda batch: batch
+        return lambda batch: apply_transform(transform, batch, RowRandom(self._seed, epoch, batch["row_id"]))
+
+
+class _Job:
+    """Makes groups of batches: `request` in one thread, `load` in several."""
+
+    def __init__(
+        self,
+        reader: RowReader,
+        shards: Shards,
+        group: int,
+        ahead: int,
+        largest: int,
+        device: torch.device,
+        where: str,
+        finish: Callable[[Tensors], Tensors],
+    ) -> None:
+        self._reader = reader
+        self._where = where
+        self._finish = finish
+        columns = {name: shards.features[name] for name in shards.columns.inputs}
+        self._transfer: Transfer = make_transfer(
+            {**columns, "row_id": Feature((), "int64")}, largest, device, spare=ahead * group
+        )
+        self._staged = reader.is_staged(largest)
+        self._staging: BufferRing[Arrays] = reader.staging(group * largest if self._staged else 0, _THREADS)
+
+    def request(self, parts: list[Part]) -> tuple[list[Part], Request]:
+        return parts, self._reader.request([part.row_ids for part in parts], staged=self._staged)
+
+    def load(self, requested: tuple[list[Part], Request]) -> list[tuple[Part, Callable[[], Tensors]]]:
+        parts, request = requested
+        at = parts
+        try:
+            with self._staging.lend() as staging:
+                loaded = []
+                for part, fill in zip(parts, self._reader.fills(request, staging.buffers), strict=True):
+                    at = [part]
+                    loaded.append((part, self._send(part, fill)))
+                return loaded
+        except Exception as error:
+            error.add_note(_note(self._where, at))
+            raise
+
+    def _send(self, part: Part, fill: Fill) -> Callable[[], Tensors]:
+        def fill_all(arrays: Arrays) -> None:
+            arrays["row_id"][:] = part.row_ids if part.loss_scale > 0 else FILLER
+            fill({name: values for name, values in arrays.items() if name != "row_id"})
+
+        return self._transfer.send(len(part.row_ids), fill_all, self._finish)
+
+
+def apply_transform(transform: Transform, batch: Tensors, random: RowRandom) -> Tensors:
+    """The transformed batch, with its row ids.
+
+    Raises:
+        ConfigError: it is not a dict of tensors with a row for each row of the batch.
+    """
+    row_id = batch["row_id"]
+    changed = transform(dict(batch), random)
+    if not isinstance(changed, dict):
+        raise ConfigError(f"a transform returns the batch, a dict of tensors; received {type(changed).__name__}")
+    for name, values in changed.items():
+        if not isinstance(values, Tensor) or values.shape[:1] != row_id.shape:
+            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ConfigError(
+                f"a transform returns a tensor with one row for each of the {len(row_id)} rows of the batch in every "
+                f"column; received {found} in {name!r}"
+            )
+    return {**changed, "row_id": row_id}
+
+
+def share_runs(runs: list[tuple[int, int]], homes: np.ndarray, rank_homes: np.ndarray) -> list[list[tuple[int, int]]]:
+    """`share_out` for all rows: which rank takes which runs of consecutive rows.
+
+    Each rank takes as many rows as any other, to within one, of its own node as far as there are any.
+
+    Args:
+        runs: (first row id, rows) of each shard.
+        homes: (shards,) int node of each.
+        rank_homes: (ranks,) int node of each rank.
+
+    Returns:
+        For each rank (first row id, rows), ascending.
+    """
+    ranks = len(rank_homes)
+    size, more = divmod(sum(rows for _, rows in runs), ranks)
+    room = [size + (rank < more) for rank in range(ranks)]
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+
+    def deal(first: int, rows: int, takers: list[int]) -> tuple[int, int]:
+        for rank in takers:
+            taken = min(rows, room[rank])
+            if taken:
+                shares[rank].append((first, taken))
+            room[rank] -= taken
+            first, rows = first + taken, rows - taken
+        return first, rows
+
+    at_home = [np.flatnonzero(rank_homes == home).tolist() for home in homes]
+    surplus = [deal(*run, takers) for run, takers in zip(runs, at_home, strict=True)]
+    for run in surplus:
+        deal(*run, list(range(ranks)))
+    return [sorted(share) for share in shares]
+
+
+def _cut(runs: list[tuple[int, int]], batch_size: int) -> Iterator[np.ndarray]:
+    """The row ids of runs in batches, without making all of them at once."""
+    lengths = np.array([rows for _, rows in runs], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    shift = np.array([first for first, _ in runs], dtype=np.int64) - (ends - lengths)
+    total = int(lengths.sum())
+    for start in range(0, total, batch_size):
+        positions = np.arange(start, min(start + batch_size, total))
+        yield positions + shift[np.searchsorted(ends, positions, side="right")]
+
+
+def _groups(parts: Iterator[Part], size: int) -> Iterator[list[Part]]:
+    while group := list(itertools.islice(parts, size)):
+        yield group
+
+
+def _note(where: str, parts: list[Part]) -> str:
+    """Where an error happened, for people."""
+    numbers = f"batch {parts[0].number}" if len(parts) == 1 else f"batches {parts[0].number} to {parts[-1].number}"
+    ids = np.concatenate([part.row_ids for part in parts])
+    shown = ", ".join(map(str, ids[:5].tolist()))
+    return f"While loading {numbers} of {where}: {len(ids)} rows, row ids {shown}{', ...' if len(ids) > 5 else ''}"

@@ -6,6 +6,7 @@ publish scores and report. All ranks make the same calls.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from bss_ray.measure.criteria import FUSED, Measurer, Outputs
 from bss_ray.measure.forward import pack_model, unwrap_model
 from bss_ray.sample.actors import ScoringJob
 from bss_ray.sample.coordinator import Review
-from bss_ray.sample.loader import FILLER, Loader
+from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
 from bss_ray.sample.scorer import LostStateError
 from bss_ray.sample.state import ScoreFile, write_scores
@@ -85,10 +86,12 @@ class Sampler:
         self._rank, self._ranks = train.get_world_rank(), train.get_world_size()
         node = ray.get_runtime_context().get_node_id()
         nodes = _gather_objects(node, self._ranks)
-        self._loader = Loader(context.train, rank=self._rank, rank_nodes=nodes, device=self.device)
+        self._loader = Loader(context.train, rank=self._rank, rank_nodes=nodes, device=self.device, seed=context.seed)
         self._validation: Loader | None = None
         if context.validation is not None:
-            self._validation = Loader(context.validation, rank=self._rank, rank_nodes=nodes, device=self.device)
+            self._validation = Loader(
+                context.validation, rank=self._rank, rank_nodes=nodes, device=self.device, seed=context.seed
+            )
         self._plan: Plan | None = None
         self._ended = False
         self._position = Position()
@@ -160,12 +163,22 @@ class Sampler:
                 # The loop did not report this epoch: go on all the same, without a checkpoint.
                 self._position = Position(epoch + 1, 0, self._position.version)
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self, transform: Transform | None = None) -> Iterator[dict[str, Tensor]]:
         """This rank's parts of the epoch's global batches, from where the checkpoint stopped.
 
+        They are made in the background, ahead of the loop.
+
+        Args:
+            transform: augments a batch on its device, in the background: `transform(batch, random)` returns
+                the batch. `random` draws numbers that belong to rows (see `RowRandom`), so that augmented
+                data, too, is the same on any number of ranks. Scores are of rows as they are stored.
+
         Yields:
-            `{modality: (b, ...), label: (b,), "row_id": (b,) int64}` on the rank's device. With a tail
+            `{modality: (b, ...), label: (b,), "row_id": (b,) int64 ascending}` on the rank's device. With a tail
             of fewer rows than ranks some ranks receive one filler row, `row_id` -1 and `loss_scale` 0.
+
+        Raises:
+            ConfigError: the transform returned something else than a batch.
         """
         started = time.perf_counter()
         epoch = self._position.epoch
@@ -177,12 +190,13 @@ class Sampler:
         self._seconds["planning"] += time.perf_counter() - started
         started = time.perf_counter()
         try:
-            for batch in self._loader.batches(plan, order, self._position.batch):
-                self.loss_scale = batch.loss_scale
-                # Set before the batch is used: who saves in the loop's body has trained on it.
-                self._position = replace(self._position, batch=batch.number + 1)
-                self._post_progress(epoch, batch.number, plan.batches)
-                yield batch.tensors
+            with contextlib.closing(self._loader.batches(plan, order, self._position.batch, transform)) as loaded:
+                for batch in loaded:
+                    self.loss_scale = batch.loss_scale
+                    # Set before the batch is used: who saves in the loop's body has trained on it.
+                    self._position = replace(self._position, batch=batch.number + 1)
+                    self._post_progress(epoch, batch.number, plan.batches)
+                    yield batch.tensors
         finally:
             self._ended = True
             self._seconds["training"] += time.perf_counter() - started
@@ -220,15 +234,21 @@ class Sampler:
         """Whether the trainer was given validation data."""
         return self._validation is not None
 
-    def validation_batches(self, batch_size: int = 256) -> Iterator[dict[str, Tensor]]:
+    def validation_batches(
+        self, batch_size: int = 256, transform: Transform | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """This rank's share of the validation rows; over all ranks each row comes once.
+
+        Args:
+            batch_size: rows of a batch on this rank.
+            transform: as in `batches`; its random numbers are the same in every epoch.
 
         Raises:
             ConfigError: the trainer was given no validation data.
         """
         if self._validation is None:
             raise ConfigError("there is no validation data: give BalancedTrainer(validation=...)")
-        return self._validation.rows(batch_size)
+        return self._validation.rows(batch_size, transform)
 
     # ---- reports ------------------------------------------------------------------------------
 
@@ -267,12 +287,21 @@ class Sampler:
         """The sampler's own metrics of the epoch just ended; starts the next epoch's."""
         rows, similarity, information = self._observed()
         figures: dict[str, Any] = {"rows": plan.rows, "score_version": plan.version, **plan.diagnostics}
+        figures["moved_share"] = self._moved_share()
         if rows:
             figures |= {"train_similarity": similarity / rows, "train_information": information / rows}
         figures |= {f"seconds_{name}": round(seconds, 3) for name, seconds in self._seconds.items()}
         self._sums.zero_()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return figures
+
+    def _moved_share(self) -> float:
+        """Share of the rows of this epoch, over all ranks, that came from another node than their rank's."""
+        counts = torch.tensor([self._loader.moved, self._loader.read], dtype=torch.float64, device=self.device)
+        if self._ranks > 1:
+            torch.distributed.all_reduce(counts)
+        moved, read = counts.tolist()
+        return float(moved / max(read, 1))
 
     def _observed(self) -> list[float]:
         """Sums of the epoch's measures over all ranks: rows, similarity, information."""
