@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Shards:
         """Number of rows."""
         return sum(part.rows for part in self.parts)
 
-    @property
+    @cached_property
     def first_rows(self) -> np.ndarray:
         """(shards,) int64 row id of each shard's first row."""
         return np.array([part.first_row for part in self.parts], dtype=np.int64)
@@ -117,16 +118,17 @@ class Shards:
         """Ascending row ids, shard by shard."""
         if len(row_ids) == 0:
             return []
-        first, last = int(self.locate(row_ids[:1])[0]), int(self.locate(row_ids[-1:])[0])
-        end = self.parts[last].first_row + self.parts[last].rows
-        if first < 0 or row_ids[-1] >= end:
+        end = self.parts[-1].first_row + self.parts[-1].rows
+        if row_ids[0] < self.parts[0].first_row or row_ids[-1] >= end:
             raise IndexError(f"row ids lie in [{self.parts[0].first_row}, {end}); received {row_ids[[0, -1]].tolist()}")
-        cuts = np.searchsorted(row_ids, self.first_rows[first + 1 : last + 1]).tolist()
-        pieces = []
-        for index, start, stop in zip(range(first, last + 1), [0, *cuts], [*cuts, len(row_ids)], strict=True):
-            if stop > start:
-                pieces.append(Piece(index, row_ids[start:stop] - self.parts[index].first_row, start))
-        return pieces
+        cuts = np.append(np.searchsorted(row_ids, self.first_rows), len(row_ids))
+        shards = np.flatnonzero(cuts[1:] > cuts[:-1])  # few of many shards, if rows are few
+        starts, stops = cuts[shards], cuts[shards + 1]
+        rows = row_ids - np.repeat(self.first_rows[shards], stops - starts)
+        return [
+            Piece(shard, rows[start:stop], start)
+            for shard, start, stop in zip(shards.tolist(), starts.tolist(), stops.tolist(), strict=True)
+        ]
 
     def _empty(self, names: tuple[str, ...], rows: int, pieces: list[Piece]) -> Arrays:
         """Uninitialised arrays for so many rows of these columns."""

@@ -6,10 +6,12 @@ import importlib
 import os
 from pathlib import Path
 
+import pyarrow.fs
 import ray.data
 
 from bss_ray.data.av_digits import av_digits
 from bss_ray.data.columns import Columns
+from bss_ray.data.manifest import digest
 from bss_ray.errors import DataError, nearest
 
 AV_DIGITS = "av-digits"
@@ -40,13 +42,35 @@ def load_splits(
         }
     if _is_function(source):
         return {split: _call(source, split) for split in SPLITS}
+    paths = parquet_paths(source, validation=validation, test=test)
+    return {split: None if path is None else _read_parquet(path) for split, path in paths.items()}
+
+
+def parquet_paths(source: str, *, validation: str | None = None, test: str | None = None) -> dict[str, str | None]:
+    """Which Parquet file or folder each split is read from (see `load_splits`); None where it is none."""
+    if source == AV_DIGITS or _is_function(source):
+        return dict.fromkeys(SPLITS)
     if "://" not in source and (Path(source) / "train").is_dir():
         folder = Path(source)
         paths = {split: str(folder / split) if (folder / split).is_dir() else None for split in SPLITS}
-        paths = {**paths, **{k: v for k, v in {"validation": validation, "test": test}.items() if v is not None}}
-    else:
-        paths = {"train": source, "validation": validation, "test": test}
-    return {split: None if path is None else _read_parquet(path) for split, path in paths.items()}
+        return {**paths, **{k: v for k, v in {"validation": validation, "test": test}.items() if v is not None}}
+    return {"train": source, "validation": validation, "test": test}
+
+
+def files_key(path: str) -> str | None:
+    """Digest of the files under a path or URI: their names, sizes and times of change; None where they have none."""
+    try:
+        system, root = pyarrow.fs.FileSystem.from_uri(path if "://" in path else os.path.abspath(path))
+        found = system.get_file_info(root)
+        if found.type == pyarrow.fs.FileType.Directory:
+            files = system.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+        else:
+            files = [found]
+    except (OSError, ValueError):
+        return None  # a file system that Ray Data may know and Arrow does not
+    if any(file.is_file and file.mtime_ns is None for file in files):
+        return None
+    return digest(sorted([file.path, file.size, file.mtime_ns] for file in files if file.is_file))
 
 
 def _is_function(source: str) -> bool:

@@ -60,6 +60,8 @@ class Display:
         kind = message["kind"]
         if kind == "status" and (self.console.is_terminal or message["text"] != "scoring"):
             self.status(message["text"])
+        elif kind == "notice":
+            self.say(message["text"])
         elif kind == "shards" and self.console.is_terminal:
             text = f"building shards ({message['split']})"
             self._progress.update(self._task, description=text, completed=message["done"], total=message["of"])

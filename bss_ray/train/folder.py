@@ -24,7 +24,7 @@ from bss_ray.errors import CheckpointError, ConfigError, StorageError
 
 # What may differ between two commands of one run: where and how it is shown, not what is computed.
 # Another number of ranks changes nothing but the rounding of gradients.
-_MAY_CHANGE = {"num_workers", "use_gpu", "max_failures", "verbose", "ray_address"}
+_MAY_CHANGE = {"num_workers", "use_gpu", "max_failures", "store", "verbose", "ray_address"}
 
 
 class RunFolder:

@@ -16,7 +16,8 @@ import torch
 from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
-from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, load_splits
+from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, files_key, load_splits, parquet_paths
+from bss_ray.data.store import StoreConfig
 from bss_ray.errors import ConfigError, DataError, nearest
 from bss_ray.measure.criteria import Measurer
 from bss_ray.measure.forward import to_tensors
@@ -47,6 +48,7 @@ class TrainConfig:
         scheduler: Uniform, Heuristic (BSS-H), Learning (BSS-L), or your own by import path.
         measurer: how the balance of a row is measured, and the weights of the training loss.
         scoring: how and where rows are scored.
+        store: where rows are kept: in memory, on the nodes' disks, or in Lance.
         loop: epochs, optimiser, learning rate, precision, checkpoints.
         batch_size: rows of a global batch, over all ranks.
         tail: keep or drop the last, smaller batch of an epoch.
@@ -71,6 +73,7 @@ class TrainConfig:
     scheduler: Scheduler = field(default_factory=lambda: Learning(temperature=0.25, fraction=0.7))
     measurer: Measurer = field(default_factory=Measurer)
     scoring: Scoring = field(default_factory=Scoring)
+    store: StoreConfig = field(default_factory=StoreConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     batch_size: int = 64
     tail: Tail = "keep"
@@ -177,6 +180,7 @@ def _load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
         mispaired=config.mispaired,
         seed=config.seed,
     )
+    paths = parquet_paths(config.data, validation=config.validation, test=config.test)
     shards: dict[str, Shards | None] = dict.fromkeys(datasets)
     for split, dataset in datasets.items():  # train comes first
         if dataset is not None:
@@ -188,6 +192,12 @@ def _load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
                 train=shards["train"],
                 num_classes=config.num_classes,
                 min_shards=config.scoring.num_scorers,
+                store=config.store,
+                source_key=None if (path := paths[split]) is None else files_key(path),
+                on_progress=lambda done, of, split=split: on_message(
+                    {"kind": "shards", "split": split, "done": done, "of": of}
+                ),
+                on_notice=lambda text: on_message({"kind": "notice", "text": text}),
             )
     return shards
 

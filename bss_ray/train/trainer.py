@@ -17,6 +17,7 @@ import ray.train.torch
 from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
+from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError, ResourceError
 from bss_ray.measure.criteria import Measurer
 from bss_ray.sample.actors import Scoring, start_coordinator, start_scorers
@@ -46,11 +47,12 @@ class BalancedTrainer:
         tail: `keep` or `drop` the last, smaller batch of an epoch.
         seed: of the order of rows, in [0, 2**64).
         num_classes: C; None takes the largest training label + 1.
+        store: where the rows of a Ray Dataset are kept; default `StoreConfig()`.
         train_loop_config: handed to `train_loop`.
         scaling_config: ranks and their resources; default one rank.
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
-            "batch" | "epoch", ...}`; for progress displays.
+            "notice" | "batch" | "epoch", ...}`; for progress displays.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -70,6 +72,7 @@ class BalancedTrainer:
         tail: Tail = "keep",
         seed: int = 0,
         num_classes: int | None = None,
+        store: StoreConfig | None = None,
         train_loop_config: Any = None,
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
@@ -87,6 +90,7 @@ class BalancedTrainer:
         self._scoring = scoring or Scoring()
         self._batch_size, self._tail, self._seed = batch_size, tail, seed
         self._num_classes = num_classes
+        self._store = store or StoreConfig()
         self._train_loop_config = train_loop_config
         self._scaling_config = scaling_config or ray.train.ScalingConfig(num_workers=1)
         self._run_config = run_config or ray.train.RunConfig()
@@ -165,6 +169,8 @@ class BalancedTrainer:
             train=train,
             num_classes=self._num_classes,
             min_shards=self._scoring.num_scorers,
+            store=self._store,
+            on_notice=lambda text: self._on_message({"kind": "notice", "text": text}),
             on_progress=lambda done, of: self._on_message({"kind": "shards", "split": split, "done": done, "of": of}),
         )
 

@@ -1,0 +1,271 @@
+"""Shards as memory-mapped files on the disks of the nodes that made them.
+
+A process maps the files of its own node: a read is a view of the page cache, which all processes share. Rows on
+another node's disk are read there, by a task, and only they travel.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from bss_ray.data import cache
+from bss_ray.data.cache import FileEntry
+from bss_ray.data.manifest import FORMAT, from_manifest, name_of, to_manifest
+from bss_ray.data.shards import Shards
+from bss_ray.data.store import Arrays, Piece, Store, Writer, scatter
+from bss_ray.errors import BssRayError, StorageError
+
+_LAST_WORDS_S = 60.0
+
+
+class NodeFile(NamedTuple):
+    """A shard's file.
+
+    Attributes:
+        entry: the file.
+        folder: of its data set on the node; whoever reads it may have another environment than who wrote it.
+        node: id of the node; empty where every node has it.
+    """
+
+    entry: FileEntry
+    folder: str
+    node: str
+
+
+class DiskStore(Store):
+    """Shards as files.
+
+    Args:
+        files: one a shard.
+    """
+
+    def __init__(self, files: Sequence[NodeFile]) -> None:
+        self.files = tuple(files)
+        self._opened: dict[int, Arrays] = {}
+        self._here = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DiskStore, (self.files,)
+
+    def read(self, shard: int) -> Arrays:
+        if shard not in self._opened:
+            entry, folder, node = self.files[shard]
+            if not self._is_here(node):
+                # Not kept: what is read from afar fills the object store.
+                return dict(_get(_ask(node, _read, self.only([shard]))))
+            self._opened[shard] = _map(Path(folder) / entry.name, entry)
+        return self._opened[shard]
+
+    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
+        here, away = [], collections.defaultdict(list)
+        for piece in pieces:
+            node = self.files[piece.shard].node
+            if piece.shard in self._opened or self._is_here(node):
+                here.append(piece)
+            else:
+                away[node].append(piece)
+        kinds = {name: (values.shape[1:], values.dtype) for name, values in out.items()}
+        asked = [(group, self._ask_for(node, group, kinds)) for node, group in away.items()]
+        super().take(here, out)
+        for group, ref in asked:
+            scatter(group, _get(ref), out)
+
+    def only(self, shards: Sequence[int]) -> DiskStore:
+        return DiskStore([self.files[shard] for shard in shards])
+
+    def _is_here(self, node: str) -> bool:
+        if not self._here and node:
+            self._here = ray.get_runtime_context().get_node_id()
+        return node in ("", self._here)
+
+    def _ask_for(self, node: str, pieces: list[Piece], kinds: dict[str, Any]) -> Any:
+        """Reference to rows of another node, one piece after the other."""
+        starts = np.cumsum([0, *(len(piece.rows) for piece in pieces)]).tolist()
+        anew = [Piece(index, piece.rows, starts[index]) for index, piece in enumerate(pieces)]
+        store = self.only([piece.shard for piece in pieces])
+        return _ask(node, _take, store, anew, kinds, starts[-1])
+
+
+@functools.cache  # a process maps a file once, however many tasks it runs
+def _map(path: Path, entry: FileEntry) -> Arrays:
+    try:
+        cache.hold(path.parent)
+    except FileNotFoundError:
+        raise StorageError(f"{path.parent} is not there any more. Run again, then it is made anew") from None
+    return cache.map_shard(path, entry)
+
+
+def _read(store: DiskStore) -> Arrays:
+    return store.read(0)
+
+
+def _take(store: DiskStore, pieces: list[Piece], kinds: dict[str, Any], rows: int) -> Arrays:
+    out = {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in kinds.items()}
+    store.take(pieces, out)
+    return out
+
+
+# ---- other nodes ------------------------------------------------------------------------------
+
+
+@ray.remote(num_cpus=0)
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's result, or the user error that it raises: as a value it comes without Ray's wrapping."""
+    try:
+        return function(*args)
+    except BssRayError as error:
+        return error
+
+
+def _ask(node: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Reference to the function's result on that node."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return _call.options(scheduling_strategy=there, name=function.__name__).remote(function, *args)
+
+
+def _get(ref: Any) -> Any:
+    """Result of a task on another node.
+
+    Raises:
+        StorageError: the node is gone, and its files with it.
+    """
+    try:
+        result = ray.get(ref)
+    except ray.exceptions.RayTaskError:
+        raise  # an error of our own, no lost node
+    except ray.exceptions.RayError as error:
+        raise StorageError(
+            f"a node is gone, and with it the shards on its disk ({error}). Run again: they are made anew, and "
+            "training goes on from the last checkpoint"
+        ) from error
+    if isinstance(result, BssRayError):
+        raise result
+    return result
+
+
+def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """References to the function's result on each node."""
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return [_ask(node, function, *args) for node in nodes]
+
+
+# ---- building ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DiskWriter(Writer):
+    """Writes shards to the disk of the node where they are made.
+
+    Args:
+        folder: of all data sets on a node; None takes the node's own (`cache_folder`).
+        max_gib: see `StoreConfig`.
+        build: name of this build.
+    """
+
+    folder: str | None
+    max_gib: float | None = None
+    build: str = field(default_factory=lambda: f".new-{uuid.uuid4().hex}")
+
+    def put(self, index: int, arrays: Arrays) -> NodeFile:
+        folder = cache.cache_folder(self.folder) / self.build
+        notes = {"bss_ray": json.dumps({"format": FORMAT, "shard": index})}
+        entry = cache.write_shard(folder / f"shard-{index:05d}.arrow", arrays, notes)
+        return NodeFile(entry, str(folder), ray.get_runtime_context().get_node_id())
+
+    def draft(self, kept: Sequence[Any]) -> DiskStore:
+        return DiskStore(ray.get(list(kept)))
+
+    def finish(self, shards: Shards, key: str | None) -> Shards:
+        assert isinstance(shards.store, DiskStore)
+        files, manifest = shards.store.files, to_manifest(shards)
+        data_set, manifest["files"] = name_of(manifest), [file.entry for file in files]
+        refs = []
+        for node in dict.fromkeys(file.node for file in files):
+            mine = [file for file in files if file.node == node]
+            refs.append(_ask(node, _publish, self, data_set, mine, manifest, key))
+        for ref in refs:
+            _get(ref)
+        kept = [file._replace(folder=str(Path(file.folder).with_name(data_set))) for file in files]
+        return dataclasses.replace(shards, store=DiskStore(kept))
+
+    def discard(self) -> None:
+        refs = _on_every_node(_discard, self)
+        ray.wait(refs, num_returns=len(refs), timeout=_LAST_WORDS_S)
+
+    def find(self, key: str) -> tuple[Shards | None, list[str]]:
+        refs = _on_every_node(_find, self.folder, key)
+        found: list[_Found] = [seen for seen in map(_get, refs) if seen is not None]
+        told = [f"{path} was damaged (its checksum differs) and is removed" for seen in found for path in seen.damaged]
+        for data_set in dict.fromkeys(seen.name for seen in found):
+            holders = [seen for seen in found if seen.name == data_set]
+            manifest = holders[0].manifest
+            entries = [FileEntry(*entry) for entry in manifest["files"]]
+            files = [_choose(entry, index, holders, nodes=len(refs)) for index, entry in enumerate(entries)]
+            sound = [file for file in files if file is not None]
+            if len(sound) == len(files):
+                return from_manifest(manifest, DiskStore(sound), [file.node for file in sound]), told
+            missing = len(files) - len(sound)
+            told.append(f"{missing} of {len(files)} files of the stored data set are missing: it is made anew")
+        return None, told
+
+
+def _publish(
+    writer: DiskWriter, data_set: str, files: list[NodeFile], manifest: dict[str, Any], key: str | None
+) -> None:
+    new = Path(files[0].folder)
+    cache.publish(new, new.with_name(data_set), [file.entry for file in files], manifest, key)
+    with contextlib.suppress(FileNotFoundError):  # another build cleans at the same time
+        cache.clean(new.parent, None if writer.max_gib is None else writer.max_gib * 2**30)
+
+
+def _discard(writer: DiskWriter) -> None:
+    shutil.rmtree(cache.cache_folder(writer.folder) / writer.build, ignore_errors=True)
+
+
+class _Found(NamedTuple):
+    """What one node has of a data set: its sound files by position, and the paths of damaged ones."""
+
+    node: str
+    folder: str
+    manifest: dict[str, Any]
+    sound: frozenset[int]
+    damaged: list[Path]
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return Path(self.folder).name
+
+
+def _find(folder: str | None, key: str) -> _Found | None:
+    root = cache.cache_folder(folder)
+    known = cache.find(root, key)
+    if known is None:
+        return None
+    path, manifest = root / known[0], known[1]
+    sound, damaged = cache.survey(path, [FileEntry(*entry) for entry in manifest["files"]])
+    return _Found(ray.get_runtime_context().get_node_id(), str(path), manifest, frozenset(sound), damaged)
+
+
+def _choose(entry: FileEntry, index: int, found: list[_Found], *, nodes: int) -> NodeFile | None:
+    """Where a file is read: on one of the nodes that have it, in turn, or everywhere if all share a folder."""
+    holders = [seen for seen in found if index in seen.sound]
+    if not holders:
+        return None
+    chosen = holders[index % len(holders)]
+    shared = len(holders) == nodes > 1 and len({seen.folder for seen in holders}) == 1
+    return NodeFile(entry, chosen.folder, "" if shared else chosen.node)

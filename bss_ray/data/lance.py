@@ -1,0 +1,224 @@
+"""Shards in a Lance data set, which may lie on object storage: every node reads rows from there.
+
+All data sets under one URI are versions of one Lance data set. A version is made by one commit and has two tags: its
+content's name and its source's key. Nothing reads the latest version, so builds at the same time do no harm.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from bss_ray.data.arrow import to_arrays, to_batch
+from bss_ray.data.manifest import from_manifest, name_of, to_manifest
+from bss_ray.data.shards import Shards
+from bss_ray.data.store import Arrays, Piece, Store, Writer, scatter
+from bss_ray.errors import DataError, StorageError, optional_import
+
+_NOTE = b"bss_ray"
+# Lance's own default: versions without a tag, which builds leave that were stopped or found their content there.
+_KEEP = datetime.timedelta(days=14)
+
+
+def _lance() -> Any:
+    return optional_import("lance", extra="lance", needed_for="store.kind=lance")
+
+
+@contextmanager
+def _storage(doing: str) -> Iterator[None]:
+    """Lance's errors as what the user can do about them.
+
+    Raises:
+        StorageError: says what was being done.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StorageError(
+            f"cannot {doing}: {str(error).splitlines()[0]}. Check --store.folder, its credentials in the environment "
+            "(AWS_ACCESS_KEY_ID and the like), and the room there"
+        ) from error
+
+
+@functools.cache  # opening reads the version's manifest: once a process
+def _open(uri: str, version: int) -> Any:
+    with _storage(f"open version {version} of the Lance data set {uri}"):
+        return _lance().dataset(uri, version=version)
+
+
+class LanceStore(Store):
+    """Shards as runs of rows of one version of a Lance data set.
+
+    Args:
+        uri: of the data set.
+        version: of it.
+        spans: (first row, rows) of each shard in the version.
+    """
+
+    def __init__(self, uri: str, version: int, spans: Sequence[tuple[int, int]]) -> None:
+        self._uri, self.version = uri, version
+        self._spans = tuple(spans)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LanceStore, (self._uri, self.version, self._spans)
+
+    def read(self, shard: int) -> Arrays:
+        first, rows = self._spans[shard]
+        data = _open(self._uri, self.version)
+        with _storage(f"read rows of {self._uri}"):
+            return _arrays(data.scanner(offset=first, limit=rows).to_table())
+
+    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
+        if not pieces:
+            return
+        rows = np.concatenate([piece.rows + self._spans[piece.shard][0] for piece in pieces])
+        data = _open(self._uri, self.version)
+        with _storage(f"read rows of {self._uri}"):
+            table = data.take(pa.array(rows), columns=list(out))
+        scatter(pieces, _arrays(table), out)
+
+    def only(self, shards: Sequence[int]) -> LanceStore:
+        return LanceStore(self._uri, self.version, [self._spans[shard] for shard in shards])
+
+
+class Fragments(NamedTuple):
+    """What a task has written: Lance's description of it, the schema, and its rows."""
+
+    described: list[str]
+    schema: pa.Schema
+    rows: int
+
+
+@dataclass(frozen=True)
+class LanceWriter(Writer):
+    """Writes each shard as a fragment.
+
+    Args:
+        uri: of the Lance data set: a folder that all nodes share, or object storage.
+
+    Raises:
+        MissingDependencyError: Lance is not installed.
+    """
+
+    uri: str
+
+    on_nodes = False
+
+    def __post_init__(self) -> None:
+        _lance()
+
+    def put(self, index: int, arrays: Arrays) -> Fragments:
+        _lance()
+        from lance.fragment import write_fragments
+
+        batch = to_batch({name: _text_as_objects(values) for name, values in arrays.items()})
+        table = pa.Table.from_batches([batch])
+        with _storage(f"write to the Lance data set {self.uri}"):
+            # "overwrite" asks for no agreement with the schema of other versions; it commits nothing.
+            fragments = write_fragments(table, self.uri, schema=table.schema, mode="overwrite")
+        return Fragments([json.dumps(fragment.to_json()) for fragment in fragments], batch.schema, batch.num_rows)
+
+    def draft(self, kept: Sequence[Any]) -> LanceStore:
+        return self.commit(ray.get(list(kept)))
+
+    def commit(self, made: Sequence[Fragments]) -> LanceStore:
+        """A store over a new version of these fragments, in their order."""
+        from lance.fragment import FragmentMetadata
+
+        schema = _common_schema([part.schema for part in made])
+        starts = np.cumsum([0, *(part.rows for part in made)]).tolist()
+        version = self._commit(schema, [FragmentMetadata.from_json(text) for part in made for text in part.described])
+        return LanceStore(self.uri, version, [(start, part.rows) for start, part in zip(starts, made, strict=False)])
+
+    def finish(self, shards: Shards, key: str | None) -> Shards:
+        assert isinstance(shards.store, LanceStore)
+        data, manifest = _open(self.uri, shards.store.version), to_manifest(shards)
+        version = _tagged(data, name_of(manifest))
+        if version is None:
+            schema = data.schema.with_metadata({_NOTE: json.dumps(manifest)})
+            version = self._commit(schema, [fragment.metadata for fragment in data.get_fragments()])
+            version = _tag(data, name_of(manifest), version)
+        if key is not None:
+            _tag(data, key, version, move=True)
+        with _storage(f"remove old versions of the Lance data set {self.uri}"):
+            data.cleanup_old_versions(_KEEP, error_if_tagged_old_versions=False)
+        return _shards(self.uri, version)
+
+    def find(self, key: str) -> tuple[Shards | None, list[str]]:
+        try:
+            version = _lance().dataset(self.uri, version=key).version
+        except ValueError:  # no such data set, or no such tag
+            return None, []
+        return _shards(self.uri, version), []
+
+    def _commit(self, schema: pa.Schema, fragments: list[Any]) -> int:
+        """Make a new version of these fragments; several at once get different numbers."""
+        lance = _lance()
+        with _storage(f"write to the Lance data set {self.uri}"):
+            made = lance.LanceDataset.commit(self.uri, lance.LanceOperation.Overwrite(schema, fragments))
+        return int(made.version)
+
+
+def _shards(uri: str, version: int) -> Shards:
+    """What a version holds; no node is nearer to it than others."""
+    manifest = json.loads(_open(uri, version).schema.metadata[_NOTE])
+    store = LanceStore(uri, version, [(first_row, rows) for first_row, rows in manifest["shards"]])
+    return from_manifest(manifest, store, [""] * len(manifest["shards"]))
+
+
+def _tagged(data: Any, tag: str) -> int | None:
+    """The version with this tag, if there is one."""
+    with _storage(f"read the tags of the Lance data set {data.uri}"):
+        found = data.tags.list().get(tag)
+    return None if found is None else int(found["version"])
+
+
+def _tag(data: Any, tag: str, version: int, *, move: bool = False) -> int:
+    """Give a version a tag; returns the version that has it, which may be another build's unless it is moved."""
+    try:
+        data.tags.create(tag, version)
+    except ValueError:  # it exists: made by an earlier build, or by one at the same time
+        if move:
+            data.tags.update(tag, version)
+    found = _tagged(data, tag)
+    return version if found is None else found
+
+
+def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
+    """The fragments' one schema.
+
+    Raises:
+        DataError: they differ.
+    """
+    for schema in schemas:
+        for here, there in zip(schema, schemas[0], strict=True):
+            if not here.equals(there, check_metadata=True):
+                raise DataError(
+                    f"all rows of column {here.name!r} need one type in Lance; received {there.type} and {here.type}. "
+                    "Give it one type in Ray Data, without nulls"
+                )
+    return schemas[0]
+
+
+def _text_as_objects(values: np.ndarray) -> np.ndarray:
+    """Text as Arrow's strings: its fixed width differs between shards, and a Lance column has one type."""
+    return values.astype(object) if values.dtype.kind == "U" else values
+
+
+def _arrays(table: pa.Table) -> Arrays:
+    """Columns of rows that Lance gave."""
+    arrays = to_arrays(table.combine_chunks().to_batches()[0])
+    for name, values in arrays.items():
+        if pa.types.is_string(table.schema.field(name).type) and table.column(name).null_count == 0:
+            arrays[name] = values.astype(str)
+            arrays[name].flags.writeable = False
+    return arrays
