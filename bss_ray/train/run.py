@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,12 +194,15 @@ def _load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
                 min_shards=config.scoring.num_scorers,
                 store=config.store,
                 source_key=None if (path := paths[split]) is None else files_key(path),
-                on_progress=lambda done, of, split=split: on_message(
-                    {"kind": "shards", "split": split, "done": done, "of": of}
-                ),
+                on_progress=_shards_made(split, on_message),
                 on_notice=lambda text: on_message({"kind": "notice", "text": text}),
             )
     return shards
+
+
+def _shards_made(split: str, on_message: OnMessage) -> Callable[[int, int], None]:
+    """Tells how many shards of a split are made."""
+    return lambda done, of: on_message({"kind": "shards", "split": split, "done": done, "of": of})
 
 
 @contextlib.contextmanager

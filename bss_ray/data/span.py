@@ -1,0 +1,58 @@
+"""One column of many shards as one tensor, so that rows of any shards are copied by a single call."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# Rows are copied as words of so many bytes, the largest that everything is a multiple of.
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+class Span:
+    """The rows of arrays that lie anywhere in this process's memory, copied without a loop over the arrays.
+
+    Seen from the lowest address, each row begins after a whole number of words. So there is one strided
+    tensor of which every row is a row, from the first array to the last; the memory between them is part
+    of it and is never looked at. One `torch.index_select` then copies rows of all arrays. A call per
+    array costs 0.8 us beside the bytes: with 16 shards and 2-kB rows as much again as the copying, with 1,000
+    shards many times that.
+
+    Args:
+        arrays: (rows, ...) each, contiguous, of one dtype and one row shape; at least one.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        assert all(array.flags.c_contiguous for array in arrays), "rows must lie one after the other"
+        self._arrays = tuple(arrays)  # they keep their memory alive
+        addresses = [array.ctypes.data for array in arrays]
+        base = min(addresses)
+        end = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True))
+        row_bytes = math.prod(arrays[0].shape[1:]) * arrays[0].itemsize
+        step = math.gcd(row_bytes, *(address - base for address in addresses))
+        self._word = next(size for size in _WORDS if step % size == 0)
+        kind = _WORDS[self._word]
+        memory = torch.frombuffer((ctypes.c_byte * (end - base)).from_address(base), dtype=kind)
+        words = row_bytes // self._word
+        steps = (end - base - row_bytes) // step + 1
+        # Rows that overlap: one begins at each step.
+        shape, strides = ((steps,), (step // self._word,)) if words == 1 else ((steps, words), (step // self._word, 1))
+        self._rows = memory.as_strided(shape, strides)
+        self._starts = np.array([(address - base) // step for address in addresses])
+        self._row_steps = row_bytes // step
+
+    def take(self, arrays: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy rows.
+
+        Args:
+            arrays: (n,) which array each row is of.
+            rows: (n,) its position in that array; it must be there.
+            out: (n, ...) contiguous, filled in this order.
+        """
+        index = torch.from_numpy(self._starts[arrays] + rows * self._row_steps)
+        words = torch.frombuffer(out, dtype=_WORDS[self._word]) if out.nbytes else torch.empty(0)
+        torch.index_select(self._rows, 0, index, out=words.view(len(out), *self._rows.shape[1:]))
