@@ -63,7 +63,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--batches", type=int, default=200, help="of one repeat")
     parser.add_argument("--repeats", type=int, default=9, help="after one that does not count")
-    parser.add_argument("--ordered", action="store_true", help="ascending rows in a batch, as loaders ask for them")
     parser.add_argument("--stores", nargs="+", default=["object", "disk", "lance"], metavar="KIND")
     parser.add_argument("--folder", help="where disk and Lance write; default a temporary folder")
     options = parser.parse_args()
@@ -83,7 +82,6 @@ def main() -> None:
         times: dict[str, list[float]] = {kind: [] for kind in stores}
         for repeat in range(options.repeats + 1):
             batches = [rng.integers(0, options.rows, options.batch) for _ in range(options.batches)]
-            batches = [np.sort(rows) for rows in batches] if options.ordered else batches
             for kind, shards in stores.items():
                 spent = seconds(shards, batches)
                 if repeat:

@@ -21,10 +21,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+
+# So many row ids are named in a message.
+_NAMED_IDS = 5
 
 
 class BssRayError(Exception):
@@ -75,12 +79,54 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"{hint}Choose from: {', '.join(names)}"
 
 
-def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = 5) -> str:
+def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = _NAMED_IDS) -> str:
     """`"3 rows; first row ids 17, 90, 91"` for a boolean mask (N,) over rows that start at `first_row`."""
     rows = np.flatnonzero(bad)
     shown = ", ".join(str(first_row + int(row)) for row in rows[:limit])
     count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
     return f"{count}; first row ids {shown}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A rule that some rows break, as one of several processes has found it.
+
+    Attributes:
+        rule: what must hold; whatever follows a colon may differ between processes.
+        count: rows that break it.
+        first_ids: the first of their row ids.
+    """
+
+    rule: str
+    count: int
+    first_ids: list[int]
+
+
+def find_problem(rule: str, bad: np.ndarray, first_row: int = 0) -> list[Problem]:
+    """The problem with rows where `bad` (n,) is true, if there are any."""
+    rows = np.flatnonzero(bad)
+    return [Problem(rule, len(rows), (first_row + rows[:_NAMED_IDS]).tolist())] if len(rows) else []
+
+
+def raise_first_problem(found: Sequence[Problem], kind: type[BssRayError]) -> None:
+    """Raise for the first broken rule, with its count and first row ids over all processes.
+
+    Args:
+        found: problems of all processes, in the order of their rows.
+        kind: of the error.
+
+    Raises:
+        BssRayError: of that kind, if there is any problem.
+    """
+    if not found:
+        return
+    rule = found[0].rule
+    same = [problem for problem in found if problem.rule.split(":")[0] == rule.split(":")[0]]
+    count = sum(problem.count for problem in same)
+    ids = [row for problem in same for row in problem.first_ids][:_NAMED_IDS]
+    if not ids:
+        raise kind(rule)
+    raise kind(f"{rule} ({count} {'row' if count == 1 else 'rows'}; first row ids {', '.join(map(str, ids))})")
 
 
 def optional_import(module: str, *, extra: str, needed_for: str) -> ModuleType:

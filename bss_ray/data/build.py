@@ -21,14 +21,14 @@ import numpy as np
 import ray
 from ray.data.block import BlockAccessor
 
-from bss_ray.data.checks import Problem, check_input, check_labels, raise_first_problem
+from bss_ray.data.checks import check_input, check_labels
 from bss_ray.data.columns import Columns
 from bss_ray.data.digest import add_digests, row_hashes, rows_digest
 from bss_ray.data.disk import DiskWriter
 from bss_ray.data.manifest import FORMAT, digest
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectWriter, StoreConfig, Writer
-from bss_ray.errors import BssRayError, DataError, nearest
+from bss_ray.errors import BssRayError, DataError, Problem, nearest, raise_first_problem
 
 # Large enough that a shard's overhead (a few hundred microseconds to open) is nothing, small enough
 # that shards spread evenly over nodes and scorers.
@@ -374,7 +374,7 @@ def _check(tasks: _Tasks, writer: Writer, columns: Columns, num_classes: int | N
         DataError: some are not.
     """
     reports: list[_Report] = ray.get(tasks.reports)
-    raise_first_problem([problem for report in reports for problem in report.problems])
+    raise_first_problem([problem for report in reports for problem in report.problems], DataError)
     features, rows = _common_features(reports), sum(report.rows for report in reports)
     shards = Shards(
         columns=columns,

@@ -6,7 +6,6 @@ another node's disk are read there, by a task, and only they travel.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -26,7 +25,7 @@ from bss_ray.data import cache
 from bss_ray.data.cache import FileEntry
 from bss_ray.data.manifest import FORMAT, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards
-from bss_ray.data.store import Arrays, Piece, Store, Writer, scatter
+from bss_ray.data.store import Arrays, MappedStore, Writer
 from bss_ray.errors import BssRayError, StorageError
 
 _LAST_WORDS_S = 60.0
@@ -46,7 +45,7 @@ class NodeFile(NamedTuple):
     node: str
 
 
-class DiskStore(Store):
+class DiskStore(MappedStore):
     """Shards as files.
 
     Args:
@@ -54,50 +53,54 @@ class DiskStore(Store):
     """
 
     def __init__(self, files: Sequence[NodeFile]) -> None:
+        super().__init__(len(files))
         self.files = tuple(files)
-        self._opened: dict[int, Arrays] = {}
-        self._here = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DiskStore, (self.files,)
 
-    def read(self, shard: int) -> Arrays:
-        if shard not in self._opened:
-            entry, folder, node = self.files[shard]
-            if not self._is_here(node):
-                # Not kept: what is read from afar fills the object store.
-                return dict(_get(_ask(node, _read, self.only([shard]))))
-            self._opened[shard] = _map(Path(folder) / entry.name, entry)
-        return self._opened[shard]
+    def open(self, shard: int) -> Arrays:
+        entry, folder, _ = self.files[shard]
+        return _map(Path(folder) / entry.name, entry)
 
-    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
-        here, away = [], collections.defaultdict(list)
-        for piece in pieces:
-            node = self.files[piece.shard].node
-            if piece.shard in self._opened or self._is_here(node):
-                here.append(piece)
-            else:
-                away[node].append(piece)
+    def read(self, shard: int) -> Arrays:
+        if self._away[shard] < 0:
+            return super().read(shard)
+        # Not kept: what is read from afar fills the object store.
+        return dict(_get(_ask(self.files[shard].node, _read, self.only([shard]))))
+
+    def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
+        away = self._away[shards]
+        if len(away) == 0 or away.max() < 0:
+            super().take(shards, rows, out)
+            return
         kinds = {name: (values.shape[1:], values.dtype) for name, values in out.items()}
-        asked = [(group, self._ask_for(node, group, kinds)) for node, group in away.items()]
-        super().take(here, out)
-        for group, ref in asked:
-            scatter(group, _get(ref), out)
+        asked = [
+            (there, self._ask_for(shards[there], rows[there], kinds))
+            for there in (np.flatnonzero(away == node) for node in np.unique(away[away >= 0]))
+        ]
+        here = np.flatnonzero(away < 0)
+        near = {name: np.empty((len(here), *shape), dtype) for name, (shape, dtype) in kinds.items()}
+        super().take(shards[here], rows[here], near)
+        for places, arrays in ((here, near), *((there, _get(ref)) for there, ref in asked)):
+            for name, target in out.items():
+                target[places] = arrays[name]
 
     def only(self, shards: Sequence[int]) -> DiskStore:
         return DiskStore([self.files[shard] for shard in shards])
 
-    def _is_here(self, node: str) -> bool:
-        if not self._here and node:
-            self._here = ray.get_runtime_context().get_node_id()
-        return node in ("", self._here)
+    @functools.cached_property
+    def _away(self) -> np.ndarray:
+        """(shards,) number of the other node that has the file; -1 if it can be read here."""
+        nodes = {file.node for file in self.files} - {""}
+        here = ray.get_runtime_context().get_node_id() if nodes else ""
+        others = {node: number for number, node in enumerate(sorted(nodes - {here}))}
+        return np.array([others.get(file.node, -1) for file in self.files])
 
-    def _ask_for(self, node: str, pieces: list[Piece], kinds: dict[str, Any]) -> Any:
-        """Reference to rows of another node, one piece after the other."""
-        starts = np.cumsum([0, *(len(piece.rows) for piece in pieces)]).tolist()
-        anew = [Piece(index, piece.rows, starts[index]) for index, piece in enumerate(pieces)]
-        store = self.only([piece.shard for piece in pieces])
-        return _ask(node, _take, store, anew, kinds, starts[-1])
+    def _ask_for(self, shards: np.ndarray, rows: np.ndarray, kinds: dict[str, Any]) -> Any:
+        """Reference to rows of shards that another node has."""
+        wanted, anew = np.unique(shards, return_inverse=True)
+        return _ask(self.files[wanted[0]].node, _take, self.only(wanted.tolist()), anew, rows, kinds)
 
 
 @functools.cache  # a process maps a file once, however many tasks it runs
@@ -113,9 +116,9 @@ def _read(store: DiskStore) -> Arrays:
     return store.read(0)
 
 
-def _take(store: DiskStore, pieces: list[Piece], kinds: dict[str, Any], rows: int) -> Arrays:
-    out = {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in kinds.items()}
-    store.take(pieces, out)
+def _take(store: DiskStore, shards: np.ndarray, rows: np.ndarray, kinds: dict[str, Any]) -> Arrays:
+    out = {name: np.empty((len(rows), *shape), dtype) for name, (shape, dtype) in kinds.items()}
+    store.take(shards, rows, out)
     return out
 
 

@@ -21,7 +21,7 @@ import ray
 from bss_ray.data.arrow import to_arrays, to_batch
 from bss_ray.data.manifest import from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards
-from bss_ray.data.store import Arrays, Piece, Store, Writer, scatter
+from bss_ray.data.store import Arrays, Store, Writer
 from bss_ray.errors import DataError, StorageError, optional_import
 
 _NOTE = b"bss_ray"
@@ -77,14 +77,16 @@ class LanceStore(Store):
         with _storage(f"read rows of {self._uri}"):
             return _arrays(data.scanner(offset=first, limit=rows).to_table())
 
-    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
-        if not pieces:
+    def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
+        if len(rows) == 0:
             return
-        rows = np.concatenate([piece.rows + self._spans[piece.shard][0] for piece in pieces])
+        first_rows = np.array([first for first, _ in self._spans], dtype=np.int64)
         data = _open(self._uri, self.version)
         with _storage(f"read rows of {self._uri}"):
-            table = data.take(pa.array(rows), columns=list(out))
-        scatter(pieces, _arrays(table), out)
+            table = data.take(pa.array(first_rows[shards] + rows), columns=list(out))
+        arrays = _arrays(table)
+        for name, target in out.items():
+            target[...] = arrays[name]
 
     def only(self, shards: Sequence[int]) -> LanceStore:
         return LanceStore(self._uri, self.version, [self._spans[shard] for shard in shards])

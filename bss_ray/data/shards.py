@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from bss_ray.data.columns import Columns
-from bss_ray.data.store import Arrays, Piece, Store
+from bss_ray.data.store import Arrays, Store
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class Shards:
         """(shards,) int64 row id of each shard's first row."""
         return np.array([part.first_row for part in self.parts], dtype=np.int64)
 
+    @cached_property
+    def _rows_of_shards(self) -> np.ndarray:
+        return np.array([part.rows for part in self.parts], dtype=np.int64)
+
     def read(self, index: int) -> Arrays:
         """Columns of shard `index`: read-only, and views where the store can."""
         return self.store.read(index)
@@ -89,56 +93,36 @@ class Shards:
     def gather(self, row_ids: np.ndarray, columns: tuple[str, ...] | None = None, out: Arrays | None = None) -> Arrays:
         """Copy rows into fresh arrays, so that in-place operations on a batch harm nobody.
 
-        Ascending row ids are the fast case: each shard's rows go straight to their place.
-
         Args:
-            row_ids: (n,) int64.
+            row_ids: (n,) int64, in any order.
             columns: names; None for the modalities and the label.
             out: arrays `{column: (n, ...)}` to fill instead of fresh ones, one for each name.
 
         Returns:
             `{column: (n, ...)}` in the order of `row_ids`.
+
+        Raises:
+            IndexError: a row is in none of the shards.
         """
-        names = self.columns.inputs if columns is None else columns
-        order = None if (row_ids[1:] >= row_ids[:-1]).all() else np.argsort(row_ids, kind="stable")
-        pieces = self._pieces(row_ids if order is None else row_ids[order])
-        direct = out is not None and order is None
-        rows = out if direct and out is not None else self._empty(names, len(row_ids), pieces)
-        self.store.take(pieces, rows)
-        if order is None:
-            return rows
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return {
-            name: np.take(values, back, axis=0, out=None if out is None else out[name], mode="clip")
-            for name, values in rows.items()
-        }
+        shards = self.locate(row_ids)
+        rows = row_ids - self.first_rows[shards]
+        if len(rows) and (shards.min() < 0 or (rows >= self._rows_of_shards[shards]).any()):
+            strays = row_ids[(shards < 0) | (rows >= self._rows_of_shards[shards])]
+            raise IndexError(f"no shard holds row {strays[0]} ({len(strays)} of {len(row_ids)} rows)")
+        if out is None:
+            out = self._empty(self.columns.inputs if columns is None else columns, shards)
+        self.store.take(shards, rows, out)
+        return out
 
-    def _pieces(self, row_ids: np.ndarray) -> list[Piece]:
-        """Ascending row ids, shard by shard."""
-        if len(row_ids) == 0:
-            return []
-        end = self.parts[-1].first_row + self.parts[-1].rows
-        if row_ids[0] < self.parts[0].first_row or row_ids[-1] >= end:
-            raise IndexError(f"row ids lie in [{self.parts[0].first_row}, {end}); received {row_ids[[0, -1]].tolist()}")
-        cuts = np.append(np.searchsorted(row_ids, self.first_rows), len(row_ids))
-        shards = np.flatnonzero(cuts[1:] > cuts[:-1])  # few of many shards, if rows are few
-        starts, stops = cuts[shards], cuts[shards + 1]
-        rows = row_ids - np.repeat(self.first_rows[shards], stops - starts)
-        return [
-            Piece(shard, rows[start:stop], start)
-            for shard, start, stop in zip(shards.tolist(), starts.tolist(), stops.tolist(), strict=True)
-        ]
-
-    def _empty(self, names: tuple[str, ...], rows: int, pieces: list[Piece]) -> Arrays:
-        """Uninitialised arrays for so many rows of these columns."""
+    def _empty(self, names: tuple[str, ...], shards: np.ndarray) -> Arrays:
+        """Uninitialised arrays for rows of these shards (n,)."""
         arrays: Arrays = {}
         for name in names:
             if name in self.features:
                 feature = self.features[name]
-                arrays[name] = np.empty((rows, *feature.shape), feature.dtype)
+                arrays[name] = np.empty((len(shards), *feature.shape), feature.dtype)
             else:  # ids and extras: text is as wide as the widest of the shards
-                sources = [self.read(shard)[name] for shard in {piece.shard for piece in pieces} or {0}]
+                sources = [self.read(shard)[name] for shard in np.unique(shards).tolist() or [0]]
                 kind = np.result_type(*(source.dtype for source in sources))
-                arrays[name] = np.empty((rows, *sources[0].shape[1:]), kind)
+                arrays[name] = np.empty((len(shards), *sources[0].shape[1:]), kind)
         return arrays

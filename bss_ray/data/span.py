@@ -23,11 +23,21 @@ class Span:
     shards many times that.
 
     Args:
-        arrays: (rows, ...) each, contiguous, of one dtype and one row shape; at least one.
+        arrays: (rows, ...) each, as `over` asks for; at least one.
+
+    Attributes:
+        dtype: of the arrays.
     """
 
+    @classmethod
+    def over(cls, arrays: Sequence[np.ndarray]) -> Span | None:
+        """A span, if there can be one: contiguous arrays of one dtype and row shape, and no Python objects."""
+        first = arrays[0]
+        alike = all(a.dtype == first.dtype and a.shape[1:] == first.shape[1:] and a.flags.c_contiguous for a in arrays)
+        return cls(arrays) if alike and first.dtype.kind != "O" and all(a.nbytes for a in arrays) else None
+
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        assert all(array.flags.c_contiguous for array in arrays), "rows must lie one after the other"
+        self.dtype = arrays[0].dtype
         self._arrays = tuple(arrays)  # they keep their memory alive
         addresses = [array.ctypes.data for array in arrays]
         base = min(addresses)
@@ -53,6 +63,8 @@ class Span:
             rows: (n,) its position in that array; it must be there.
             out: (n, ...) contiguous, filled in this order.
         """
+        if len(rows) == 0:
+            return  # torch takes no empty buffer
         index = torch.from_numpy(self._starts[arrays] + rows * self._row_steps)
-        words = torch.frombuffer(out, dtype=_WORDS[self._word]) if out.nbytes else torch.empty(0)
+        words = torch.frombuffer(out, dtype=_WORDS[self._word])
         torch.index_select(self._rows, 0, index, out=words.view(len(out), *self._rows.shape[1:]))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bss_ray.errors import CheckpointError, ConfigError, ScheduleError, WeightError, nearest
+from bss_ray.errors import CheckpointError, ConfigError, ScheduleError, WeightError, nearest, raise_first_problem
 from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
 from bss_ray.sample.plan import TAILS, Plan, Tail
@@ -284,7 +284,9 @@ class Coordinator:
         return replace(draw, added_weight=mix / (1 - mix) * float(moments.total) / subset)
 
     def _moments(self, draw: Draw) -> Moments:
-        return sum(self._holders.map("moments", draw), start=Moments())
+        moments = sum(self._holders.map("moments", draw), start=Moments())
+        raise_first_problem(sorted(moments.problems, key=lambda problem: problem.first_ids[0]), WeightError)
+        return moments
 
     def _sum(self, method: str, *args: Any) -> np.ndarray:
         """Sum of the holders' integer counts."""

@@ -39,7 +39,7 @@ class RankBatch(NamedTuple):
 
     Attributes:
         number: of the global batch in the epoch, from 0.
-        tensors: `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64, ascending.
+        tensors: `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64, in the order drawn.
         loss_scale: multiply the mean loss of the part by it; averaged over the ranks, as DDP averages
             gradients, this is the mean over the global batch, whatever the parts' sizes.
     """
@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
     Attributes:
         number: of the batch.
-        row_ids: (b,) int64, ascending.
+        row_ids: (b,) int64.
         loss_scale: see `RankBatch`; 0 for a filler row.
     """
 
@@ -147,8 +147,7 @@ class Loader:
         if len(row_ids) == 0:
             # A tail of fewer rows than ranks. The rank must still take part in the backward pass.
             return Part(number, global_ids[:1], 0.0)
-        # Ascending rows are copied straight from each shard to their place, and any order in a batch will do.
-        return Part(number, np.sort(row_ids), len(row_ids) * len(self._rank_homes) / len(global_ids))
+        return Part(number, row_ids, len(row_ids) * len(self._rank_homes) / len(global_ids))
 
     def _own(self, global_ids: np.ndarray) -> np.ndarray:
         """This rank's rows of a global batch."""
@@ -216,11 +215,10 @@ class _Job:
         self._transfer: Transfer = make_transfer(
             {**columns, "row_id": Feature((), "int64")}, largest, device, spare=ahead * group
         )
-        self._staged = reader.is_staged(largest)
-        self._staging: BufferRing[Arrays] = reader.staging(group * largest if self._staged else 0, _THREADS)
+        self._staging: BufferRing[Arrays] = reader.staging(group * largest if reader.is_staged else 0, _THREADS)
 
     def request(self, parts: list[Part]) -> tuple[list[Part], Request]:
-        return parts, self._reader.request([part.row_ids for part in parts], staged=self._staged)
+        return parts, self._reader.request([part.row_ids for part in parts])
 
     def load(self, requested: tuple[list[Part], Request]) -> list[tuple[Part, Callable[[], Tensors]]]:
         parts, request = requested

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bss_ray.errors import ConfigError, WeightError, first_ids
+from bss_ray.errors import ConfigError, Problem, WeightError, find_problem, raise_first_problem
 from bss_ray.sample.radix import Window, cut_windows, digit_counts, within
 from bss_ray.sample.threads import in_threads
 
@@ -86,19 +86,28 @@ def check_weights(weights: np.ndarray, first_row: int = 0) -> np.ndarray:
     weights = np.ascontiguousarray(weights, dtype=np.float64)
     if weights.ndim != 1:
         raise WeightError(f"weights must be one number a row; received shape {weights.shape}")
-    if len(weights) == 0:
-        return weights
-    lowest, highest = weights.min(), weights.max()  # NaN in either if there is one anywhere
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
-        raise WeightError(f"weights must be finite; NaN or infinite in {first_ids(~np.isfinite(weights), first_row)}")
-    if lowest < 0:
-        raise WeightError(f"weights cannot be negative; negative in {first_ids(weights < 0, first_row)}")
-    if highest > MAX_WEIGHT or (lowest < MIN_WEIGHT and ((weights > 0) & (weights < MIN_WEIGHT)).any()):
-        raise WeightError(
-            f"positive weights must lie within [2^-900, 2^900]; received {weights[weights > 0].min():g} to "
-            f"{highest:g}. Rescale them: only their ratios matter"
-        )
+    raise_first_problem(weight_problems(weights, first_row), WeightError)
     return weights
+
+
+def weight_problems(weights: np.ndarray, first_row: int = 0) -> list[Problem]:
+    """Rules that some of these weights (n,) float64 break; no order can be drawn from them."""
+    if len(weights) == 0:
+        return []
+    lowest, highest = weights.min(), weights.max()  # NaN in either if there is one anywhere
+    if lowest >= MIN_WEIGHT and highest <= MAX_WEIGHT:
+        return []
+    tiny, huge = (weights > 0) & (weights < MIN_WEIGHT), weights > MAX_WEIGHT
+    return (
+        find_problem("weights must be finite: NaN or infinite", ~np.isfinite(weights), first_row)
+        or find_problem("weights cannot be negative", weights < 0, first_row)
+        or find_problem(
+            "positive weights must lie within [2^-900, 2^900]; rescale them, only their ratios matter: received "
+            f"{lowest:g} to {highest:g}",
+            tiny | huge,
+            first_row,
+        )
+    )
 
 
 def race_keys(weights: np.ndarray, *, seed: int, epoch: int, first_row: int = 0) -> np.ndarray:

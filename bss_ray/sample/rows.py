@@ -16,9 +16,7 @@ from bss_ray.sample.transfer import BufferRing
 # Writes the columns of a batch into arrays.
 Fill = Callable[[Arrays], None]
 
-# When to gather several batches at a time; see `RowReader.group_size`.
-_CALL_S = 1.25e-6
-_COPY_BYTES_PER_S = 10e9
+# A group of batches: so many bytes, and so many batches.
 _GROUP_BYTES = 8 << 20
 _GROUP_BATCHES = 64
 
@@ -29,7 +27,7 @@ class Request(NamedTuple):
     Attributes:
         batches: row ids of each batch, each (b,) int64.
         order: (n,) positions in the batches' joined rows, in the order in which they are staged: this node's
-            first, then each other node's; row ids ascend in each. None: not staged.
+            first, then each other node's. None: not staged.
         near: how many are this node's.
         sent: what comes from other nodes, in that order: rows, and a reference to their columns.
     """
@@ -73,18 +71,14 @@ class RowReader:
         """How many batches of so many rows to load at a time: handing one over between threads costs 40 us."""
         return min(max(_GROUP_BYTES // max(rows * self.row_bytes, 1), 1), _GROUP_BATCHES)
 
-    def is_staged(self, rows: int) -> bool:
-        """Whether to gather the batches of a group, of so many rows each, in one go.
+    @property
+    def is_staged(self) -> bool:
+        """Whether the batches of a group are gathered in one go, into a buffer, and copied from there.
 
-        Beside the bytes, gathering costs 1.25 us a shard and column. In one go the batches of a group share
-        that, and cost a second copy, out of a staging buffer that stays in the cache as long as it is
-        small. CPU time of a batch of 256 rows, one by one and in one go: 16 shards of 112 B rows 112 and 45 us,
-        100 of 1 kB 356 and 97, 100 of 4 kB 552 and 345, 1,000 of 4 kB 1,003 and 721; but 16 of 4 kB 305 and 296,
-        16 of 100 kB 2.4 and 3.6 ms.
+        That is a second copy. It pays where rows come from other nodes, by a task for a whole group, or
+        out of a store that is slow with few rows at a time.
         """
-        calls = min(len(self._first_rows), rows) * len(self._shards.columns.inputs)
-        # What other nodes send is staged in any case: a task for a whole group is cheaper.
-        return bool(self._others) or calls * _CALL_S > 2 * rows * self.row_bytes / _COPY_BYTES_PER_S
+        return bool(self._others) or self._shards.store.bulk
 
     def staging(self, rows: int, slots: int) -> BufferRing[Arrays]:
         """Buffers for groups of at most so many rows. Used again: fresh ones would cost their page faults."""
@@ -94,20 +88,17 @@ class RowReader:
             slots,
         )
 
-    def request(self, batches: list[np.ndarray], *, staged: bool) -> Request:
+    def request(self, batches: list[np.ndarray]) -> Request:
         """Ask other nodes for their rows; returns at once.
 
         Args:
-            batches: row ids of each batch, each (b,) int64 ascending.
-            staged: whether they are gathered in one go; must be so if other nodes hold any.
+            batches: row ids of each batch, each (b,) int64.
         """
-        if not staged:
+        if not self.is_staged:
             return Request(batches, None, sum(map(len, batches)), [])
         row_ids = np.concatenate(batches)
-        if not self._others:
-            return Request(batches, np.argsort(row_ids, kind="stable"), len(row_ids), [])
         holders = self._holders_of(row_ids)
-        order = np.lexsort((row_ids, holders))
+        order = np.argsort(holders, kind="stable")
         cuts = np.searchsorted(holders[order], np.arange(len(self._others) + 1)).tolist()
         sent = [
             (stop - start, self._pick(node, row_ids[order[start:stop]]))
@@ -148,7 +139,7 @@ class RowReader:
         return holders
 
     def _pick(self, node: str, row_ids: np.ndarray) -> Any:
-        """A reference to rows (ascending) that a task on the node that holds them picks out."""
+        """A reference to rows that a task on the node that holds them picks out."""
         # Soft: if the node is lost the task runs elsewhere, and Ray makes the shards again or says that it cannot.
         where = NodeAffinitySchedulingStrategy(node, soft=True)
         shards = self._shards.only(np.unique(self.locate(row_ids)).tolist())
@@ -162,4 +153,5 @@ def _pick_rows(shards: Shards, row_ids: np.ndarray) -> Arrays:
 
 def _take(source: Arrays, rows: np.ndarray, out: Arrays) -> None:
     for name, target in out.items():
-        source[name].take(rows, 0, target, "clip")  # see Store.take
+        # "clip": NumPy buffers `out` in its default mode. The rows are there.
+        source[name].take(rows, 0, target, "clip")

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from bss_ray.errors import Problem, WeightError
 from bss_ray.measure.criteria import Measurer
 from bss_ray.measure.forward import measure_rows
 from bss_ray.measure.score import Accumulate, Bounds, accumulate_scores, current_scores
-from bss_ray.sample.permutation import arrivals, check_weights, race_keys
+from bss_ray.sample.permutation import arrivals, race_keys, weight_problems
 from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, exact_sum, ordered_bits, within
 from bss_ray.sample.threads import in_threads
 from bss_ray.schedule.schedulers import Scheduler
@@ -79,6 +80,7 @@ class Moments:
         squares: of w^2, and
         w_log_w: of w log w; all exact, so they do not depend on who holds which row.
         largest: largest w.
+        problems: what is wrong with them; the other figures leave such rows out.
     """
 
     positive: int = 0
@@ -86,6 +88,7 @@ class Moments:
     squares: Fraction = Fraction(0)
     w_log_w: Fraction = Fraction(0)
     largest: float = 0.0
+    problems: tuple[Problem, ...] = ()
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -94,11 +97,15 @@ class Moments:
             self.squares + other.squares,
             self.w_log_w + other.w_log_w,
             max(self.largest, other.largest),
+            self.problems + other.problems,
         )
 
     @staticmethod
-    def of(weights: np.ndarray) -> Moments:
-        """Of checked weights (n,)."""
+    def of(weights: np.ndarray, first_row: int) -> Moments:
+        """Of weights (n,) float64 of the rows from `first_row` on."""
+        problems = weight_problems(weights, first_row)
+        if problems:
+            return Moments(problems=tuple(problems))
         positive = weights[weights > 0]
         highest = float(positive.max(initial=0.0))
         # Squares of very large or small weights leave float64's range: take a power of two out first.
@@ -345,13 +352,13 @@ class Scorer:
         return self._count(tied, prefixes, shift)
 
     def moments(self, draw: Draw) -> Moments:
-        """Figures of the own rows' weights.
-
-        Raises:
-            WeightError: a scheduler returned weights from which no order can be drawn.
-        """
+        """Figures of the own rows' weights, and what is wrong with them: keys can be made only of sound ones."""
         self._check_version(draw.version)
-        return sum(in_threads(lambda chunk: Moments.of(_weights(chunk, draw)), self._chunks()), start=Moments())
+
+        def look(chunk: _Chunk) -> Moments:
+            return Moments.of(_weights(chunk, draw), chunk.first_row)
+
+        return sum(in_threads(look, self._chunks()), start=Moments())
 
     def key_counts(self, draw: Draw, prefixes: Sequence[int], shift: int) -> np.ndarray:
         """`radix.Counts` of the own rows' keys."""
@@ -442,9 +449,12 @@ def _score_bits(chunk: _Chunk) -> np.ndarray:
 
 
 def _weights(chunk: _Chunk, draw: Draw) -> np.ndarray:
-    """Checked weights (c,) float64; 0 for rows that cannot be drawn."""
+    """Weights (c,) float64; 0 for rows that cannot be drawn. `Scorer.moments` has looked whether they are sound."""
     score = _scores(chunk)
-    weights = check_weights(draw.scheduler.weights(score), chunk.first_row) + draw.added_weight
+    weights = np.asarray(draw.scheduler.weights(score), dtype=np.float64) + draw.added_weight
+    if weights.shape != score.shape:
+        name = type(draw.scheduler).__name__
+        raise WeightError(f"{name}.weights must return one weight a row; {score.shape} scores gave {weights.shape}")
     if draw.cutoff is None:
         return weights
     best, last_tied = draw.cutoff

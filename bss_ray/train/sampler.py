@@ -174,7 +174,7 @@ class Sampler:
                 data, too, is the same on any number of ranks. Scores are of rows as they are stored.
 
         Yields:
-            `{modality: (b, ...), label: (b,), "row_id": (b,) int64 ascending}` on the rank's device. With a tail
+            `{modality: (b, ...), label: (b,), "row_id": (b,) int64}` on the rank's device. With a tail
             of fewer rows than ranks some ranks receive one filler row, `row_id` -1 and `loss_scale` 0.
 
         Raises:
@@ -334,7 +334,7 @@ class Sampler:
         """Write this rank's share of a checkpoint and report it."""
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
-            holders = ray.get(self._context.coordinator.parts.remote(position.version)) if position.version else []
+            holders = ray.get(self._context.coordinator.parts.remote(position.version))
             written: list[ScoreFile] = []
             for index in range(self._rank, len(holders), self._ranks):
                 written += write_scores(folder, index, position.version, ray.get(holders[index]))
@@ -368,7 +368,7 @@ class Sampler:
             manifest = saved.manifest_for(fingerprint=self.shards.fingerprint, seed=self._context.seed)
         if self._rank == 0:
             coordinator = self._context.coordinator
-            if manifest is None or manifest.position.version == 0:
+            if manifest is None:
                 ray.get(coordinator.reset.remote())
             else:
                 ray.get(coordinator.load.remote(saved, manifest.position.version))

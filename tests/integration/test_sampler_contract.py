@@ -64,7 +64,6 @@ class TestScorerActors(local.CoordinatorContract):
 
     other_process = False  # it would need a cluster of its own
     picklable = False  # actors
-    sees_all_weights = False
     seeds = 2  # calls of actors are slow; the order is that of `local.TestOneHolder`, which looks closer
     window_rows = 16
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
-from bss_ray.data.store import Arrays, Piece, Store
+from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import ConfigError
 from bss_ray.sample import loader as loader_module
 from bss_ray.sample import rows as rows_module
@@ -43,10 +43,10 @@ class MemoryStore(Store):
     def read(self, shard: int) -> Arrays:
         return self.arrays[shard]
 
-    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
-        super().take(pieces, out)
+    def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
+        super().take(shards, rows, out)
         with self._lock:
-            self.taken += sum(len(piece.rows) for piece in pieces)
+            self.taken += len(rows)
 
     def only(self, shards: Sequence[int]) -> Store:
         return MemoryStore([self.arrays[shard] for shard in shards])
@@ -120,7 +120,6 @@ def read_all(
 
 def check_content(batch: Tensors) -> None:
     ids = batch["row_id"]
-    assert (ids[1:] >= ids[:-1]).all()
     assert torch.equal(batch["a"][:, 2], ids.float())
     assert torch.equal(batch["b"], ids.float() * 2)
     assert torch.equal(batch["label"], ids % 5)
@@ -133,7 +132,7 @@ def test_global_batches_are_complete_on_any_number_of_ranks(
     ranks: int, group: int, staged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RowReader, "group_size", lambda self, rows: group)
-    monkeypatch.setattr(RowReader, "is_staged", lambda self, rows: staged)
+    monkeypatch.setattr(MemoryStore, "bulk", staged)
     plan, order = make_plan()
     parts = read_all(make_shards(["n"] * 7), ["n"] * ranks)
     everything = order().take(0, ROWS)
@@ -188,7 +187,7 @@ def test_rows_with_replacement() -> None:
     ids = np.array([7, 7, 200, 7, 100, 100])
     plan = Plan(0, 1, 6, 4, "keep", (6,))
     batches = list(Loader(shards, rank=0, rank_nodes=["n"], device=CPU).batches(plan, Order(plan, lambda _: ids)))
-    assert [batch.tensors["row_id"].tolist() for batch in batches] == [[7, 7, 7, 200], [100, 100]]
+    assert [batch.tensors["row_id"].tolist() for batch in batches] == [[7, 7, 200, 7], [100, 100]]
     for batch in batches:
         check_content(batch.tensors)
 
@@ -344,8 +343,8 @@ def test_large_batches_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatc
 
 
 class BrokenStore(MemoryStore):
-    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
-        super().take(pieces, out)
+    def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
+        super().take(shards, rows, out)
         if self.taken > 5 * BATCH:
             self.fail_on_purpose()
 
@@ -491,19 +490,6 @@ def test_pinned_buffers_have_the_columns_dtypes() -> None:
 
 
 # ---- groups -----------------------------------------------------------------------------------
-
-
-def test_small_rows_of_many_shards_are_gathered_in_one_go() -> None:
-    def reader(shards: int, width: int, nodes: Sequence[str] = ("n",)) -> RowReader:
-        made = make_shards([nodes[i % len(nodes)] for i in range(shards)], rows=2000, width=width)
-        return RowReader(made, "n")
-
-    assert not reader(shards=1, width=1000).is_staged(256)
-    assert not reader(shards=16, width=1024).is_staged(256)
-    assert not reader(shards=100, width=20_000).is_staged(256)
-    assert reader(shards=16, width=20).is_staged(256)
-    assert reader(shards=1000, width=1024).is_staged(256)
-    assert reader(shards=2, width=1000, nodes=("n", "m")).is_staged(256)  # what comes from elsewhere must be
 
 
 def test_groups_are_bounded_by_bytes_and_batches() -> None:

@@ -159,14 +159,12 @@ class TestOneHolder(CoordinatorContract):
 
 class TestManyHolders(CoordinatorContract):
     shards, scorers, nodes, window_rows = 7, 3, 3, 4
-    sees_all_weights = False  # a holder that meets bad weights speaks for its own rows
     seeds = 8
 
 
 class TestHoldersWithoutRows(CoordinatorContract):
     shards, scorers, window_rows = 2, 4, 1
     other_process = False
-    sees_all_weights = False
     seeds = 8
 
 
@@ -223,7 +221,6 @@ def _rows_of(part: RankBatch) -> np.ndarray:
 class TestLoaders(CoordinatorContract):
     shards, scorers, window_rows = 3, 2, 16
     sampler = LoaderSampler
-    sees_all_weights = False
     other_process = False
     seeds = 2
 

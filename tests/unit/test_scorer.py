@@ -181,8 +181,21 @@ class BadScheduler(Learning):
 
 def test_bad_weights_of_a_scheduler_name_the_rows() -> None:
     bad = np.flatnonzero(SCORE > 0.9)
-    with pytest.raises(WeightError, match=f"first row ids {bad[0]}, {bad[1]}"):
-        local_coordinator(SCORE, BadScheduler(), shards=1).plan(1)
+    for shards, scorers in ((1, 1), (7, 3)):  # counted over all holders, and the first of all
+        with pytest.raises(WeightError, match=f"{len(bad)} rows; first row ids {bad[0]}, {bad[1]}"):
+            local_coordinator(SCORE, BadScheduler(), shards=shards, scorers=scorers).plan(1)
+
+
+class ShortScheduler(Learning):
+    def weights(self, score: np.ndarray) -> np.ndarray:
+        return np.ones(len(score) - 1)
+
+
+def test_a_scheduler_that_returns_too_few_weights() -> None:
+    with pytest.raises(
+        WeightError, match=r"ShortScheduler.weights must return one weight a row; \(3000,\) scores gave"
+    ):
+        local_coordinator(SCORE, ShortScheduler()).plan(1)
 
 
 def test_every_call_that_depends_on_scores_names_their_version() -> None:

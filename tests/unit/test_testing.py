@@ -18,7 +18,7 @@ import pytest
 
 import bss_ray
 from bss_ray import testing
-from bss_ray.data.store import Arrays, Piece, Store
+from bss_ray.data.store import Arrays, Store
 from bss_ray.testing import Fault, FullDisk, Hang, KillRank, Raise, SamplerContract, Setup, StoreContract
 from bss_ray.testing.processes import in_another_process
 from tests.unit.test_sampler_contract import PermutationSampler
@@ -309,8 +309,8 @@ class Writable(MemoryStore):
 
 
 class OffByOne(MemoryStore):
-    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
-        super().take([piece._replace(rows=np.maximum(piece.rows - 1, 0)) for piece in pieces], out)
+    def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
+        super().take(shards, np.maximum(rows - 1, 0), out)
 
 
 class CutsText(MemoryStore):
@@ -334,11 +334,11 @@ class KeepsNumbersOfShards(MemoryStore):
 class HasOneBuffer(MemoryStore):
     """Every batch goes through the same memory."""
 
-    def take(self, pieces: Sequence[Piece], out: Arrays) -> None:
-        self._pieces = list(pieces)
+    def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
+        self._wanted = (shards, rows)
         time.sleep(1e-4)
-        for piece in self._pieces:
-            super().take([piece], {name: values[: piece.start + len(piece.rows)] for name, values in out.items()})
+        shards, rows = (values[: len(rows)] for values in self._wanted)
+        super().take(shards, rows, {name: values[: len(rows)] for name, values in out.items()})
 
 
 class TakesItsFilesAlong(FileStore):
