@@ -75,8 +75,8 @@ class Shards:
         return np.array([part.first_row for part in self.parts], dtype=np.int64)
 
     @cached_property
-    def _rows_of_shards(self) -> np.ndarray:
-        return np.array([part.rows for part in self.parts], dtype=np.int64)
+    def _shard_rows(self) -> np.ndarray:
+        return np.array([part.rows for part in self.parts], dtype=np.uint64)
 
     def read(self, index: int) -> Arrays:
         """Columns of shard `index`: read-only, and views where the store can."""
@@ -106,9 +106,10 @@ class Shards:
         """
         shards = self.locate(row_ids)
         rows = row_ids - self.first_rows[shards]
-        if len(rows) and (shards.min() < 0 or (rows >= self._rows_of_shards[shards]).any()):
-            strays = row_ids[(shards < 0) | (rows >= self._rows_of_shards[shards])]
-            raise IndexError(f"no shard holds row {strays[0]} ({len(strays)} of {len(row_ids)} rows)")
+        # Before the first shard rows are negative, and as unsigned numbers larger than any shard.
+        strays = rows.view(np.uint64) >= self._shard_rows[shards]
+        if strays.any():
+            raise IndexError(f"no shard holds row {row_ids[strays][0]} ({strays.sum()} of {len(row_ids)} rows)")
         if out is None:
             out = self._empty(self.columns.inputs if columns is None else columns, shards)
         self.store.take(shards, rows, out)

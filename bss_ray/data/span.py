@@ -66,5 +66,5 @@ class Span:
         if len(rows) == 0:
             return  # torch takes no empty buffer
         index = torch.from_numpy(self._starts[arrays] + rows * self._row_steps)
-        words = torch.frombuffer(out, dtype=_WORDS[self._word])
-        torch.index_select(self._rows, 0, index, out=words.view(len(out), *self._rows.shape[1:]))
+        words = torch.frombuffer(out, dtype=_WORDS[self._word]).view(len(out), *self._rows.shape[1:])
+        torch.index_select(self._rows, 0, index, out=words)

@@ -71,13 +71,7 @@ class StoreConfig:
 
 
 class Store(abc.ABC):
-    """Rows of all shards of a data set.
-
-    Attributes:
-        bulk: many rows at a time come much cheaper than few, so loaders ask for several batches in one go.
-    """
-
-    bulk: ClassVar[bool] = True
+    """Rows of all shards of a data set."""
 
     @abc.abstractmethod
     def read(self, shard: int) -> Arrays:
@@ -105,11 +99,12 @@ class _Mapped(NamedTuple):
     """Shards whose rows can be copied at once.
 
     Attributes:
-        place: (shards,) int64 place of each shard among those that are mapped; -1 for the others.
+        place: (shards,) int64 place of each shard among those that are mapped; -1 for the others. None: all are, each
+            in its own place.
         spans: of each column; None where shards differ (text of other widths) or hold Python objects.
     """
 
-    place: np.ndarray
+    place: np.ndarray | None
     spans: dict[str, Span | None]
 
 
@@ -119,8 +114,6 @@ class MappedStore(Store):
     Args:
         shards: how many there are.
     """
-
-    bulk = False
 
     def __init__(self, shards: int) -> None:
         self._opened: dict[int, Arrays] = {}
@@ -138,10 +131,9 @@ class MappedStore(Store):
 
     def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
         mapped = self._mapped
-        place = mapped.place[shards]
-        if len(place) and place.min() < 0:
+        if mapped.place is not None and (mapped.place[shards] < 0).any():
             mapped = self._map(shards)
-            place = mapped.place[shards]
+        place = shards if mapped.place is None else mapped.place[shards]
         for name, target in out.items():
             span = mapped.spans.get(name)
             if span is not None and target.dtype == span.dtype and target.flags.c_contiguous:
@@ -152,13 +144,15 @@ class MappedStore(Store):
     def _map(self, shards: np.ndarray) -> _Mapped:
         """Open these shards, too."""
         with self._lock:
-            mapped = self._mapped
-            wanted = np.union1d(np.flatnonzero(mapped.place >= 0), shards)
+            place = self._mapped.place
+            if place is None:
+                return self._mapped  # another thread was faster
+            wanted = np.union1d(np.flatnonzero(place >= 0), shards)
             opened = [self.read(shard) for shard in wanted.tolist()]
-            place = np.full(len(mapped.place), -1)
+            spans = {name: Span.over([arrays[name] for arrays in opened]) for name in opened[0]}
+            place = np.full(len(place), -1)
             place[wanted] = np.arange(len(wanted))
-            names = opened[0] if opened else ()
-            self._mapped = _Mapped(place, {name: Span.over([arrays[name] for arrays in opened]) for name in names})
+            self._mapped = _Mapped(None if len(wanted) == len(place) else place, spans)
             return self._mapped
 
 

@@ -17,8 +17,8 @@ from bss_ray.errors import ConfigError
 from bss_ray.sample.background import work_ahead
 from bss_ray.sample.plan import Order, Plan, share_out
 from bss_ray.sample.randomness import RowRandom
-from bss_ray.sample.rows import Fill, Request, RowReader
-from bss_ray.sample.transfer import BufferRing, Tensors, Transfer, make_transfer
+from bss_ray.sample.rows import Request, RowReader
+from bss_ray.sample.transfer import Receive, Tensors, Transfer, make_transfer
 
 # Row id of a filler row: it belongs to no one and its loss counts nothing.
 FILLER = -1
@@ -95,6 +95,7 @@ class Loader:
         self._shard_homes = np.array([nodes.get(part.node, -1) for part in shards.parts])
         homes = set(self._shard_homes.tolist())
         self._one_home = homes == {-1} or (len(nodes) == 1 and len(homes) == 1)
+        self._transfers: dict[int, Transfer] = {}  # by their rows; their memory serves all epochs
         self.read, self.moved = 0, 0
 
     @property
@@ -173,13 +174,8 @@ class Loader:
         group = self._reader.group_size(largest)
         group_bytes = group * largest * self._reader.row_bytes
         ahead = max(2, min(_AHEAD_BATCHES // group, _AHEAD_BYTES // max(group_bytes, 1)))
-        job = _Job(self._reader, self._shards, group, ahead, largest, self._device, where, finish)
-        loaded = work_ahead(
-            map(job.request, _groups(parts, group)),
-            job.load,
-            ahead=ahead,
-            threads=_THREADS,
-        )
+        job = _Job(self._reader, self._transfer(group * largest, ahead), where, finish)
+        loaded = work_ahead(map(job.request, _groups(parts, group)), job.load, ahead=ahead, threads=_THREADS)
         with contextlib.closing(loaded):
             for batches in loaded:
                 batches.reverse()
@@ -187,6 +183,14 @@ class Loader:
                     part, receive = batches.pop()  # off the list, so that only the loop keeps it alive
                     yield part, receive()
                     del receive
+
+    def _transfer(self, rows: int, ahead: int) -> Transfer:
+        """The way of so many rows at a time to the device."""
+        if rows not in self._transfers:
+            columns = {name: self._shards.features[name] for name in self._shards.columns.inputs}
+            columns["row_id"] = Feature((), "int64")
+            self._transfers[rows] = make_transfer(columns, rows, self._device, spare=ahead + _THREADS)
+        return self._transfers[rows]
 
     def _finish(self, transform: Transform | None, epoch: int) -> Callable[[Tensors], Tensors]:
         if transform is None:
@@ -197,49 +201,35 @@ class Loader:
 class _Job:
     """Makes groups of batches: `request` in one thread, `load` in several."""
 
-    def __init__(
-        self,
-        reader: RowReader,
-        shards: Shards,
-        group: int,
-        ahead: int,
-        largest: int,
-        device: torch.device,
-        where: str,
-        finish: Callable[[Tensors], Tensors],
-    ) -> None:
+    def __init__(self, reader: RowReader, transfer: Transfer, where: str, finish: Callable[[Tensors], Tensors]) -> None:
         self._reader = reader
+        self._transfer = transfer
         self._where = where
         self._finish = finish
-        columns = {name: shards.features[name] for name in shards.columns.inputs}
-        self._transfer: Transfer = make_transfer(
-            {**columns, "row_id": Feature((), "int64")}, largest, device, spare=ahead * group
-        )
-        self._staging: BufferRing[Arrays] = reader.staging(group * largest if reader.is_staged else 0, _THREADS)
 
     def request(self, parts: list[Part]) -> tuple[list[Part], Request]:
-        return parts, self._reader.request([part.row_ids for part in parts])
+        return parts, self._reader.request(np.concatenate([part.row_ids for part in parts]))
 
-    def load(self, requested: tuple[list[Part], Request]) -> list[tuple[Part, Callable[[], Tensors]]]:
+    def load(self, requested: tuple[list[Part], Request]) -> list[tuple[Part, Receive]]:
         parts, request = requested
         at = parts
+
+        def fill(arrays: Arrays) -> None:
+            ids = [part.row_ids if part.loss_scale > 0 else np.full_like(part.row_ids, FILLER) for part in parts]
+            arrays["row_id"][:] = np.concatenate(ids)
+            self._reader.fill(request, {name: values for name, values in arrays.items() if name != "row_id"})
+
+        def finish(number: int, batch: Tensors) -> Tensors:
+            nonlocal at
+            at = [parts[number]]
+            return self._finish(batch)
+
         try:
-            with self._staging.lend() as staging:
-                loaded = []
-                for part, fill in zip(parts, self._reader.fills(request, staging.buffers), strict=True):
-                    at = [part]
-                    loaded.append((part, self._send(part, fill)))
-                return loaded
+            received = self._transfer.send([len(part.row_ids) for part in parts], fill, finish)
+            return list(zip(parts, received, strict=True))
         except Exception as error:
             error.add_note(_note(self._where, at))
             raise
-
-    def _send(self, part: Part, fill: Fill) -> Callable[[], Tensors]:
-        def fill_all(arrays: Arrays) -> None:
-            arrays["row_id"][:] = part.row_ids if part.loss_scale > 0 else FILLER
-            fill({name: values for name, values in arrays.items() if name != "row_id"})
-
-        return self._transfer.send(len(part.row_ids), fill_all, self._finish)
 
 
 def apply_transform(transform: Transform, batch: Tensors, random: RowRandom) -> Tensors:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import queue
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -20,25 +22,32 @@ from bss_ray.data.store import Arrays
 Tensors = dict[str, Tensor]
 Buffers = TypeVar("Buffers")
 
-# Writes the rows of a batch into host arrays, and what is done to the batch on the device.
+# Writes the rows of some batches, one after the other, into host arrays; and what is done to each of the batches,
+# by its number, on the device.
 Fill = Callable[[Arrays], None]
-Finish = Callable[[Tensors], Tensors]
+Finish = Callable[[int, Tensors], Tensors]
+Receive = Callable[[], Tensors]
 
 # malloc has smaller arrays at hand.
 _RECYCLE_BYTES = 64 << 10
 
-# One is being copied from while another is being filled, in each of two threads.
-_SLOTS = 4
+# One is being copied from while another is being filled, and one waits for either.
+_SLOTS = 3
 
 
 class Transfer(Protocol):
     """Makes batches on a device; safe to call from several threads."""
 
-    def send(self, rows: int, fill: Fill, finish: Finish) -> Callable[[], Tensors]:
-        """Fill host arrays of so many rows, bring them to the device, finish them there.
+    def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
+        """Fill host arrays with the rows of some batches, bring them to the device, finish them there.
+
+        Args:
+            sizes: rows of each batch.
+            fill: writes `{column: (all rows, ...)}`.
+            finish: last step of each batch.
 
         Returns:
-            Called in the thread of the loop, it returns the batch, ready to be used there.
+            For each batch a function: called in the thread of the loop, it returns the batch, ready to be used there.
         """
         ...
 
@@ -48,9 +57,9 @@ def make_transfer(features: Mapping[str, Feature], rows: int, device: torch.devi
 
     Args:
         features: the columns.
-        rows: of a batch, at most.
+        rows: that are sent at a time, at most.
         device: where batches go.
-        spare: batches whose memory is kept for the next ones, in host memory.
+        spare: arrays of so many rows whose memory is kept for the next ones, in host memory.
     """
     if device.type == "cuda":
         return CudaTransfer(features, rows, device)
@@ -58,7 +67,7 @@ def make_transfer(features: Mapping[str, Feature], rows: int, device: torch.devi
 
 
 class HostTransfer:
-    """Arrays whose memory the batch's tensors share: the loop may keep or change them."""
+    """Arrays whose memory the batches' tensors share: the loop may keep or change them."""
 
     def __init__(self, features: Mapping[str, Feature], rows: int, device: torch.device, spare: int) -> None:
         self._device = device
@@ -66,14 +75,41 @@ class HostTransfer:
             name: Recycled((rows, *feature.shape), feature.dtype, spare) for name, feature in features.items()
         }
 
-    def send(self, rows: int, fill: Fill, finish: Finish) -> Callable[[], Tensors]:
-        arrays = {name: memory.array(rows) for name, memory in self._memory.items()}
-        fill(arrays)
-        batch = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        if self._device.type != "cpu":
-            batch = {name: values.to(self._device) for name, values in batch.items()}
-        batch = finish(batch)
-        return lambda: batch
+    def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
+        leases = {name: memory.lease() for name, memory in self._memory.items()}
+        fill({name: lease.memory[: sum(sizes)] for name, lease in leases.items()})
+        batches = []
+        for number, (start, stop) in enumerate(_spans(sizes)):
+            # A tensor of its own for each batch: slices of one would count as changed when another is changed in place.
+            batch = {name: torch.from_numpy(lease.part(start, stop)) for name, lease in leases.items()}
+            if self._device.type != "cpu":
+                batch = {name: values.to(self._device) for name, values in batch.items()}
+            batches.append(finish(number, batch))
+        return [lambda batch=batch: batch for batch in batches]  # type: ignore[misc]
+
+
+class Lease:
+    """Memory on loan, given back when nothing refers to it or to any part of it."""
+
+    def __init__(self, memory: np.ndarray, give_back: Callable[[np.ndarray], object] | None) -> None:
+        self.memory = memory
+        self._give_back = give_back
+
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop), on loan as long as this very array, or a tensor of it, is there."""
+        view = self.memory[start:stop]
+        if self._give_back is not None:
+            # NumPy's slices refer to the memory, not to each other: so each part holds the loan by itself.
+            weakref.finalize(view, _let_go, self).atexit = False
+        return view
+
+    def __del__(self) -> None:
+        if self._give_back is not None:
+            self._give_back(self.memory)
+
+
+def _let_go(lease: Lease) -> None:
+    """The finalizer's own reference to the loan ends with this call."""
 
 
 class Recycled:
@@ -83,7 +119,7 @@ class Recycled:
     (80 us a MB) would cost as much as the rows' copying.
 
     Args:
-        shape: of the largest array.
+        shape: of all arrays.
         dtype: of all.
         spare: free arrays that are kept, at most.
     """
@@ -91,19 +127,15 @@ class Recycled:
     def __init__(self, shape: tuple[int, ...], dtype: str, spare: int) -> None:
         self._shape, self._dtype = shape, dtype
         self._free: deque[np.ndarray] = deque(maxlen=spare)
+        self._recycles = math.prod(shape) * np.dtype(dtype).itemsize >= _RECYCLE_BYTES
 
-    def array(self, rows: int) -> np.ndarray:
-        """(rows, ...), not initialised. Its memory is in use as long as this very array, or a tensor of it, is."""
-        if int(np.prod(self._shape)) * np.dtype(self._dtype).itemsize < _RECYCLE_BYTES:
-            return np.empty((rows, *self._shape[1:]), self._dtype)
+    def lease(self) -> Lease:
+        """An array, not initialised."""
         try:
             memory = self._free.pop()
         except IndexError:
             memory = np.empty(self._shape, self._dtype)
-        view = memory[:rows]
-        # torch.from_numpy refers to the view. Slices of it refer to `memory`: none may outlive the filling.
-        weakref.finalize(view, self._free.append, memory).atexit = False
-        return view
+        return Lease(memory, self._free.append if self._recycles else None)
 
 
 class CudaTransfer:
@@ -114,30 +146,43 @@ class CudaTransfer:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ring = BufferRing(lambda: _pinned(features, rows), _SLOTS)
 
-    def send(self, rows: int, fill: Fill, finish: Finish) -> Callable[[], Tensors]:
+    def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
         with self._ring.lend() as slot, torch.cuda.stream(self._stream):
-            buffers = {name: buffer[:rows] for name, buffer in slot.buffers.items()}
-            fill({name: buffer.numpy() for name, buffer in buffers.items()})
+            fill({name: buffer[: sum(sizes)].numpy() for name, buffer in slot.buffers.items()})
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             slot.wait = copied.synchronize
             try:
-                batch = {name: buffer.to(self._device, non_blocking=True) for name, buffer in buffers.items()}
+                batches = [
+                    {
+                        name: buffer[start:stop].to(self._device, non_blocking=True)
+                        for name, buffer in slot.buffers.items()
+                    }
+                    for start, stop in _spans(sizes)
+                ]
             finally:
                 copied.record(self._stream)
+        return [self._finish(number, batch, finish) for number, batch in enumerate(batches)]
+
+    def _finish(self, number: int, batch: Tensors, finish: Finish) -> Receive:
         with torch.cuda.stream(self._stream):
-            batch = finish(batch)
+            finished_batch = finish(number, batch)
             finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
             finished.record(self._stream)
 
         def receive() -> Tensors:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(finished)
-            for tensor in batch.values():
+            for tensor in finished_batch.values():
                 # Its memory belongs to the side stream: keep it until the loop's stream has used it.
                 tensor.record_stream(stream)
-            return batch
+            return finished_batch
 
         return receive
+
+
+def _spans(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of batches that lie one after the other."""
+    return itertools.pairwise(itertools.accumulate(sizes, initial=0))
 
 
 def _pinned(features: Mapping[str, Feature], rows: int) -> Tensors:

@@ -192,9 +192,7 @@ class ShortScheduler(Learning):
 
 
 def test_a_scheduler_that_returns_too_few_weights() -> None:
-    with pytest.raises(
-        WeightError, match=r"ShortScheduler.weights must return one weight a row; \(3000,\) scores gave"
-    ):
+    with pytest.raises(WeightError, match=r"weights must return one weight a row; \(3000,\) scores gave"):
         local_coordinator(SCORE, ShortScheduler()).plan(1)
 
 
