@@ -51,7 +51,13 @@ def _array_bytes(value: Any) -> int:
 
 
 class RandomScorer(Scorer):
-    """A holder whose saved scores are random; every byte of its state is touched."""
+    """A holder whose saved scores are random; every byte of its state is touched. Counts the passes over its keys."""
+
+    passes = 0
+
+    def _prepare(self, *args: Any) -> Any:
+        self.passes += 1
+        return super()._prepare(*args)
 
     def load(self, parts: Any, version: int) -> int:
         state = PartState.empty(self._spans[0][0], self._spans[0][1])
@@ -82,8 +88,8 @@ def main() -> None:
 
     before = resident_bytes()
     edges = itertools.pairwise(rows * index // options.holders for index in range(options.holders + 1))
-    scorers: list[Scorer] = [RandomScorer([(start, stop - start)]) for start, stop in edges]
-    holders = MeasuredHolders(scorers)
+    scorers = [RandomScorer([(start, stop - start)]) for start, stop in edges]
+    holders = MeasuredHolders(list(scorers))
     scheduler = Learning(temperature=options.temperature, fraction=options.fraction)
     coordinator = Coordinator(holders, rows=rows, scheduler=scheduler, batch_size=4096)
     coordinator.load(None, 1)
@@ -115,6 +121,11 @@ def main() -> None:
     print(
         f"first window after {planned + seconds[0]:.1f} s; windows: median {np.median(seconds):.2f} s, longest "
         f"{max(seconds):.1f} s; all {plan.size:,} rows {total:.1f} s, {plan.size / total / 1e6:.2f} M rows/s"
+    )
+    beside = sum(seconds) - holders.seconds["window"] - holders.seconds["mark_drawn"]
+    print(
+        f"passes over the keys for windows: {sum(each.passes for each in scorers) / options.holders:.1f} a holder; "
+        f"the coordinator's own work {beside / len(seconds):.2f} s a window"
     )
     print(
         f"memory: {(peak - before) / 1e9:.2f} GB between windows, "

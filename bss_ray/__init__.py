@@ -19,7 +19,9 @@ _WHERE = {
     "Learning": "bss_ray.schedule.schedulers",
     "Measurer": "bss_ray.measure.criteria",
     "Measures": "bss_ray.measure.criteria",
+    "RowRandom": "bss_ray.sample.randomness",
     "Scoring": "bss_ray.sample.actors",
+    "StoreConfig": "bss_ray.data.store",
     "Uniform": "bss_ray.schedule.schedulers",
     "balance_scores": "bss_ray.measure.score",
     "get_sampler": "bss_ray.train.sampler",
@@ -34,7 +36,9 @@ __all__ = [
     "Learning",
     "Measurer",
     "Measures",
+    "RowRandom",
     "Scoring",
+    "StoreConfig",
     "Uniform",
     "balance_scores",
     "get_sampler",
@@ -43,11 +47,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from bss_ray.data.columns import Columns
+    from bss_ray.data.store import StoreConfig
     from bss_ray.errors import BssRayError
     from bss_ray.measure.criteria import Measurer, Measures
     from bss_ray.measure.score import balance_scores
     from bss_ray.sample.actors import Scoring
     from bss_ray.sample.permutation import weighted_permutation
+    from bss_ray.sample.randomness import RowRandom
     from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
     from bss_ray.train.sampler import get_sampler
     from bss_ray.train.trainer import BalancedTrainer

@@ -13,6 +13,7 @@ from torch import nn
 import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
+from bss_ray.data.store import StoreConfig
 from bss_ray.testing import Fault
 
 # The ranks do not know this module: send what it defines along with the loop.
@@ -36,9 +37,9 @@ def make_dataset(columns: dict[str, np.ndarray]) -> ray.data.Dataset:
     return ray.data.from_items(rows, override_num_blocks=5)
 
 
-def make_shards(num_shards: int, columns: dict[str, np.ndarray] | None = None) -> Shards:
+def make_shards(num_shards: int, store: StoreConfig | None = None) -> Shards:
     """The columns in so many shards."""
-    return build_shards(make_dataset(columns or make_columns()), COLUMNS, min_shards=num_shards)
+    return build_shards(make_dataset(make_columns()), COLUMNS, min_shards=num_shards, store=store)
 
 
 class TwoHeads(nn.Module):

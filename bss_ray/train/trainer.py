@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ class BalancedTrainer:
         scaling_config: ranks and their resources; default one rank.
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
-            "notice" | "batch" | "epoch", ...}`; for progress displays.
+            "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -94,7 +95,7 @@ class BalancedTrainer:
         self._train_loop_config = train_loop_config
         self._scaling_config = scaling_config or ray.train.ScalingConfig(num_workers=1)
         self._run_config = run_config or ray.train.RunConfig()
-        self._on_message = on_message or (lambda _message: None)
+        self._on_message = on_message or _log_notice
         self.train_shards: Shards | None = None
 
     def fit(self) -> ray.train.Result:
@@ -173,6 +174,12 @@ class BalancedTrainer:
             on_notice=lambda text: self._on_message({"kind": "notice", "text": text}),
             on_progress=lambda done, of: self._on_message({"kind": "shards", "split": split, "done": done, "of": of}),
         )
+
+
+def _log_notice(message: Message) -> None:
+    """What the user should read, where nobody shows messages."""
+    if message["kind"] == "notice":
+        logging.getLogger("bss_ray").warning(message["text"])
 
 
 def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Killed processes and other faults: training goes on from the last checkpoint and ends as if nothing had happened."""
+"""Killed processes and a full disk: training goes on from the last checkpoint and ends as if nothing had happened."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import StorageError
-from bss_ray.testing import Fault, FullDisk, Hang, KillActor, KillRank, Raise
+from bss_ray.testing import Fault, FullDisk, KillActor, KillRank
 from tests.runs import Outcome, make_shards, run
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("ray_session")]
@@ -27,8 +27,6 @@ FAULTS: dict[str, Callable[[], None]] = {
     "killed rank": KillRank(),
     "killed scorer": KillActor("scorer-0"),  # it comes back without its scores, which must be noticed
     "killed coordinator": KillActor("coordinator"),  # it comes back without a score version: no error of the user's
-    "exception": Raise(RuntimeError("a bug in the loop")),
-    "slow rank": Hang(1.0),
 }
 
 
@@ -38,7 +36,7 @@ def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, undistu
     # A checkpoint every 3 batches: the run resumes in the middle of an epoch.
     outcome = run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
     assert fault.happened(), "the fault was never injected"
-    assert outcome.resumed == (name != "slow rank")
+    assert outcome.resumed
     assert outcome.batches == undisturbed.batches
     assert outcome.figures == undisturbed.figures
 

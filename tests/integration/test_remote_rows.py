@@ -74,7 +74,6 @@ def read_rank(shards: Shards, rank: int, rank_nodes: list[str], evaluate: bool) 
         batches = [batch.tensors for batch in loader.batches(plan, Order(plan, lambda _: make_order()))]
     for batch in batches:
         ids = batch["row_id"]
-        assert (ids[1:] > ids[:-1]).all()
         assert torch.equal(batch["a"], ids.float()[:, None].expand(-1, WIDTH))
         assert torch.equal(batch["b"], ids.float() * 2)
         assert torch.equal(batch["label"], ids % 5)
@@ -99,7 +98,7 @@ def test_rows_move_and_shards_do_not(cluster: Cluster) -> None:
         homes = np.array([node == two for node in shard_nodes]).astype(int)[global_ids // SHARD_ROWS]
         owners = share_out(homes, np.array([0, 1]))
         for rank, ids in enumerate(batches):
-            assert ids.tolist() == sorted(global_ids[owners == rank].tolist())
+            assert ids.tolist() == global_ids[owners == rank].tolist()
             moved[rank] += int((homes[owners == rank] != rank).sum())
     assert [share for _, share in read] == pytest.approx([moved[rank] * 2 / ROWS for rank in (0, 1)])
     assert moved[0] < moved[1] < ROWS / 4

@@ -27,7 +27,8 @@ from bss_ray.data.lance import LanceStore
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import ObjectStore, StoreConfig
 from bss_ray.errors import DataError, StorageError
-from tests.runs import COLUMNS, make_columns, make_dataset, run
+from bss_ray.train.run import TrainConfig, _load_shards
+from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -119,16 +120,6 @@ def test_other_processes_read_it(on_disk: Shards) -> None:
     part = on_disk.only([1, 3])
     first = part.parts[1].first_row
     np.testing.assert_array_equal(part.gather(np.array([first]))["image"], all_kinds()["image"][[first]])
-
-
-def test_a_run_over_files_gives_the_same_figures(tmp_path: Path) -> None:
-    stores = {"object": StoreConfig(kind="object"), "disk": disk(tmp_path / "cache")}
-    outcomes = {}
-    for name, store in stores.items():
-        shards = build_shards(make_dataset(make_columns()), COLUMNS, min_shards=4, store=store)
-        outcomes[name] = run(tmp_path / name, shards)
-    assert outcomes["disk"].figures == outcomes["object"].figures
-    assert outcomes["disk"].batches == outcomes["object"].batches
 
 
 # ---- streaming --------------------------------------------------------------------------------
@@ -422,19 +413,21 @@ def test_a_full_disk_leaves_what_was_there(small_disk: Path, monkeypatch: pytest
 def test_the_command_keeps_rows_on_disk_and_finds_them_again(tmp_path: Path) -> None:
     columns = make_columns()
     table = {name: list(values) if values.ndim > 1 else values for name, values in columns.items()}
-    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
-    settings = ["--data", str(tmp_path / "rows.parquet"), "--columns.modalities", "[a, b]", "--loop.epochs", "1"]
-    settings += ["--storage_path", str(tmp_path), "--validation", str(tmp_path / "rows.parquet")]
-    metrics = []
-    settings += ["--store.kind", "disk", "--store.folder", str(tmp_path / "cache")]
-    for number in range(2):
-        command = [sys.executable, "-m", "bss_ray.cli", "train", *settings, "--name", f"run{number}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout + done.stderr
-        metrics.append((tmp_path / f"run{number}" / "result.json").read_text())
-        if number == 0:
-            before = {path: path.stat().st_mtime_ns for path in files_in(tmp_path / "cache")}
-            assert len(list((tmp_path / "cache" / "keys").iterdir())) == 2
-    assert metrics[0] == metrics[1]
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(table), rows)
+    command = [sys.executable, "-m", "bss_ray.cli", "train", "--data", str(rows), "--validation", str(rows)]
+    command += ["--columns.modalities", "[a, b]", "--loop.epochs", "1", "--num_workers", "1"]
+    command += ["--storage_path", str(tmp_path), "--store.kind", "disk", "--store.folder", str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert yaml.safe_load((tmp_path / "demo" / "config.yaml").read_text())["store"]["kind"] == "disk"
+    before = {path: path.stat().st_mtime_ns for path in files_in(tmp_path / "cache")}
+    assert len(list((tmp_path / "cache" / "keys").iterdir())) == 2
+
+    # What the next run does with its data.
+    config = TrainConfig(data=str(rows), validation=str(rows), columns=COLUMNS, store=disk(tmp_path / "cache"))
+    told: list[dict[str, Any]] = []
+    shards = _load_shards(config, told.append)
+    assert shards["train"].rows == len(columns["label"])
+    assert [message["kind"] for message in told] == ["status", "status"]  # no shard was made
     assert {path: path.stat().st_mtime_ns for path in files_in(tmp_path / "cache")} == before
-    assert yaml.safe_load((tmp_path / "run0" / "config.yaml").read_text())["store"]["kind"] == "disk"

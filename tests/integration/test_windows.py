@@ -39,16 +39,22 @@ def shards(ray_session: None) -> Shards:
     return make_shards(4)
 
 
-@pytest.fixture
-def coordinator(shards: Shards) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def actors(shards: Shards) -> Iterator[Any]:
     scoring = Scoring(num_scorers=3)
     scorers = start_scorers(shards, Measurer(), scoring)
     settings = {"rows": shards.rows, "scheduler": SCHEDULER, "scoring": scoring, "seed": 3, "batch_size": 1}
     actor = start_coordinator(list(scorers), **settings, tail="keep", window_rows=40)
-    ray.get(actor.load.remote(Saved(saved(SCORE, 2)), 1))
     yield actor
     for each in (actor, *scorers.values()):
         ray.kill(each)
+
+
+@pytest.fixture
+def coordinator(actors: Any) -> Any:
+    """It has score version 1, and nothing is planned."""
+    ray.get(actors.load.remote(Saved(saved(SCORE, 2)), 1))
+    return actors
 
 
 def made(coordinator: Any) -> set[tuple[int, int, int]]:

@@ -1,9 +1,10 @@
-"""What an epoch presents does not depend on how many ranks, scorers and shards there are."""
+"""What an epoch presents does not depend on how many ranks, scorers and shards there are, nor on where rows are kept."""
 
 from pathlib import Path
 
 import pytest
 
+from bss_ray.data.store import StoreConfig
 from tests.runs import BATCH, ROWS, make_shards, run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -12,9 +13,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 def test_global_batches_are_the_same_for_1_2_and_4_ranks(tmp_path: Path) -> None:
     # Without dropout only the rounding of gradients differs between the runs; it moves scores by
     # about 1e-7 of their range, far below the distance between two of the 203 keys.
+    on_disk = StoreConfig(kind="disk", folder=str(tmp_path / "cache"))
     outcomes = [
-        run(tmp_path / str(ranks), make_shards(shards), workers=ranks, scorers=scorers, epochs=2, dropout=0.0)
-        for ranks, shards, scorers in ((1, 1, 1), (2, 3, 2), (4, 5, 3))
+        run(tmp_path / str(ranks), make_shards(shards, store), workers=ranks, scorers=scorers, epochs=2, dropout=0.0)
+        for ranks, shards, scorers, store in ((1, 1, 1, None), (2, 3, 2, on_disk), (4, 5, 3, None))
     ]
     first = outcomes[0].batches
     # The first epoch is burn-in: all rows once. The second is drawn from the scores of the model.
