@@ -27,7 +27,7 @@ import numpy as np
 from bss_ray.errors import CheckpointError, optional_import
 from bss_ray.testing.processes import in_another_process
 
-pytest: Any = optional_import("pytest", extra="dev", needed_for="the suite of tests for samplers")
+pytest: Any = optional_import("pytest", extra="testing", needed_for="the suite of tests for samplers")
 
 
 def _weights() -> np.ndarray:

@@ -24,7 +24,7 @@ from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import optional_import
 from bss_ray.testing.processes import in_another_process
 
-pytest: Any = optional_import("pytest", extra="dev", needed_for="the suite of tests for stores")
+pytest: Any = optional_import("pytest", extra="testing", needed_for="the suite of tests for stores")
 
 P = ParamSpec("P")
 T = TypeVar("T")

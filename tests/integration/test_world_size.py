@@ -1,4 +1,4 @@
-"""What an epoch presents does not depend on how many ranks, scorers and shards there are, nor on where rows are kept."""
+"""What an epoch presents depends on neither the ranks, scorers and shards nor on where rows are kept."""
 
 from pathlib import Path
 
