@@ -1,4 +1,4 @@
-"""Shared fixtures. One local Ray per test module: starting it costs 5 to 10 seconds."""
+"""Shared fixtures. Starting Ray costs 5 to 10 seconds, so modules share it."""
 
 import os
 from collections.abc import Iterator
@@ -13,8 +13,22 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """A Ray of this module's own. More logical CPUs than cores, so that four ranks fit."""
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="error")
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    """A local Ray, shared by modules that follow each other. More logical CPUs than cores, so that four ranks fit."""
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="error")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    yield
+    ray.data.DataContext._set_current(ray.data.DataContext())
+
+
+@pytest.fixture(scope="module")
+def no_ray_session() -> None:
+    """For modules that start a cluster of their own."""
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end_of_session() -> Iterator[None]:
     yield
     ray.shutdown()

@@ -56,6 +56,20 @@ class TwoHeads(nn.Module):
 
 
 @dataclass(frozen=True)
+class Faults:
+    """Several faults in one run."""
+
+    faults: tuple[Fault, ...]
+
+    def reached(self, epoch: int, batch: int, *, rank: int, ranks: int) -> None:
+        for fault in self.faults:
+            fault.reached(epoch, batch, rank=rank, ranks=ranks)
+
+    def happened(self) -> bool:
+        return all(fault.happened() for fault in self.faults)
+
+
+@dataclass(frozen=True)
 class Audit:
     """What the loop does besides training.
 
@@ -64,14 +78,14 @@ class Audit:
         epochs: of the run.
         dropout: of the model; its numbers depend on the rank.
         checkpoint_every: batches between checkpoints.
-        fault: what goes wrong, once in the run.
+        fault: what goes wrong in the run.
     """
 
     folder: Path
     epochs: int = 3
     dropout: float = 0.2
     checkpoint_every: int | None = None
-    fault: Fault | None = None
+    fault: Fault | Faults | None = None
 
 
 def audited_loop(audit: Audit) -> None:

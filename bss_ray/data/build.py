@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -115,6 +115,7 @@ def build_shards(
         tasks.run(writer, spans, columns, num_classes, on_progress)
         return writer.finish(_check(tasks, writer, columns, num_classes), key)
     except BaseException:
+        blocks.close()  # Ray Data stops, too
         tasks.settle()  # a task that still writes would bring back what is removed now
         writer.discard()
         raise
@@ -236,7 +237,7 @@ class _Span(NamedTuple):
     blocks: list[_Block]
 
 
-def _execute(dataset: ray.data.Dataset, columns: Columns) -> Iterator[_Block]:
+def _execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[_Block, None, None]:
     """Run the data set and yield its blocks in order, as they are made."""
     schema = dataset.schema()
     if schema is None:

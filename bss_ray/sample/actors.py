@@ -42,7 +42,8 @@ class Scoring:
         accumulate: `ema`, or `sum` (the mean of all updates).
         batch_size: rows of a scorer's forward pass.
         precision: `fp32`, `bf16` or `fp16` (autocast).
-        cpus_per_scorer: logical CPUs of a scorer. 0, because scorers work while the ranks wait.
+        cpus_per_scorer: logical CPUs of a scorer, which also works with so many threads, at least one. 0, because
+            scorers work while the ranks wait; give large data sets more (docs/scale.md).
         gpus_per_scorer: share of a GPU of a scorer; leave the ranks the rest of it.
 
     Raises:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray.train
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import StorageError
 from bss_ray.testing import Fault, FullDisk, KillActor, KillRank
-from tests.runs import Outcome, make_shards, run
+from bss_ray.train.checkpoint import SavedCheckpoint
+from tests.runs import Faults, Outcome, make_shards, run
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("ray_session")]
 
@@ -23,30 +25,39 @@ def undisturbed(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Out
     return run(tmp_path_factory.mktemp("undisturbed"), shards)
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "killed rank": KillRank(),
-    "killed scorer": KillActor("scorer-0"),  # it comes back without its scores, which must be noticed
-    "killed coordinator": KillActor("coordinator"),  # it comes back without a score version: no error of the user's
+# (what happens, epoch, global batch)
+FAULTS: dict[str, list[tuple[Callable[[], None], int, int]]] = {
+    "killed rank": [(KillRank(), 1, 5)],
+    # A scorer comes back without its scores, the coordinator without a score version: both must be noticed, and neither
+    # is an error of the user's.
+    "killed scorer, then coordinator": [(KillActor("scorer-0"), 1, 5), (KillActor("coordinator"), 2, 4)],
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, undisturbed: Outcome, tmp_path: Path) -> None:
-    fault = Fault(FAULTS[name], marker=tmp_path / "fault", epoch=1, batch=5)
+    faults = Faults(
+        tuple(
+            Fault(action, marker=tmp_path / f"fault-{epoch}", epoch=epoch, batch=batch)
+            for action, epoch, batch in FAULTS[name]
+        )
+    )
     # A checkpoint every 3 batches: the run resumes in the middle of an epoch.
-    outcome = run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
-    assert fault.happened(), "the fault was never injected"
+    outcome = run(tmp_path, shards, failures=3, checkpoint_every=3, fault=faults)
+    assert faults.happened(), "a fault was never injected"
     assert outcome.resumed
     assert outcome.batches == undisturbed.batches
     assert outcome.figures == undisturbed.figures
 
 
-def test_a_full_disk_ends_the_run_and_the_next_goes_on(shards: Shards, undisturbed: Outcome, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_state(shards: Shards, tmp_path: Path) -> None:
     fault = Fault(FullDisk(), marker=tmp_path / "fault", epoch=1, batch=5)
     with pytest.raises(StorageError, match="cannot be written"):
         run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
     assert fault.happened()
-    outcome = run(tmp_path, shards, checkpoint_every=3, fault=fault)  # the same run, with space again
-    assert outcome.resumed
-    assert outcome.batches == undisturbed.batches
-    assert outcome.figures == undisturbed.figures
+    last = max((tmp_path / "run").glob("checkpoint_*"))
+    saved = SavedCheckpoint(ray.train.Checkpoint.from_directory(last))
+    position = saved.manifest_for(fingerprint=shards.fingerprint, seed=7).position
+    assert (position.epoch, position.batch) == (1, 3)
+    assert sum(len(part.score) for part in saved.scores(0, shards.rows)) == shards.rows
+    assert saved.state("model").keys()

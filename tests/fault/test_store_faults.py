@@ -24,7 +24,7 @@ ROLES = Columns(modalities=("a", "b"), id="name")
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
+def cluster(no_ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
     """Two nodes, each with a cache folder of its own."""
     root = tmp_path_factory.mktemp("nodes")
     cluster = Cluster()

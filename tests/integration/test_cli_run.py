@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 
 EPOCHS = 4
 COMMAND = [sys.executable, "-m", "bss_ray.cli", "train", "--loop.epochs", str(EPOCHS), "--loop.checkpoint_every", "9"]

@@ -23,6 +23,7 @@ def test_plain_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("no_ray_session")
 def test_custom_loop(tmp_path: Path) -> None:
     out = run("custom_loop.py", tmp_path)
     assert "'epoch': 2" in out

@@ -24,7 +24,7 @@ ROWS = SHARD_ROWS * SHARDS
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(no_ray_session: None) -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     made.add_node(num_cpus=2)
     ray.init(address=made.address, log_to_driver=False, logging_level="error")
