@@ -55,7 +55,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_state(shards: Shards,
     with pytest.raises(StorageError, match="cannot be written"):
         run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
     assert fault.happened()
-    last = max((tmp_path / "run").glob("checkpoint_*"))
+    last = max(path for path in (tmp_path / "run").glob("checkpoint_*") if path.is_dir())
     saved = SavedCheckpoint(ray.train.Checkpoint.from_directory(last))
     position = saved.manifest_for(fingerprint=shards.fingerprint, seed=7).position
     assert (position.epoch, position.batch) == (1, 3)
