@@ -32,8 +32,8 @@ _BLOCK_ROUNDS = 16
 # Parts of the keys that stay in cache while they are looked through.
 _PART_ROWS = 1 << 18
 
-# Keys that are sorted at once: their arrays are just below 32 MiB, which malloc uses again. It gives larger ones back to
-# the system, and the page faults of fresh memory take longer than the sort (10^7 keys: 0.24 s, with 2^23 at once 0.60 s).
+# Keys that are sorted at once: their arrays are just below 32 MiB, which malloc uses again. Larger ones it gives back
+# to the system, and page faults of fresh memory take longer than the sort (10^7 keys: 0.24 s; 2^23 at once 0.60 s).
 _SORT_ROWS = 1 << 22
 
 # What a generator is for, as part of its key: streams of different purposes never overlap.
