@@ -189,7 +189,7 @@ def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: dict[
         for entry in entries:
             if not is_sound(data_set / entry.name, entry):
                 os.replace(new / entry.name, data_set / entry.name)
-        _sync(data_set)
+        sync_folder(data_set)
         _write_json(data_set / "manifest.json", manifest)
         if key is not None:
             _write_json(data_set.parent / "keys" / f"{key}.json", {"data_set": data_set.name})
@@ -295,10 +295,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring a folder's names down to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -156,7 +156,7 @@ class Loader:
             size, more = divmod(len(global_ids), len(self._rank_homes))
             start = self._rank * size + min(self._rank, more)
             return global_ids[start : start + size + (self._rank < more)]
-        homes = self._shard_homes[self._reader.locate(global_ids)]
+        homes = self._shard_homes[self._shards.locate(global_ids)]
         own: np.ndarray = global_ids[share_out(homes, self._rank_homes) == self._rank]
         return own
 

@@ -43,17 +43,12 @@ class RowReader:
 
     def __init__(self, shards: Shards, node: str) -> None:
         self._shards = shards
-        self._first_rows = shards.first_rows
         self.row_bytes = sum(shards.features[name].row_bytes for name in shards.columns.inputs)
         # Shards without a node are read by all nodes alike.
         self._others = list(dict.fromkeys(part.node for part in shards.parts if part.node not in ("", node)))
         numbers = {other: number for number, other in enumerate(self._others)}
         # (shards,) which of the other nodes holds each shard; -1 for what this node reads itself.
         self._holders = np.array([numbers.get(part.node, -1) for part in shards.parts])
-
-    def locate(self, row_ids: np.ndarray) -> np.ndarray:
-        """(n,) index of the shard that holds each row."""
-        return np.searchsorted(self._first_rows, row_ids, side="right") - 1
 
     def far(self, row_ids: np.ndarray) -> int:
         """How many of the rows another node holds."""
@@ -62,9 +57,9 @@ class RowReader:
     def group_size(self, rows: int) -> int:
         """How many batches of so many rows to load at a time.
 
-        Handing something over between threads costs 40 us, a task on another node a millisecond, and
-        few copies of many rows each share their overhead: a batch of 256 rows of 4 kB takes 181 us of a core alone
-        and 90 to 140 in a group of 8.
+        Handing something over between threads costs 40 us, a task on another node more, and few copies of
+        many rows share their overhead: a batch of 256 rows of 4 kB takes 181 us of a core alone and 90 to 140
+        in a group of 8.
         """
         return min(max(_GROUP_BYTES // max(rows * self.row_bytes, 1), 1), _GROUP_BATCHES)
 
@@ -93,14 +88,14 @@ class RowReader:
                 target[places] = arrays[name]
 
     def _holders_of(self, row_ids: np.ndarray) -> np.ndarray:
-        holders: np.ndarray = self._holders[self.locate(row_ids)]
+        holders: np.ndarray = self._holders[self._shards.locate(row_ids)]
         return holders
 
     def _pick(self, node: str, row_ids: np.ndarray) -> Any:
         """A reference to rows that a task on the node that holds them picks out."""
         # Soft: if the node is lost the task runs elsewhere, and Ray makes the shards again or says that it cannot.
         where = NodeAffinitySchedulingStrategy(node, soft=True)
-        shards = self._shards.only(np.unique(self.locate(row_ids)).tolist())
+        shards = self._shards.only(np.unique(self._shards.locate(row_ids)).tolist())
         return _pick_rows.options(scheduling_strategy=where).remote(shards, row_ids)
 
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from bss_ray.data.cache import sync_folder
 from bss_ray.errors import CheckpointError, StorageError
 from bss_ray.sample.scorer import STATE_COLUMNS, PartState
 
@@ -62,7 +63,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
             stream.seek(0)
             found = digest(stream)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)  # a rename is an entry of the folder
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
         temporary.unlink(missing_ok=True)
         raise StorageError(
@@ -138,12 +139,3 @@ def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> P
             f"manifest says {file.rows} rows from row {file.first_row} of version {version}"
         )
     return PartState(place[0], **arrays)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last: it is an entry of the folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
