@@ -1,0 +1,131 @@
+"""Weights from elsewhere: do they fit the model, and how many classes were they trained for?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bss_ray.errors import CheckpointError, ConfigError
+
+# So many names of each kind are shown.
+_NAMED = 5
+
+# What wrappers put before the names of a module's tensors: DistributedDataParallel, `torch.compile`.
+_PREFIXES = ("module.", "_orig_mod.")
+
+# Heads are built for these two numbers of classes; what changes between them tells how shapes depend on it.
+_PROBES = (3, 5)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Give a model the weights of a state dict, all of them and nothing else.
+
+    Prefixes that DistributedDataParallel and `torch.compile` put before all names are taken off.
+
+    Args:
+        model: changed only if the weights fit.
+        state: a state dict.
+        source: where it is from, for the message.
+
+    Raises:
+        CheckpointError: names what is missing, unexpected, or of another shape.
+    """
+    state = strip_prefixes(state)
+    own = model.state_dict()
+    problems = [
+        *_named("missing", sorted(own.keys() - state.keys())),
+        *_named("unexpected", sorted(state.keys() - own.keys())),
+        *_named("of other shapes", _other_shapes(own, state)),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights of {source} do not fit the model {type(model).__name__}: {'; '.join(problems)}. Build the "
+            "model with the arguments it was trained with (--model.class_path, --model.NAME, --num_classes), or name "
+            "another checkpoint"
+        )
+    model.load_state_dict(dict(state))
+
+
+def strip_prefixes(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict without the prefixes that wrappers put before all names."""
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return strip_prefixes({name.removeprefix(prefix): value for name, value in state.items()})
+    return state
+
+
+def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Tensors whose shapes differ: `name (here) against (there)`."""
+    shapes = {name: (_shape(own[name]), _shape(state[name])) for name in own if name in state}
+    return [f"{name} {here} against {there}" for name, (here, there) in shapes.items() if here != there]
+
+
+def _shape(value: Any) -> Any:
+    """Shape of a tensor; what else a state dict may hold has none."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _named(kind: str, names: list[str]) -> list[str]:
+    """`["3 missing: a, b, c"]`, or nothing."""
+    if not names:
+        return []
+    more = ", ..." if len(names) > _NAMED else ""
+    return [f"{len(names)} {kind}: {', '.join(names[:_NAMED])}{more}"]
+
+
+def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, Any], source: str) -> int:
+    """For how many classes weights were trained, from the shapes of the heads.
+
+    The model is built for two numbers of classes, without memory for its weights. A dimension that differs between
+    the two depends on the number, `a * classes + b`, and the weights' own dimension gives it back. All such dimensions
+    must agree.
+
+    Args:
+        build: the model for a number of classes.
+        state: a state dict.
+        source: where it is from, for the message.
+
+    Raises:
+        CheckpointError: the weights do not tell it, or contradict themselves.
+    """
+    state = strip_prefixes(state)
+    few, many = (_shapes(build, classes) for classes in _PROBES)
+    found = {
+        classes
+        for name in few.keys() & many.keys() & state.keys()
+        for classes in _solve(few[name], many[name], _shape(state[name]))
+    }
+    if len(found) != 1:
+        said = "say nothing of it" if not found else f"say {sorted(found)}"
+        raise CheckpointError(
+            f"cannot tell for how many classes the weights of {source} were trained: the shapes of the heads {said}. "
+            "Name it: --num_classes N"
+        )
+    return found.pop()
+
+
+def _shapes(build: Callable[[int], nn.Module], classes: int) -> dict[str, Any]:
+    """Shapes of the model's tensors for so many classes."""
+    try:
+        with torch.device("meta"):  # no memory, no random numbers
+            model = build(classes)
+    except ConfigError:
+        raise
+    except Exception:  # a constructor that looks at its weights
+        model = build(classes)
+    return {name: _shape(value) for name, value in model.state_dict().items()}
+
+
+def _solve(few: Any, many: Any, there: Any) -> Iterable[int]:
+    """Numbers of classes that make a tensor of shape `there`, one for each dimension that depends on it."""
+    if not all(isinstance(shape, tuple) for shape in (few, many, there)) or not len(few) == len(many) == len(there):
+        return
+    low, high = _PROBES
+    for at_low, at_high, size in zip(few, many, there, strict=True):
+        slope, rest = divmod(at_high - at_low, high - low)
+        offset = at_low - slope * low
+        if slope > 0 and rest == 0 and (size - offset) % slope == 0:
+            yield (size - offset) // slope
