@@ -11,6 +11,7 @@ and the remedy. What only a bug can cause is an `assert`.
     ├── WeightError (ValueError)        scores or sampling weights
     ├── CheckpointError (ValueError)    a checkpoint of other data, seed or format, or a damaged one
     ├── ResourceError (ValueError)      what the cluster can never provide
+    ├── ScoringError (RuntimeError)     scores that could not be updated, again and again
     ├── StorageError (OSError)          a folder that cannot be written or read
     └── MissingDependencyError (ImportError)   an optional package that is not installed
 
@@ -28,7 +29,7 @@ from types import ModuleType
 import numpy as np
 
 # So many row ids are named in a message.
-_NAMED_IDS = 5
+NAMED_IDS = 5
 
 
 class BssRayError(Exception):
@@ -63,6 +64,10 @@ class ResourceError(BssRayError, ValueError):
     """More CPUs, GPUs or memory than the cluster can ever provide."""
 
 
+class ScoringError(BssRayError, RuntimeError):
+    """Scores could not be updated, more often in a row than is allowed."""
+
+
 class StorageError(BssRayError, OSError):
     """A folder cannot be written or read."""
 
@@ -79,7 +84,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"{hint}Choose from: {', '.join(names)}"
 
 
-def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = _NAMED_IDS) -> str:
+def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = NAMED_IDS) -> str:
     """`"3 rows; first row ids 17, 90, 91"` for a boolean mask (N,) over rows that start at `first_row`."""
     rows = np.flatnonzero(bad)
     shown = ", ".join(str(first_row + int(row)) for row in rows[:limit])
@@ -105,7 +110,7 @@ class Problem:
 def find_problem(rule: str, bad: np.ndarray, first_row: int = 0) -> list[Problem]:
     """The problem with rows where `bad` (n,) is true, if there are any."""
     rows = np.flatnonzero(bad)
-    return [Problem(rule, len(rows), (first_row + rows[:_NAMED_IDS]).tolist())] if len(rows) else []
+    return [Problem(rule, len(rows), (first_row + rows[:NAMED_IDS]).tolist())] if len(rows) else []
 
 
 def raise_first_problem(found: Sequence[Problem], kind: type[BssRayError]) -> None:
@@ -123,7 +128,7 @@ def raise_first_problem(found: Sequence[Problem], kind: type[BssRayError]) -> No
     rule = found[0].rule
     same = [problem for problem in found if problem.rule.split(":")[0] == rule.split(":")[0]]
     count = sum(problem.count for problem in same)
-    ids = [row for problem in same for row in problem.first_ids][:_NAMED_IDS]
+    ids = [row for problem in same for row in problem.first_ids][:NAMED_IDS]
     if not ids:
         raise kind(rule)
     raise kind(f"{rule} ({count} {'row' if count == 1 else 'rows'}; first row ids {', '.join(map(str, ids))})")

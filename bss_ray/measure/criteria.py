@@ -1,156 +1,201 @@
 """Criteria: how well the modalities agree on a row, and how much it has left to teach.
 
-A criterion maps a model's outputs for a batch to one number a row. Outputs are
-`{modality: logits (B, C), ..., "fused": logits (B, C)}`, with at least two modalities.
+A criterion is a function of an `Observation` (outputs, labels, features of a batch) that returns one number
+a row. The two axes are those of the paper's appendix: *correlation* (here: similarity) and *information*.
+A criterion of your own takes a few lines:
+
+    @bss_ray.register_similarity("overlap")
+    def overlap(rows):
+        return rows.over_pairs(lambda a, b: torch.minimum(a, b).sum(-1), rows.predictions)
+
+    bss_ray.Measurer(similarity="overlap")
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
-from bss_ray.errors import ConfigError, DataError, ModelOutputError, nearest
+from bss_ray.errors import ConfigError, ModelOutputError
+from bss_ray.measure.observation import Observation
+from bss_ray.names import FEATURES, FUSED
 
-FUSED = "fused"
+Criterion = Callable[[Observation], Tensor]
+AnyCriterion = TypeVar("AnyCriterion", bound=Criterion)
 
-Outputs = Mapping[str, Tensor]
+SIMILARITIES: dict[str, Criterion] = {}
+INFORMATIONS: dict[str, Criterion] = {}
 
-
-class Measures(NamedTuple):
-    """Raw measures of a batch, before any normalisation; float32 (B,), without gradients."""
-
-    similarity: Tensor
-    information: Tensor
-
-
-def modalities_of(outputs: Outputs) -> list[str]:
-    """Names of the modalities in a model's outputs, in the model's order."""
-    return [name for name in outputs if name != FUSED]
+# Per-sample gradients of a whole model are made for so many numbers at a time (256 MB).
+_GRADIENT_ITEMS = 1 << 26
 
 
-def check_outputs(outputs: Outputs, labels: Tensor) -> None:
-    """Check the contract between a model and this package; looks at shapes, not at values.
+def register_similarity(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
+    """Make a function `(observation) -> (B,)` known as a similarity of this name.
 
-    Raises:
-        ModelOutputError: not a mapping, no `fused`, fewer than two modalities, or unequal shapes.
+    High means that the modalities agree; NaN that the row has fewer than two of them.
     """
-    if not isinstance(outputs, Mapping):
-        raise ModelOutputError(
-            "a model must return a dict {modality: logits (B, C), ..., 'fused': logits (B, C)}; "
-            f"received {type(outputs).__name__}"
-        )
-    if FUSED not in outputs:
-        raise ModelOutputError(
-            f"a model must return the fused logits under 'fused'; received the keys {sorted(outputs)}"
-        )
-    if len(modalities_of(outputs)) < 2:
-        raise ModelOutputError(
-            "balance is measured between modalities: a model must return the logits of at least two beside "
-            f"'fused'; received the keys {sorted(outputs)}"
-        )
-    shapes = {name: tuple(value.shape) for name, value in outputs.items()}
-    if len(set(shapes.values())) > 1 or len(shapes[FUSED]) != 2 or shapes[FUSED][0] != len(labels):
-        raise ModelOutputError(
-            f"all logits must have the same shape (B, C) with B = {len(labels)} rows of the batch; received {shapes}. "
-            "Features and other extras do not belong into the outputs"
-        )
+    return _register(name, SIMILARITIES)
 
 
-def per_row_loss(
-    outputs: Outputs, labels: Tensor, *, fused_weight: float = 0.1, unimodal_weight: float = 0.9
-) -> Tensor:
-    """Training loss and information of each row: w_f CE(fused, y) + w_u sum_m CE(m, y).
+def register_information(name: str, *, needs_model: bool = False) -> Callable[[AnyCriterion], AnyCriterion]:
+    """Make a function `(observation) -> (B,)` known as an information of this name.
 
     Args:
-        outputs: logits (B, C) of each modality and `fused`.
-        labels: (B,) int64 classes in 0..C-1.
-        fused_weight: w_f; released code: 0.1 for CREMA-D, 1 for its other data sets.
-        unimodal_weight: w_u; released code: 0.9 for CREMA-D, 1 for its other data sets.
-
-    Returns:
-        (B,) with gradients; its mean over a global batch is the training loss.
+        name: what `Measurer(information=...)` is given.
+        needs_model: it looks at `observation.model`, so it cannot work from the outputs of training alone.
     """
-    labels = labels.long()  # shards hold int64; a user's own batches may not
-    fused = F.cross_entropy(outputs[FUSED], labels, reduction="none")
-    unimodal = [F.cross_entropy(outputs[name], labels, reduction="none") for name in modalities_of(outputs)]
-    return fused_weight * fused + unimodal_weight * torch.stack(unimodal).sum(0)
+    return _register(name, INFORMATIONS, needs_model=needs_model)
 
 
-def prediction_similarity(outputs: Outputs) -> Tensor:
-    """Mean over pairs of modalities of cos(softmax z_m, softmax z_n): (B,) in [0, 1]."""
-    predictions = [outputs[name].softmax(dim=-1) for name in modalities_of(outputs)]
-    pairs = [F.cosine_similarity(a, b, dim=-1) for a, b in itertools.combinations(predictions, 2)]
-    return torch.stack(pairs).mean(0)
+def _register(
+    name: str, registry: dict[str, Criterion], *, needs_model: bool = False
+) -> Callable[[AnyCriterion], AnyCriterion]:
+    def register(criterion: AnyCriterion) -> AnyCriterion:
+        if name in registry and registry[name] is not criterion:
+            raise ConfigError(f"a criterion {name!r} exists already; choose another name")
+        criterion.needs_model = needs_model  # type: ignore[attr-defined]
+        registry[name] = criterion
+        return criterion
+
+    return register
 
 
-# Choices of the two axes of the paper's appendix, by name.
-SIMILARITIES: dict[str, Callable[[Outputs], Tensor]] = {"prediction": prediction_similarity}
-INFORMATIONS: dict[str, Callable[..., Tensor]] = {"loss": per_row_loss}
+# ---- similarity ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measurer:
-    """Measures the balance of rows from a model's outputs.
+@register_similarity("prediction")
+def prediction_similarity(rows: Observation) -> Tensor:
+    """Mean over pairs of modalities of cos(p_m, p_n), p the softmax (or sigmoid) of the logits: (B,) in [0, 1].
 
-    Args:
-        similarity: how agreement between modalities is measured: `prediction`.
-        information: how much a row has left to teach: `loss`.
-        fused_weight: w_f of the loss (see `per_row_loss`).
-        unimodal_weight: w_u of the loss.
+    For a regression 1 / (1 + mean squared difference): the cosine of single numbers is only their sign.
+    """
+    if rows.task == "regression":
+        return rows.over_pairs(lambda a, b: 1 / (1 + (a - b).square().mean(-1)), rows.predictions)
+    return rows.over_pairs(_cosine, rows.predictions)
+
+
+@register_similarity("feature")
+def feature_similarity(rows: Observation) -> Tensor:
+    """Mean over pairs of modalities of the cosine of their features: (B,) in [-1, 1].
 
     Raises:
-        ConfigError: an unknown criterion (with the nearest name), or an impossible weight.
+        ModelOutputError: no features, or of unequal lengths.
     """
-
-    similarity: str = "prediction"
-    information: str = "loss"
-    fused_weight: float = 0.1
-    unimodal_weight: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES:
-            raise ConfigError(f"unknown similarity {self.similarity!r}; {nearest(self.similarity, SIMILARITIES)}")
-        if self.information not in INFORMATIONS:
-            raise ConfigError(f"unknown information {self.information!r}; {nearest(self.information, INFORMATIONS)}")
-        weights = (self.fused_weight, self.unimodal_weight)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise ConfigError(
-                "fused_weight and unimodal_weight must be finite, not negative and not both 0; "
-                f"received {self.fused_weight} and {self.unimodal_weight}"
-            )
-
-    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """`per_row_loss` with this measurer's weights: (B,) with gradients."""
-        return per_row_loss(outputs, labels, fused_weight=self.fused_weight, unimodal_weight=self.unimodal_weight)
-
-    @torch.no_grad()
-    def measure(self, outputs: Outputs, labels: Tensor) -> Measures:
-        """Similarity and information of each row of a batch.
-
-        Args:
-            outputs: logits (B, C) of each modality and `fused`, of any floating dtype.
-            labels: (B,) int64 classes in 0..C-1.
-
-        Returns:
-            Two float32 tensors (B,) on the outputs' device, without gradients.
-
-        Raises:
-            ModelOutputError: the outputs break the contract (see `check_outputs`).
-            DataError: the labels are not integers.
-        """
-        check_outputs(outputs, labels)
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise DataError(f"labels must be integer classes 0..C-1; received dtype {labels.dtype}")
-        # Half precision is fine for the forward pass; a cosine or a loss of it is not.
-        outputs = {name: logits.float() for name, logits in outputs.items()}
-        information = INFORMATIONS[self.information](
-            outputs, labels, fused_weight=self.fused_weight, unimodal_weight=self.unimodal_weight
+    features = {name: rows.feature_of(name) for name in rows.modalities}
+    lengths = {name: values.shape[1] for name, values in features.items()}
+    if len(set(lengths.values())) > 1:
+        raise ModelOutputError(
+            f"similarity='feature' compares features of one length; received {lengths}. Project them in the model, or "
+            "use similarity='prediction'"
         )
-        return Measures(SIMILARITIES[self.similarity](outputs), information)
+    return rows.over_pairs(_cosine, features)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a, b, dim=-1)
+
+
+# ---- information --------------------------------------------------------------------------------
+
+
+@register_information("loss")
+def loss(rows: Observation) -> Tensor:
+    """The training loss of each row, w_f loss(fused) + w_u sum_m loss(m): (B,)."""
+    return rows.loss
+
+
+@register_information("gradient_norm")
+def gradient_norm(rows: Observation) -> Tensor:
+    """Norm of the loss's gradient by weights and biases of all heads, exactly: (B,).
+
+    A head is a linear layer z = W h + b of its own, so the gradient of row i by W is the outer product of
+    g = dloss/dz and h, and its squared norm |g|^2 |h|^2; that by b is |g|^2. Nothing goes back into the encoders.
+
+    Raises:
+        ModelOutputError: the model returns no features, the inputs of its heads.
+    """
+    gradients = _logit_gradients(rows)
+    squares = {
+        head: gradient.square().sum(-1) * (rows.feature_of(head).square().sum(-1) + 1)
+        for head, gradient in gradients.items()
+    }
+    # The weight of a modality's loss grows where others are missing; gradients grow with it, squares twice.
+    unimodal = rows.over_modalities([squares[name] for name in rows.modalities])
+    if rows.present is not None:
+        unimodal = unimodal * (len(rows.present) / rows.present.sum(0).clamp(min=1))
+    return (rows.fused_weight**2 * squares[FUSED] + rows.unimodal_weight**2 * unimodal).sqrt()
+
+
+def _logit_gradients(rows: Observation) -> dict[str, Tensor]:
+    """Gradient (B, C) of each head's own loss by its logits."""
+    with torch.inference_mode(False), torch.enable_grad():
+        # Clones: tensors made in inference mode never take part in gradients.
+        logits = {head: values.detach().clone().requires_grad_() for head, values in rows.outputs.items()}
+        labels = rows.labels.clone()
+        total = torch.stack([rows.head_loss(values, labels).sum() for values in logits.values()]).sum()
+        return dict(zip(logits, torch.autograd.grad(total, list(logits.values())), strict=True))
+
+
+@register_information("full_gradient_norm", needs_model=True)
+def full_gradient_norm(rows: Observation) -> Tensor:
+    """Norm of the loss's gradient by all parameters of the model, row by row (`torch.func`): (B,).
+
+    Costs about a forward and a backward pass a row, and the memory of the parameters for each row at a time.
+    """
+    assert rows.model is not None, "Measurer.observe refuses it without a model"
+    assert rows.batch is not None
+    model = rows.model
+    with torch.inference_mode(False):
+        parameters = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        batch = {name: value.clone() for name, value in rows.batch.items()}
+        labels = rows.labels.clone()
+
+        def row_loss(parameters: dict[str, Tensor], batch: dict[str, Tensor], label: Tensor) -> Tensor:
+            one = {name: value.unsqueeze(0) for name, value in batch.items()}
+            outputs = torch.func.functional_call(model, {**parameters, **buffers}, (one,))
+            logits = {name: value.float() for name, value in outputs.items() if name != FEATURES}
+            return _like(rows, logits, label.unsqueeze(0), one).loss.sum()
+
+        def norm(batch: dict[str, Tensor], label: Tensor) -> Tensor:
+            gradients = torch.func.grad(row_loss)(parameters, batch, label)
+            return torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+
+        items = sum(value.numel() for value in parameters.values())
+        chunk = max(1, _GRADIENT_ITEMS // max(items, 1))
+        norms: Tensor = torch.func.vmap(norm, chunk_size=min(chunk, len(labels)))(batch, labels)
+    return norms
+
+
+def _like(rows: Observation, outputs: dict[str, Tensor], labels: Tensor, batch: dict[str, Tensor]) -> Observation:
+    """Other rows, looked at in the same way."""
+    return Observation(
+        outputs=outputs,
+        labels=labels,
+        features=None,
+        task=rows.task,
+        head_loss=rows.head_loss,
+        fused_weight=rows.fused_weight,
+        unimodal_weight=rows.unimodal_weight,
+        batch=batch,
+    )
+
+
+def check_weights(fused_weight: float, unimodal_weight: float) -> None:
+    """Refuse weights of the loss that make none.
+
+    Raises:
+        ConfigError: one is negative or not finite, or both are 0.
+    """
+    weights = (fused_weight, unimodal_weight)
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ConfigError(
+            "fused_weight and unimodal_weight must be finite, not negative and not both 0; "
+            f"received {fused_weight} and {unimodal_weight}"
+        )

@@ -1,62 +1,75 @@
 """From raw measures to balance scores: normalise over all rows, combine, average over updates.
 
-Pure functions of arrays. `balance_scores` does it for one process that holds all rows; scorers call
-the same parts with bounds that were reduced over all holders.
+Pure functions of arrays. `balance_scores` does it for one process that holds all rows; holders of parts
+call the same functions with norms that were joined over all of them.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from bss_ray.errors import ConfigError, WeightError, first_ids, nearest
+from bss_ray.measure.normalise import NORMALISATIONS, NORMALISE, Norm, Normalise
 
 Accumulate = Literal["ema", "sum"]
 ACCUMULATE: tuple[str, ...] = get_args(Accumulate)
 
-
-@dataclass(frozen=True)
-class Bounds:
-    """Smallest and largest value of one measure over all rows (of all holders)."""
-
-    low: float
-    high: float
-
-    @staticmethod
-    def of(values: np.ndarray) -> Bounds:
-        """Bounds of (n,) values; of no values, bounds that any others replace."""
-        if len(values) == 0:
-            return Bounds(math.inf, -math.inf)
-        return Bounds(float(values.min()), float(values.max()))
-
-    @staticmethod
-    def union(parts: list[Bounds]) -> Bounds:
-        """Bounds over all parts. Exact, whatever the parts' number and order."""
-        lows, highs = (part.low for part in parts), (part.high for part in parts)
-        return Bounds(min(lows, default=math.inf), max(highs, default=-math.inf))
+# What a row with fewer than two modalities counts as, in place of a normalised similarity.
+Unpaired = Literal["neutral", "lowest", "error"]
+UNPAIRED: dict[str, float] = {"neutral": 0.5, "lowest": 0.0}
 
 
-def normalise(values: np.ndarray, bounds: Bounds) -> np.ndarray:
-    """Min-max normalisation to [0, 1] in float64; a constant column becomes 0 (BSS, Norm).
+@dataclass(frozen=True, kw_only=True)
+class Accumulation:
+    """How measures become scores.
 
     Args:
-        values: (n,) measures.
-        bounds: over *all* training rows, not only these.
+        momentum: mu in [0, 1) of the moving average; 0 is the released code.
+        accumulate: `ema`, or `sum`: the mean of all updates (the paper's figure).
+        normalise: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
+        unpaired: rows with fewer than two modalities have no similarity and count as `neutral` (a normalised
+            similarity of 1/2), as `lowest` (0), or are refused (`error`).
+
+    Raises:
+        ConfigError: a setting is unknown, out of its range, or without effect.
     """
-    span = bounds.high - bounds.low
-    if not span > 0:
-        return np.zeros(len(values))
-    return np.asarray((values.astype(np.float64) - bounds.low) / span)
+
+    momentum: float = 0.0
+    accumulate: Accumulate = "ema"
+    normalise: Normalise = "minmax"
+    unpaired: Unpaired = "neutral"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum must lie in [0, 1), 0 keeps no memory; received {self.momentum}")
+        for name, choices in (("accumulate", ACCUMULATE), ("normalise", NORMALISE), ("unpaired", get_args(Unpaired))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+        if self.accumulate == "sum" and self.momentum:
+            raise ConfigError(
+                f"momentum={self.momentum} has no effect with accumulate='sum'; leave it 0 or use accumulate='ema'"
+            )
 
 
 def current_scores(
-    similarity: np.ndarray, information: np.ndarray, similarity_bounds: Bounds, information_bounds: Bounds
+    similarity: np.ndarray, information: np.ndarray, norms: tuple[Norm, Norm], unpaired: Unpaired = "error"
 ) -> np.ndarray:
-    """Norm(similarity) - Norm(information): (n,) float64 in [-1, 1], high = balanced."""
-    current: np.ndarray = normalise(similarity, similarity_bounds) - normalise(information, information_bounds)
+    """Norm(similarity) - Norm(information): (n,) float64 in [-1, 1], high = balanced.
+
+    Args:
+        similarity: (n,) measures; NaN for rows with fewer than two modalities.
+        information: (n,) measures.
+        norms: of similarity and information, over *all* rows, not only these.
+        unpaired: rows without a similarity count as `neutral` (1/2) or `lowest` (0); `error`: there are none.
+    """
+    agreement = norms[0].apply(similarity)
+    if unpaired in UNPAIRED:
+        agreement[np.isnan(agreement)] = UNPAIRED[unpaired]
+    current: np.ndarray = agreement - norms[1].apply(information)
     return current
 
 
@@ -78,22 +91,6 @@ def accumulate_scores(
     return np.asarray(momentum * previous + (1 - momentum) * current)
 
 
-def check_accumulation(momentum: float, accumulate: str) -> None:
-    """Refuse a momentum or a way to accumulate that does not exist.
-
-    Raises:
-        ConfigError: names the setting, its range and the value.
-    """
-    if not 0 <= momentum < 1:
-        raise ConfigError(f"momentum must lie in [0, 1), 0 keeps no memory; received {momentum}")
-    if accumulate not in ACCUMULATE:
-        raise ConfigError(f"unknown accumulate {accumulate!r}; {nearest(accumulate, ACCUMULATE)}")
-    if accumulate == "sum" and momentum:
-        raise ConfigError(
-            f"momentum={momentum} has no effect with accumulate='sum'; leave it 0 or use accumulate='ema'"
-        )
-
-
 def balance_scores(
     similarity: np.ndarray,
     information: np.ndarray,
@@ -102,25 +99,29 @@ def balance_scores(
     *,
     accumulate: Accumulate = "ema",
     updates: int = 1,
+    normalise: Normalise = "minmax",
+    unpaired: Unpaired = "error",
 ) -> np.ndarray:
     """Balance scores of all rows of a data set (BSS, "balance score").
 
     Args:
-        similarity: (N,) how much the modalities agree on each row; see `Measurer`.
+        similarity: (N,) how much the modalities agree on each row; see `Measurer`. NaN: fewer than two modalities.
         information: (N,) how much each row has left to teach, e.g. its loss.
         previous: (N,) scores before this update; None at the first.
         momentum: mu in [0, 1) of the moving average; 0 is the released code.
         accumulate: `ema` or `sum`, see `accumulate_scores`.
         updates: number of updates in `previous`; only `sum` uses it.
+        normalise: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
+        unpaired: rows without a similarity: refused (`error`), `neutral` or `lowest`; see `current_scores`.
 
     Returns:
         (N,) float32 in [-1, 1], high = balanced: the bits that holders of scores keep, too.
 
     Raises:
         WeightError: lengths differ, or a measure is NaN or infinite.
-        ConfigError: impossible momentum or accumulate.
+        ConfigError: impossible momentum, accumulate, normalise or unpaired.
     """
-    check_accumulation(momentum, accumulate)
+    Accumulation(momentum=momentum, accumulate=accumulate, normalise=normalise, unpaired=unpaired)  # checks them
     similarity, information = np.asarray(similarity), np.asarray(information)
     lengths = {"similarity": len(similarity), "information": len(information)}
     if previous is not None:
@@ -128,9 +129,13 @@ def balance_scores(
     if len(set(lengths.values())) > 1:
         raise WeightError(f"all columns need one value a row; received lengths {lengths}")
     for name, values in (("similarity", similarity), ("information", information)):
-        if not np.isfinite(values).all():
-            raise WeightError(f"{name} must be finite; NaN or infinite in {first_ids(~np.isfinite(values))}")
-    current = current_scores(similarity, information, Bounds.of(similarity), Bounds.of(information))
+        bad = ~np.isfinite(values)
+        if name == "similarity" and unpaired != "error":
+            bad &= ~np.isnan(values)
+        if bad.any():
+            raise WeightError(f"{name} must be finite; NaN or infinite in {first_ids(bad)}")
+    kind = NORMALISATIONS[normalise]
+    current = current_scores(similarity, information, (kind.of(similarity), kind.of(information)), unpaired)
     if previous is not None:
         previous = np.asarray(previous)
         current = accumulate_scores(previous, current, momentum=momentum, accumulate=accumulate, updates=updates)

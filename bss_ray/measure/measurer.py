@@ -1,0 +1,227 @@
+"""The measurer: which criteria, for which kind of label, with which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bss_ray.errors import ConfigError, DataError, nearest
+from bss_ray.imports import import_name
+from bss_ray.measure.criteria import INFORMATIONS, SIMILARITIES, check_weights
+from bss_ray.measure.observation import TASKS, Observation, Outputs, RowLoss, check_labels, check_outputs
+from bss_ray.names import FEATURES
+
+
+class Measures(NamedTuple):
+    """Raw measures of a batch, before any normalisation; float32 (B,), without gradients.
+
+    `similarity` is NaN for rows with fewer than two modalities.
+    """
+
+    similarity: Tensor
+    information: Tensor
+
+
+def per_row_loss(
+    outputs: Outputs, labels: Tensor, *, fused_weight: float = 0.1, unimodal_weight: float = 0.9
+) -> Tensor:
+    """Training loss and information of each row: w_f CE(fused, y) + w_u sum_m CE(m, y).
+
+    Args:
+        outputs: logits (B, C) of each modality and `fused`.
+        labels: (B,) int64 classes in 0..C-1.
+        fused_weight: w_f; released code: 0.1 for CREMA-D, 1 for its other data sets.
+        unimodal_weight: w_u; released code: 0.9 for CREMA-D, 1 for its other data sets.
+
+    Returns:
+        (B,) with gradients; its mean over a global batch is the training loss.
+    """
+    return Measurer(fused_weight=fused_weight, unimodal_weight=unimodal_weight).loss(outputs, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurer:
+    """Measures the balance of rows from a model's outputs.
+
+    Args:
+        similarity: how agreement between modalities is measured: `prediction`, `feature`, a registered name
+            (`register_similarity`), or `module:function`.
+        information: how much a row has left to teach: `loss`, `gradient_norm` (of the heads, from their features),
+            `full_gradient_norm` (of the whole model, dear), a registered name, or `module:function`.
+        fused_weight: w_f of the loss; released code: 0.1 for CREMA-D, 1 for its other data sets.
+        unimodal_weight: w_u of the loss; released code: 0.9 for CREMA-D, 1 for its other data sets.
+        task: kind of the labels: `multiclass`, `multilabel` or `regression`; None takes that of the data's columns,
+            `multiclass` where there are none.
+        loss_function: a loss of one head and row of your own, `(logits (B, C), labels) -> (B,)`, as a function or
+            `module:function`; None takes the task's (cross entropy, binary cross entropy, squared error).
+
+    Raises:
+        ConfigError: an unknown criterion or task (with the nearest name), or an impossible weight.
+    """
+
+    similarity: str = "prediction"
+    information: str = "loss"
+    fused_weight: float = 0.1
+    unimodal_weight: float = 0.9
+    task: str | None = None
+    loss_function: str | RowLoss | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is not None and self.task not in TASKS:
+            raise ConfigError(f"unknown task {self.task!r}; {nearest(self.task, TASKS)}")
+        check_weights(self.fused_weight, self.unimodal_weight)
+        # Looked up here and kept as functions: other processes do not know what was registered in this one.
+        for kind, registry in (("similarity", SIMILARITIES), ("information", INFORMATIONS)):
+            object.__setattr__(self, f"_{kind}", _resolve(kind, getattr(self, kind), registry))
+        if isinstance(self.loss_function, str):
+            object.__setattr__(self, "_loss", _resolve("loss_function", self.loss_function, {}))
+        else:
+            object.__setattr__(self, "_loss", self.loss_function or TASKS[self.task or "multiclass"].loss)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the criteria look at the model itself, not at its outputs alone."""
+        return any(getattr(self._criterion(kind), "needs_model", False) for kind in ("similarity", "information"))
+
+    def for_task(self, task: str) -> Measurer:
+        """This measurer for data of a kind of label.
+
+        Raises:
+            ConfigError: it was made for another kind.
+        """
+        if self.task not in (None, task):
+            raise ConfigError(
+                f"the measurer is for task={self.task!r} and the data's columns say task={task!r}; leave the "
+                "measurer's out"
+            )
+        return replace(self, task=task)
+
+    def loss(self, outputs: Outputs, labels: Tensor, *, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The training loss of each row, with this measurer's weights: (B,) with gradients.
+
+        Args:
+            outputs: logits (B, C) of each modality and `fused`.
+            labels: of the rows.
+            batch: the batch, if rows may lack a modality: losses are then of those they have (see `Observation`).
+        """
+        logits = {name: values for name, values in outputs.items() if name != FEATURES}
+        return self._observation(logits, labels, None, batch, None).loss
+
+    def observe(
+        self,
+        outputs: Outputs,
+        labels: Tensor,
+        *,
+        batch: Mapping[str, Tensor] | None = None,
+        model: nn.Module | None = None,
+    ) -> Observation:
+        """What criteria look at; without gradients, in single precision.
+
+        Args:
+            outputs: logits (B, C) of each modality and `fused`, of any floating dtype, and optional `features`.
+            labels: of the rows.
+            batch: columns of the batch, where rows may lack a modality.
+            model: for criteria that need it.
+
+        Raises:
+            ModelOutputError: the outputs break the contract (see `check_outputs`).
+            DataError: the labels are not of the task's kind.
+        """
+        check_outputs(outputs, labels)
+        task = self.task or "multiclass"
+        if TASKS[task].integers and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise DataError(f"labels must be integer classes 0..C-1; received dtype {labels.dtype}")
+        # Half precision is fine for the forward pass; a cosine or a loss of it is not.
+        logits = {name: values.detach().float() for name, values in outputs.items() if name != FEATURES}
+        check_labels(labels, next(iter(logits.values())), task)
+        features = outputs.get(FEATURES)
+        detached = None if features is None else {head: values.detach() for head, values in features.items()}
+        return self._observation(logits, labels, detached, batch, model)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        outputs: Outputs,
+        labels: Tensor,
+        *,
+        batch: Mapping[str, Tensor] | None = None,
+        model: nn.Module | None = None,
+    ) -> Measures:
+        """Similarity and information of each row of a batch; arguments and errors as of `observe`.
+
+        Returns:
+            Two float32 tensors (B,) on the outputs' device, without gradients.
+        """
+        return self.measures_of(self.observe(outputs, labels, batch=batch, model=model))
+
+    def measures_of(self, rows: Observation) -> Measures:
+        """Similarity and information of what was observed.
+
+        Raises:
+            ConfigError: a criterion needs the model and there is none, or does not return one number a row.
+        """
+        return Measures(self.similarity_of(rows), self.information_of(rows))
+
+    def similarity_of(self, rows: Observation) -> Tensor:
+        """Similarity (b,) float32 of what was observed; errors as of `measures_of`."""
+        return self._criterion_of(rows, "similarity")
+
+    def information_of(self, rows: Observation) -> Tensor:
+        """Information (b,) float32 of what was observed; errors as of `measures_of`."""
+        return self._criterion_of(rows, "information")
+
+    def _criterion_of(self, rows: Observation, kind: str) -> Tensor:
+        criterion, name = self._criterion(kind), getattr(self, kind)
+        if getattr(criterion, "needs_model", False) and (rows.model is None or rows.batch is None):
+            raise ConfigError(
+                f"{kind}={name!r} looks at the model itself, not at its outputs alone: use the scoring engine 'actors' "
+                f"or 'workers', or another {kind}"
+            )
+        values = criterion(rows)
+        if not isinstance(values, Tensor) or values.shape != (len(rows.labels),):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ConfigError(
+                f"{kind}={name!r} must return one number a row, ({len(rows.labels)},); it returned {found}"
+            )
+        return values.float()
+
+    def _observation(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+        features: Mapping[str, Tensor] | None,
+        batch: Mapping[str, Tensor] | None,
+        model: nn.Module | None,
+    ) -> Observation:
+        return Observation(
+            outputs=logits,
+            labels=labels,
+            features=features,
+            task=self.task or "multiclass",
+            head_loss=self._loss,  # type: ignore[attr-defined]
+            fused_weight=self.fused_weight,
+            unimodal_weight=self.unimodal_weight,
+            batch=batch,
+            model=model,
+        )
+
+    def _criterion(self, kind: str) -> Callable[[Observation], Tensor]:
+        criterion: Callable[[Observation], Tensor] = getattr(self, f"_{kind}")
+        return criterion
+
+
+def _resolve(kind: str, name: str, registry: Mapping[str, Any]) -> Any:
+    """A criterion by its registered name, or by import path."""
+    if name in registry:
+        return registry[name]
+    if ":" not in name:
+        known = f"{nearest(name, registry)}; or" if registry else "Write"
+        raise ConfigError(f"unknown {kind} {name!r}; {known} module:function")
+    found = import_name(name)
+    if not callable(found):
+        raise ConfigError(f"{kind} must be a function; {name!r} is {type(found).__name__}")
+    return found

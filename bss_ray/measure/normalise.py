@@ -1,0 +1,115 @@
+"""Normalisation of a measure over all rows, whoever holds them: fitted in parts, joined, applied.
+
+Both kinds are exact: what comes out for a row does not depend on how the rows are spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+Normalise = Literal["minmax", "rank"]
+NORMALISE: tuple[str, ...] = get_args(Normalise)
+
+# Ranks tell values apart by the leading 24 bits of their float32: 15 bits of the mantissa. Counts of all
+# 32 bits would be as long as the data.
+_DROPPED_BITS = 8
+
+
+class Norm(Protocol):
+    """Maps values of a measure to [0, 1], given what was found over all rows. NaN stays NaN."""
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """(n,) float64 in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Min-max normalisation (BSS, Norm): smallest and largest value over all rows."""
+
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: np.ndarray) -> Bounds:
+        """Bounds of (n,) values, NaN left out; of no values, bounds that any others replace."""
+        if len(values) == 0 or (low := np.fmin.reduce(values)) != low:
+            return Bounds(math.inf, -math.inf)
+        return Bounds(float(low), float(np.fmax.reduce(values)))
+
+    @staticmethod
+    def union(parts: Sequence[Bounds]) -> Bounds:
+        """Bounds over all parts. Exact, whatever the parts' number and order."""
+        lows, highs = (part.low for part in parts), (part.high for part in parts)
+        return Bounds(min(lows, default=math.inf), max(highs, default=-math.inf))
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """(values - low) / (high - low) in float64; a constant column becomes 0."""
+        span = self.high - self.low
+        if not span > 0:
+            return np.where(np.isnan(values), np.nan, 0.0)
+        return np.asarray((values.astype(np.float64) - self.low) / span)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank normalisation: the share of all rows with a smaller value, so that one outlier flattens nothing.
+
+    A row's value is (rows below + half of the other rows of the same value) / (N - 1). Values are the same when
+    the leading 24 bits of their float32 are: they then differ by less than 2^-15 of themselves.
+
+    Attributes:
+        bins: (k,) uint32, ascending; leading bits that occur.
+        counts: (k,) int64 rows of each.
+    """
+
+    bins: np.ndarray
+    counts: np.ndarray
+
+    @staticmethod
+    def of(values: np.ndarray) -> Ranks:
+        """Counts of (n,) values; NaN left out."""
+        return Ranks(*np.unique(_leading_bits(values[~np.isnan(values)]), return_counts=True))
+
+    @staticmethod
+    def union(parts: Sequence[Ranks]) -> Ranks:
+        """Counts over all parts. Exact, whatever the parts' number and order."""
+        if not parts:
+            return Ranks(np.empty(0, np.uint32), np.empty(0, np.int64))
+        bins, place = np.unique(np.concatenate([part.bins for part in parts]), return_inverse=True)
+        counts = np.zeros(len(bins), np.int64)
+        np.add.at(counts, place, np.concatenate([part.counts for part in parts]))
+        return Ranks(bins, counts)
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Ranks in [0, 1], float64; a constant column becomes 0. All values must have been counted."""
+        missing = np.isnan(values)
+        if len(self.bins) < 2:  # as with min and max: a constant says nothing
+            return np.where(missing, np.nan, 0.0)
+        below = np.cumsum(self.counts) - self.counts
+        middle = (below + (self.counts - 1) / 2) / (int(self.counts.sum()) - 1)
+        place = np.searchsorted(self.bins, _leading_bits(values))
+        ranks: np.ndarray = middle[np.minimum(place, len(middle) - 1)]
+        ranks[missing] = np.nan
+        return ranks
+
+
+def _leading_bits(values: np.ndarray) -> np.ndarray:
+    """Leading bits (n,) uint32 of float32 values; their order is that of the values."""
+    bits = (np.asarray(values, np.float32) + np.float32(0)).view(np.uint32)  # + 0: -0.0 is 0.0
+    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    return np.asarray(ordered >> np.uint32(_DROPPED_BITS))
+
+
+NORMALISATIONS: dict[str, type[Bounds] | type[Ranks]] = {"minmax": Bounds, "rank": Ranks}
+
+
+def join(parts: Sequence[Any]) -> Norm:
+    """The union of parts of one kind."""
+    joined: Norm = type(parts[0]).union(parts)
+    return joined

@@ -1,0 +1,206 @@
+"""What there is to know of a batch's rows: the view that criteria look at."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+
+from bss_ray.errors import ModelOutputError
+from bss_ray.names import FEATURES, FUSED, presence_column
+
+# `{modality: logits (B, C), ..., "fused": logits (B, C)}`, and optionally `"features": {head: (B, D)}`.
+Outputs = Mapping[str, Any]
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) cross entropy of logits (B, C) and classes (B,)."""
+    return F.cross_entropy(logits, labels.long(), reduction="none")  # a user's own batches may hold other integers
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) mean over classes of the binary cross entropy of logits (B, C) and 0/1 labels (B, C)."""
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+
+
+def squared_error(values: Tensor, labels: Tensor) -> Tensor:
+    """(B,) mean squared error of values (B, D) and labels (B, D), or (B,) for D = 1."""
+    return (values - labels.to(values.dtype).reshape(values.shape)).square().mean(-1)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What a kind of label means to a head.
+
+    Attributes:
+        loss: per row, of one head's logits and the labels.
+        predict: from logits to what the head predicts.
+        integers: labels are integers.
+    """
+
+    loss: RowLoss
+    predict: Callable[[Tensor], Tensor]
+    integers: bool
+
+
+TASKS: dict[str, TaskKind] = {
+    "multiclass": TaskKind(cross_entropy, lambda logits: logits.softmax(dim=-1), integers=True),
+    "multilabel": TaskKind(binary_cross_entropy, torch.sigmoid, integers=False),
+    "regression": TaskKind(squared_error, lambda values: values, integers=False),
+}
+
+
+def modalities_of(outputs: Outputs) -> list[str]:
+    """Names of the modalities in a model's outputs, in the model's order."""
+    return [name for name in outputs if name not in (FUSED, FEATURES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """A batch's rows as a model sees them. Criteria map it to one number a row.
+
+    Attributes:
+        outputs: logits (B, C) of each modality and `fused`, float32.
+        labels: of the rows.
+        features: inputs of the heads `{head: (B, D)}`; None if the model returns none.
+        task: kind of the labels.
+        head_loss: loss per row of one head's logits and the labels.
+        fused_weight: w_f.
+        unimodal_weight: w_u.
+        batch: all columns of the batch; says which modalities a row has. None: all.
+        model: the model itself, for criteria that need it; else None.
+    """
+
+    outputs: Mapping[str, Tensor]
+    labels: Tensor
+    features: Mapping[str, Tensor] | None
+    task: str
+    head_loss: RowLoss
+    fused_weight: float
+    unimodal_weight: float
+    batch: Mapping[str, Tensor] | None = None
+    model: nn.Module | None = None
+
+    @cached_property
+    def modalities(self) -> list[str]:
+        """Names of the modalities, in the model's order."""
+        return modalities_of(self.outputs)
+
+    @cached_property
+    def predictions(self) -> dict[str, Tensor]:
+        """What each head predicts, (B, C): probabilities, or the values of a regression."""
+        return {name: TASKS[self.task].predict(logits) for name, logits in self.outputs.items()}
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """(M, B) which row has which modality; None where all rows have all."""
+        columns = [(self.batch or {}).get(presence_column(name)) for name in self.modalities]
+        if all(column is None for column in columns):
+            return None
+        everywhere = torch.ones(len(self.labels), dtype=torch.bool, device=self.labels.device)
+        return torch.stack([everywhere if column is None else column.bool() for column in columns])
+
+    @property
+    def unpaired(self) -> Tensor | None:
+        """(B,) which rows have fewer than two modalities; None where all rows have all."""
+        return None if self.present is None else self.present.sum(0) < 2
+
+    @cached_property
+    def head_losses(self) -> dict[str, Tensor]:
+        """(B,) loss of each head."""
+        return {name: self.head_loss(logits, self.labels) for name, logits in self.outputs.items()}
+
+    @property
+    def loss(self) -> Tensor:
+        """(B,) w_f loss(fused) + w_u sum_m loss(m); see `over_modalities` for rows that lack a modality."""
+        unimodal = self.over_modalities([self.head_losses[name] for name in self.modalities])
+        return self.fused_weight * self.head_losses[FUSED] + self.unimodal_weight * unimodal
+
+    def over_modalities(self, values: list[Tensor]) -> Tensor:
+        """(B,) sum over modalities of values (B,).
+
+        Where a row lacks modalities: M times the mean over those it has, so that rows stay comparable.
+        """
+        stacked = torch.stack(values)
+        if self.present is None:
+            return stacked.sum(0)
+        return torch.where(self.present, stacked, 0).sum(0) * (len(values) / self.present.sum(0).clamp(min=1))
+
+    def over_pairs(self, compare: Callable[[Tensor, Tensor], Tensor], values: Mapping[str, Tensor]) -> Tensor:
+        """(B,) mean over pairs of modalities of `compare(a, b)`, values (B, ...) in and (B,) out.
+
+        Pairs of which a row lacks one do not count; a row without any pair is NaN.
+        """
+        names = list(itertools.combinations(range(len(self.modalities)), 2))
+        each = torch.stack([compare(*(values[self.modalities[m]] for m in pair)) for pair in names])
+        if self.present is None:
+            return each.mean(0)
+        both = torch.stack([self.present[m] & self.present[n] for m, n in names])
+        return torch.where(both, each, 0).sum(0) / both.sum(0)
+
+    def feature_of(self, head: str) -> Tensor:
+        """(B, D) input of a head, float32.
+
+        Raises:
+            ModelOutputError: the model returns none.
+        """
+        if self.features is None or head not in self.features:
+            found = "no 'features'" if self.features is None else f"features of {sorted(self.features)}"
+            raise ModelOutputError(
+                f"this criterion looks at the features of {head!r}: the model must return outputs['features'] = "
+                f"{{modality: (B, D), ..., 'fused': (B, D)}}, the inputs of its heads; it returns {found}"
+            )
+        return self.features[head].float().flatten(1)
+
+
+def check_outputs(outputs: Outputs, labels: Tensor) -> None:
+    """Check the contract between a model and this package; looks at shapes, not at values.
+
+    Raises:
+        ModelOutputError: not a mapping, no `fused`, fewer than two modalities, or unequal shapes.
+    """
+    if not isinstance(outputs, Mapping):
+        raise ModelOutputError(
+            "a model must return a dict {modality: logits (B, C), ..., 'fused': logits (B, C)}; "
+            f"received {type(outputs).__name__}"
+        )
+    if FUSED not in outputs:
+        raise ModelOutputError(
+            f"a model must return the fused logits under 'fused'; received the keys {sorted(outputs)}"
+        )
+    if len(modalities_of(outputs)) < 2:
+        raise ModelOutputError(
+            "balance is measured between modalities: a model must return the logits of at least two beside "
+            f"'fused'; received the keys {sorted(outputs)}"
+        )
+    shapes = {name: tuple(outputs[name].shape) for name in (*modalities_of(outputs), FUSED)}
+    if len(set(shapes.values())) > 1 or len(shapes[FUSED]) != 2 or shapes[FUSED][0] != len(labels):
+        raise ModelOutputError(
+            f"all logits must have the same shape (B, C) with B = {len(labels)} rows of the batch; received {shapes}. "
+            "Features belong under 'features', other extras not into the outputs"
+        )
+
+
+def check_labels(labels: Tensor, logits: Tensor, task: str) -> None:
+    """Check that labels are of the task's kind.
+
+    Raises:
+        ModelOutputError: their shape does not fit the logits'.
+    """
+    if task == "multiclass":
+        fits = labels.ndim == 1
+    else:
+        fits = labels.shape == logits.shape or (labels.ndim == 1 and logits.shape[1] == 1)
+    if not fits:
+        expected = "(B,)" if task == "multiclass" else "(B, C) like the logits"
+        raise ModelOutputError(
+            f"labels of a {task} task have the shape {expected}; received labels {tuple(labels.shape)} and logits "
+            f"{tuple(logits.shape)}"
+        )

@@ -1,0 +1,131 @@
+"""A model as NumPy arrays: how it travels between processes."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from typing import Any, NamedTuple
+
+import cloudpickle
+import numpy as np
+import torch
+from torch import nn
+
+
+class ModelSnapshot(NamedTuple):
+    """A module as its pickled skeleton and the NumPy arrays of its tensors.
+
+    Ray shares NumPy arrays between processes without a copy (256 MB: 0.6 ms), but not tensors
+    (256 MB: 1 s). Everything of the module travels, also buffers that are not in its state dict.
+    """
+
+    skeleton: bytes
+    arrays: list[np.ndarray]
+
+
+def pack_model(model: nn.Module) -> ModelSnapshot:
+    """A snapshot of `model` as it is now; wrappers of DDP and `torch.compile` are taken off."""
+    arrays: list[np.ndarray] = []
+    buffer = io.BytesIO()
+    _Packer(buffer, arrays).dump(unwrap_model(model))
+    return ModelSnapshot(buffer.getvalue(), arrays)
+
+
+def unpack_model(snapshot: ModelSnapshot) -> nn.Module:
+    """The module of a snapshot, on the CPU, with its own copy of the weights."""
+    model: nn.Module = _Unpacker(io.BytesIO(snapshot.skeleton), snapshot.arrays).load()
+    return model
+
+
+def update_model(model: nn.Module, snapshot: ModelSnapshot, skeleton: bytes) -> bool:
+    """Give a module the weights of `snapshot`, in place: compiled code and memory stay as they are.
+
+    Args:
+        model: was unpacked from another snapshot.
+        snapshot: of the same module at another time.
+        skeleton: of the snapshot that the module was unpacked from.
+
+    Returns:
+        False if that cannot be done, because more than the weights has changed.
+    """
+    if snapshot.skeleton != skeleton:
+        return False
+    tensors = _Packer.tensors_of(model)
+    if len(tensors) != len(snapshot.arrays):
+        return False
+    with torch.no_grad():
+        for tensor, array in zip(tensors, snapshot.arrays, strict=True):
+            tensor.copy_(_as_tensor(array, tensor.dtype, tuple(tensor.shape)))
+    return True
+
+
+def _as_tensor(array: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor's bytes as a tensor; the memory is the array's."""
+    if len(array) == 0:
+        return torch.empty(shape, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # it is only read
+        return torch.from_numpy(array).view(dtype).reshape(shape)
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and `torch.compile`."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
+    """Pickles a module; its tensors go to a list, each once, so tied weights stay tied."""
+
+    def __init__(self, file: io.BytesIO, arrays: list[np.ndarray] | None) -> None:
+        super().__init__(file, protocol=5)
+        self._arrays = arrays
+        self._seen: dict[int, tuple[Any, ...]] = {}
+        self.tensors: list[torch.Tensor] = []  # alive: ids of freed objects are used again
+
+    @classmethod
+    def tensors_of(cls, model: nn.Module) -> list[torch.Tensor]:
+        """The tensors of a module in the order of a snapshot's arrays."""
+        packer = cls(io.BytesIO(), None)
+        packer.dump(model)
+        return packer.tensors
+
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
+        if not isinstance(obj, torch.Tensor):
+            return None
+        if id(obj) not in self._seen:
+            if self._arrays is not None:
+                # NumPy has no bfloat16: carry all tensors as bytes, with their dtype and shape.
+                data = obj.detach().cpu().contiguous()
+                self._arrays.append(data.reshape(-1).view(torch.uint8).numpy().copy())
+            self.tensors.append(obj)
+            self._seen[id(obj)] = (
+                len(self.tensors) - 1,
+                obj.dtype,
+                tuple(obj.shape),
+                isinstance(obj, nn.Parameter),
+                obj.requires_grad,
+            )
+        return self._seen[id(obj)]
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, arrays: list[np.ndarray]) -> None:
+        super().__init__(file)
+        self._arrays = arrays
+        self._made: dict[int, torch.Tensor] = {}
+
+    def persistent_load(self, pid: tuple[Any, ...]) -> torch.Tensor:
+        index, dtype, shape, is_parameter, requires_grad = pid
+        if index not in self._made:
+            tensor = _as_tensor(self._arrays[index], dtype, shape).clone()
+            if is_parameter:
+                tensor = nn.Parameter(tensor, requires_grad=requires_grad)
+            self._made[index] = tensor
+        return self._made[index]
