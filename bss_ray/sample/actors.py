@@ -1,81 +1,41 @@
-"""The Ray actors around `Scorer` and `Coordinator`: thin shells, no decisions."""
+"""The Ray actors around `Holder`, `Scorer` and `Coordinator`: thin shells, no decisions."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import threading
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import ray
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import ConfigError, nearest
-from bss_ray.measure.criteria import Measurer
-from bss_ray.measure.forward import PRECISIONS, ModelSnapshot, unpack_model
-from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
-from bss_ray.sample.coordinator import Coordinator, Review
+from bss_ray.errors import BssRayError
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.snapshot import ModelSnapshot
+from bss_ray.sample.coordinator import Coordinator, Publication, Review
+from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.plan import Plan, Tail
-from bss_ray.sample.scorer import WINDOW_ROWS, LostStateError, PartState, Scorer
+from bss_ray.sample.pool import ScorerPool, ScoringFailedError, ShardReport
+from bss_ray.sample.scorer import Scorer
+from bss_ray.sample.scoring import BadRows, Scoring
+from bss_ray.sample.state import Delivery, LostStateError, PartState
 from bss_ray.schedule.schedulers import Scheduler
 
 # Score version, epoch, index of the window.
 _WindowKey = tuple[int, int, int]
 
-Engine = Literal["actors"]
-ENGINES = ("actors",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How and where rows are scored.
-
-    Args:
-        engine: `actors`: scorer actors forward their shards between epochs, while the ranks wait.
-        num_scorers: holders of scores; for given scores the order of rows does not depend on it.
-        momentum: mu in [0, 1) of the score's moving average; 0 is the released code.
-        accumulate: `ema`, or `sum` (the mean of all updates).
-        batch_size: rows of a scorer's forward pass.
-        precision: `fp32`, `bf16` or `fp16` (autocast).
-        cpus_per_scorer: logical CPUs of a scorer, which also works with so many threads, at least one. 0, because
-            scorers work while the ranks wait; give large data sets more (docs/scale.md).
-        gpus_per_scorer: share of a GPU of a scorer; leave the ranks the rest of it.
-
-    Raises:
-        ConfigError: a setting is unknown or out of its range.
-    """
-
-    engine: Engine = "actors"
-    num_scorers: int = 2
-    momentum: float = 0.0
-    accumulate: Accumulate = "ema"
-    batch_size: int = 256
-    precision: str = "fp32"
-    cpus_per_scorer: float = 0.0
-    gpus_per_scorer: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_accumulation(self.momentum, self.accumulate)
-        if self.engine not in ENGINES:
-            raise ConfigError(f"unknown scoring engine {self.engine!r}; {nearest(self.engine, ENGINES)}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"unknown precision {self.precision!r}; {nearest(self.precision, PRECISIONS)}")
-        for name in ("num_scorers", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"scoring.{name} must be at least 1; received {getattr(self, name)}")
-        for name in ("cpus_per_scorer", "gpus_per_scorer"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"scoring.{name} cannot be negative; received {getattr(self, name)}")
-
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What scorers need to measure their rows.
+    """What scorers need to measure all rows with one model.
 
     The shards travel with each job and not to the actors' constructors: Ray cannot promise to restart
     an actor whose constructor was given objects of the store.
@@ -83,10 +43,16 @@ class ScoringJob:
     Attributes:
         model: reference to a `ModelSnapshot`; one transfer a node.
         shards: all rows.
+        epoch: after which the model is measured.
+        attempt: of the ranks, see `Coordinator.attempt`.
+        bad_rows: what is done with rows whose outputs are not finite.
     """
 
     model: Any
     shards: Shards
+    epoch: int
+    attempt: str
+    bad_rows: BadRows = "error"
 
 
 class SavedScores(Protocol):
@@ -97,88 +63,151 @@ class SavedScores(Protocol):
         ...
 
 
-class ScorerActor:
-    """A `Scorer` over shards of the object store."""
+class HolderActor:
+    """A `Holder` of rows of the run."""
 
-    def __init__(
-        self, indices: Sequence[int], spans: list[tuple[int, int]], label: str, measurer: Measurer, scoring: Scoring
-    ) -> None:
-        self._indices = indices
+    def __init__(self, spans: list[tuple[int, int]]) -> None:
         self._spans = spans
-        self._scorer = Scorer(
-            spans,
-            measurer=measurer,
-            label=label,
-            batch_size=scoring.batch_size,
-            device="cuda" if scoring.gpus_per_scorer > 0 else "cpu",
-            precision=scoring.precision,
-        )
+        self._holder = Holder(spans)
 
-    def measure(self, job: ScoringJob) -> tuple[Bounds, Bounds]:
-        """`Scorer.measure` with model and rows from the object store."""
-        snapshot: ModelSnapshot = ray.get(job.model)
-        inputs = job.shards.columns.inputs
-
-        def read(part: int) -> dict[str, np.ndarray]:
-            arrays = job.shards.read(self._indices[part])
-            return {name: arrays[name] for name in inputs}
-
-        return self._scorer.measure(unpack_model(snapshot), read)
-
-    def load(self, saved: SavedScores, version: int) -> int:
-        """`Scorer.load`, reading only what overlaps the own rows, straight from where it is saved."""
+    def load(self, saved: SavedScores, version: int, attempt: str) -> int:
+        """`Holder.load`, reading only what overlaps the own rows, straight from where it is saved."""
         first, stop = self._spans[0][0], sum(self._spans[-1])
-        return self._scorer.load(saved.scores(first, stop), version)
+        return self._holder.load(saved.scores(first, stop), version, attempt)
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Any other method of the scorer."""
-        return getattr(self._scorer, method)(*args)
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Any other method of the holder."""
+        return getattr(self._holder, method)(*args, **kwargs)
 
 
 class ActorHolders:
-    """`Holders` that are actors; all of them work at the same time."""
+    """`Holders` that are actors; all of them work at the same time. It travels to whoever delivers measures.
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
+    Args:
+        names: of the actors, in the order of their rows. Names, since Ray cannot promise to restart an actor
+            whose constructor was given references.
+        first_rows: row id of the first row of each.
+    """
+
+    def __init__(self, names: Sequence[str], first_rows: Sequence[int]) -> None:
+        self.names = tuple(names)
+        self._first_rows = tuple(first_rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ActorHolders, (self.names, self._first_rows)
+
+    @cached_property
+    def _actors(self) -> list[Any]:
+        return [ray.get_actor(name) for name in self.names]
 
     def start(self, method: str, *args: Any) -> list[Any]:
         """References to the holders' results."""
-        if method in ("measure", "load"):
-            return [getattr(actor, method).remote(*args) for actor in self._actors]
-        return [actor.call.options(name=f"scorer.{method}").remote(method, *args) for actor in self._actors]
+        if method == "load":
+            return [actor.load.remote(*args) for actor in self._actors]
+        return [actor.call.options(name=f"holder.{method}").remote(method, *args) for actor in self._actors]
 
     def map(self, method: str, *args: Any) -> list[Any]:
         return list(ray.get(self.start(method, *args)))
 
+    def deliver(self, delivery: Delivery, *, epoch: int, attempt: str) -> None:
+        """Bring measures to those who hold their rows; returns when they have them.
+
+        Raises:
+            ray.exceptions.RayActorError: a holder is lost.
+        """
+        edges = itertools.pairwise([*self._first_rows, np.iinfo(np.int64).max])
+        parts = [delivery.within(*edge) for edge in edges]
+        call = {"epoch": epoch, "attempt": attempt}
+        sent = [
+            actor.call.options(name="holder.receive").remote("receive", part, **call)
+            for actor, part in zip(self._actors, parts, strict=True)
+            if len(part.rows)
+        ]
+        ray.get(sent)
+
+
+class ScorerActor:
+    """A `Scorer` that measures shards and delivers what it found to the holders."""
+
+    def __init__(self, label: str, measurer: Measurer, scoring: Scoring, holders: ActorHolders) -> None:
+        device = "cuda" if scoring.gpus_per_scorer > 0 else "cpu"
+        self._scorer = Scorer(measurer, label, forward=scoring.forward, device=device)
+        self._holders = holders
+        self._model: Any = None
+
+    def node(self) -> str:
+        """Id of the node it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def measure(self, job: ScoringJob, shard: int) -> ShardReport:
+        """Measure one shard, model and rows from the store."""
+        if self._model != job.model:
+            snapshot: ModelSnapshot = ray.get(job.model)
+            self._scorer.load(snapshot)
+            self._model = job.model
+        arrays, shards = job.shards.read(shard), job.shards
+        columns = {name: arrays[name] for name in shards.features}
+        found = self._scorer.measure(columns, shards.parts[shard].first_row)
+        delivery = Delivery.of(found.rows, found.similarity, found.information).sound()
+        self._holders.deliver(delivery, epoch=job.epoch, attempt=job.attempt)
+        return ShardReport(len(found.rows), found.problems, found.notices)
+
 
 class CoordinatorActor:
-    """A `Coordinator` over scorer actors, and the run's message board.
+    """A `Coordinator` over holder actors, the scorers' pool, and the run's message board.
 
     One thread does all of the coordinator's work, in the order it is asked for, so that the next window
-    is made while the ranks consume the one at hand. The board has a thread of its own, so that the
-    driver can look while scores are being made.
+    is made while the ranks consume the one at hand. Another leads the scorers, whether the ranks wait for them
+    or not. The board has a thread of its own, so that the driver can look while scores are being made.
     """
 
-    def __init__(self, scorers: Sequence[str], settings: dict[str, Any]) -> None:
-        self._holders = ActorHolders([ray.get_actor(name) for name in scorers])
+    def __init__(self, holders: ActorHolders, pool: ScorerPool, settings: dict[str, Any]) -> None:
+        self._holders = holders
+        self._pool = pool
         self._coordinator = Coordinator(self._holders, **settings)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-planner")
+        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-scoring")
+        self._running: Future[tuple[int, list[str]]] | None = None
         self._windows: collections.OrderedDict[_WindowKey, Future[Any]] = collections.OrderedDict()
         self._messages: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
-    def reset(self) -> None:
-        self._forget_windows()
-        self._do("reset")
+    def reset(self) -> str:
+        """`Coordinator.reset`; returns the new attempt."""
+        return self._begin("reset")
 
-    def load(self, saved: SavedScores, version: int) -> None:
+    def load(self, saved: SavedScores, version: int) -> str:
+        """`Coordinator.load`; returns the new attempt."""
+        return self._begin("load", saved, version)
+
+    def _begin(self, method: str, *args: Any) -> str:
         # A version that is published again after a restart need not have the same scores to the bit.
         self._forget_windows()
-        self._do("load", saved, version)
+        self._running = None  # what an earlier attempt has begun: its deliveries are refused
+        self._do(method, *args)
+        return self._coordinator.attempt
 
-    def score(self, job: ScoringJob) -> int:
+    def start_scoring(self, job: ScoringJob) -> None:
+        """Have all rows measured, beside whatever else is done; `finish_scoring` publishes."""
+        self._running = self._scoring.submit(self._pool.run, job, [part.node for part in job.shards.parts])
+
+    def finish_scoring(self, version: int) -> Publication:
+        """Publish what `start_scoring` has begun, or what a checkpoint has brought of it, as `version`."""
+        if self._running is None:
+            return self.publish(version, None)
+        running, self._running = self._running, None
+        try:
+            sound, notices = running.result()
+        except ScoringFailedError as error:
+            self._do("forget")  # some rows may have been measured, and a version is whole or not there
+            return Publication(self._coordinator.version, failure=str(error))
+        return self.publish(version, sound)._replace(notices=tuple(notices))
+
+    def publish(self, version: int, expected: int | None) -> Publication:
+        """`Coordinator.publish`."""
         self._forget_windows()
-        return int(self._do("score", job))
+        publication: Publication = self._planner.submit(self._coordinator.publish, version, expected=expected).result()
+        return publication
 
     def plan(self, epoch: int, version: int, batch: int = 0) -> Plan:
         """The plan of `epoch`, drawn from score version `version`, for ranks that start at global batch `batch`."""
@@ -195,7 +224,7 @@ class CoordinatorActor:
         plan: Plan = self._do("plan", epoch)
         if index + 1 < len(plan.window_ends):
             self._window((version, epoch, index + 1))
-        else:
+        elif self._running is None:  # else there will be other scores
             self._planner.submit(self._coordinator.plan_ahead, epoch)
         return [ref]
 
@@ -205,8 +234,14 @@ class CoordinatorActor:
         return Review(*self._do("review", epoch))
 
     def parts(self, version: int) -> list[Any]:
-        """References to each holder's `list[PartState]` of `version`; the scores do not pass through here."""
+        """References to each holder's `list[PartState]` of `version`; the scores do not pass through here.
+
+        Measures that are being made are part of the state: it waits for them.
+        """
         self._check_version(version)
+        if self._running is not None:
+            with contextlib.suppress(ScoringFailedError, BssRayError):  # `finish_scoring` says so
+                self._running.result()
         return self._holders.start("state", version)
 
     def _do(self, method: str, *args: Any) -> Any:
@@ -248,28 +283,42 @@ class CoordinatorActor:
             return self._messages[start:]
 
 
-def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring) -> dict[str, Any]:
-    """Start scorer actors, by name; shards are dealt out in runs, so that a scorer's rows lie together."""
-    count = min(scoring.num_scorers, len(shards.parts))
+def start_holders(shards: Shards, scoring: Scoring) -> tuple[ActorHolders, list[Any]]:
+    """Start holder actors; shards are dealt out in runs, so that a holder's rows lie together.
+
+    Returns:
+        All of them together, and their handles, which keep them alive.
+    """
+    count = min(scoring.num_holders, len(shards.parts))
     edges = [len(shards.parts) * index // count for index in range(count + 1)]
-    actor = ray.remote(
-        num_cpus=scoring.cpus_per_scorer,
-        num_gpus=scoring.gpus_per_scorer,
-        max_restarts=-1,  # it comes back empty, and the next attempt of the ranks fills it from the checkpoint
-    )(ScorerActor)
+    # It comes back empty, and the next attempt of the ranks fills it from the checkpoint.
+    actor = ray.remote(num_cpus=scoring.cpus_per_holder, max_restarts=-1)(HolderActor)
     spans = [(part.first_row, part.rows) for part in shards.parts]
     run = uuid.uuid4().hex[:8]
-    return {
-        name: actor.options(name=name).remote(
-            range(start, stop), spans[start:stop], shards.columns.label, measurer, scoring
-        )
-        for index, (start, stop) in enumerate(itertools.pairwise(edges))
-        for name in [f"bss_ray-{run}-scorer-{index}"]
-    }
+    names = [f"bss_ray-{run}-holder-{index}" for index in range(count)]
+    handles = [
+        actor.options(name=name).remote(spans[start:stop])
+        for name, (start, stop) in zip(names, itertools.pairwise(edges), strict=True)
+    ]
+    return ActorHolders(names, [spans[start][0] for start in edges[:-1]]), handles
+
+
+def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring, holders: ActorHolders) -> list[Any]:
+    """Start the scorer actors of the run of these holders; returns their handles, which keep them alive."""
+    actor = ray.remote(num_cpus=scoring.cpus_per_scorer, num_gpus=scoring.gpus_per_scorer, max_restarts=-1)(ScorerActor)
+    return [
+        actor.options(name=name).remote(shards.columns.label, measurer, scoring, holders)
+        for name in scorer_names(holders, scoring)
+    ]
+
+
+def scorer_names(holders: ActorHolders, scoring: Scoring) -> list[str]:
+    """Names of the scorers of the run of these holders."""
+    return [_sibling(holders, f"scorer-{index}") for index in range(scoring.num_scorers)]
 
 
 def start_coordinator(
-    scorers: Sequence[str],
+    holders: ActorHolders,
     *,
     rows: int,
     scheduler: Scheduler,
@@ -279,7 +328,7 @@ def start_coordinator(
     tail: Tail,
     window_rows: int = WINDOW_ROWS,
 ) -> Any:
-    """Start the coordinator actor, over scorers of these names (it finds them again after a restart)."""
+    """Start the coordinator actor of the run of these holders."""
     settings = {
         "rows": rows,
         "scheduler": scheduler,
@@ -287,9 +336,15 @@ def start_coordinator(
         "batch_size": batch_size,
         "tail": tail,
         "window_rows": window_rows,
-        "momentum": scoring.momentum,
-        "accumulate": scoring.accumulate,
+        "accumulation": scoring.accumulation,
     }
+    pool = ScorerPool(scorer_names(holders, scoring), scoring.restart_timeout_s)
     actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
-    name = scorers[0].replace("scorer-0", "coordinator")
-    return actor.options(name=name, num_cpus=0, max_restarts=-1).remote(scorers, settings)
+    return actor.options(name=_sibling(holders, "coordinator"), num_cpus=0, max_restarts=-1).remote(
+        holders, pool, settings
+    )
+
+
+def _sibling(holders: ActorHolders, role: str) -> str:
+    """Name of another actor of the run of these holders."""
+    return holders.names[0].removesuffix("holder-0") + role

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -15,11 +16,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bss_ray.errors import CheckpointError, ConfigError, ScheduleError, WeightError, nearest, raise_first_problem
-from bss_ray.measure.score import Accumulate, Bounds, check_accumulation
+from bss_ray.measure.normalise import join
+from bss_ray.measure.score import Accumulation
+from bss_ray.sample.draw import Draw, Keys, Moments
+from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
 from bss_ray.sample.plan import TAILS, Plan, Tail
 from bss_ray.sample.radix import Window, cut_windows, radix_select
-from bss_ray.sample.scorer import WINDOW_ROWS, Draw, Keys, Moments, PartState, Scorer
+from bss_ray.sample.state import Ages, Delivery, LostStateError, PartState
 from bss_ray.schedule.schedulers import Scheduler, Uniform
 
 # A row is neglected when it has not been drawn for so many epochs.
@@ -43,11 +47,16 @@ class Holders(Protocol):
 class LocalHolders:
     """Holders in this process."""
 
-    def __init__(self, scorers: Sequence[Scorer]) -> None:
-        self._scorers = scorers
+    def __init__(self, holders: Sequence[Holder]) -> None:
+        self._holders = holders
 
     def map(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(scorer, method)(*args) for scorer in self._scorers]
+        return [getattr(holder, method)(*args) for holder in self._holders]
+
+    def deliver(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "") -> None:
+        """Bring measures to those who hold their rows."""
+        for holder in self._holders:
+            holder.receive(delivery, epoch=epoch, attempt=attempt)
 
 
 class Review(NamedTuple):
@@ -55,11 +64,31 @@ class Review(NamedTuple):
 
     Attributes:
         neglected_rows: rows drawn neither in it nor in the `NEGLECT_EPOCHS` - 1 epochs before it.
+        ages: of the scores that it was drawn from.
         warnings: what the user should know, in plain words, by the kind of trouble.
     """
 
     neglected_rows: int
+    ages: Ages
     warnings: dict[str, str]
+
+
+class Publication(NamedTuple):
+    """What became of measures that were to be published.
+
+    Attributes:
+        version: score version in force now.
+        measured: rows that were measured for it.
+        refused: publications and deliveries that were refused so far, because they were stale or came twice.
+        failure: why there is no new version; empty if there is.
+        notices: what the user should read.
+    """
+
+    version: int
+    measured: int = 0
+    refused: int = 0
+    failure: str = ""
+    notices: tuple[str, ...] = ()
 
 
 class _Planned(NamedTuple):
@@ -78,8 +107,7 @@ class Coordinator:
         seed: the run's seed, in [0, 2**64).
         batch_size: rows of a *global* batch.
         tail: `keep` or `drop` the last, smaller batch of an epoch.
-        momentum: mu of the score's moving average.
-        accumulate: `ema` or `sum`.
+        accumulation: how measures become scores.
         window_rows: largest window of the order.
 
     Raises:
@@ -95,11 +123,9 @@ class Coordinator:
         seed: int = 0,
         batch_size: int = 64,
         tail: Tail = "keep",
-        momentum: float = 0.0,
-        accumulate: Accumulate = "ema",
+        accumulation: Accumulation = Accumulation(),  # noqa: B008 (frozen)
         window_rows: int = WINDOW_ROWS,
     ) -> None:
-        check_accumulation(momentum, accumulate)
         check_batch_size(batch_size, rows)
         if tail not in TAILS:
             raise ConfigError(f"unknown tail {tail!r}; {nearest(tail, TAILS)}")
@@ -109,10 +135,11 @@ class Coordinator:
         self._seed = check_seed(seed)
         self._batch_size = batch_size
         self._tail: Tail = tail
-        self._momentum = momentum
-        self._accumulate: Accumulate = accumulate
+        self._accumulation = accumulation
         self._window_rows = window_rows
         self._version = 0
+        self._attempt = ""
+        self._refused = 0
         # Two epochs: a rank may still be in the one that others have just left.
         self._plans: collections.OrderedDict[int, _Planned] = collections.OrderedDict()
         self._reviews: dict[int, Review] = {}
@@ -124,33 +151,48 @@ class Coordinator:
         """Number of publications so far; 0 before any."""
         return self._version
 
+    @property
+    def attempt(self) -> str:
+        """Names the start of the ranks: each calls `reset` or `load` once. Holders take measures of this one alone."""
+        return self._attempt
+
     def reset(self) -> None:
         """Start over without scores."""
-        self._holders.map("reset")
+        self._attempt = secrets.token_hex(4)  # a number would begin anew with a restarted coordinator
+        self._holders.map("reset", self._attempt)
         self._replace(0)
 
-    def score(self, *job: Any) -> int:
-        """Measure all rows with a model and publish the scores as a new version.
+    def publish(self, version: int, *, expected: int | None = None) -> Publication:
+        """Make the measures that holders have received the scores of `version`.
 
-        Holders keep their scores until all have measured: a version exists whole or not at all.
+        Holders keep their scores until all have said what they have: a version exists whole or not at all.
 
         Args:
-            *job: handed to every holder's `measure`.
+            version: the next one. Any other is refused, and counted: it is stale, or comes twice.
+            expected: rows that must have been measured; None: any number. The others keep their score.
 
-        Returns:
-            The new version.
+        Raises:
+            LostStateError: measures, or the scores before, are gone with a holder that was restarted.
         """
-        similarity, information = zip(*self._holders.map("measure", *job), strict=True)
-        self._holders.map(
-            "publish",
-            self._version + 1,
-            Bounds.union(list(similarity)),
-            Bounds.union(list(information)),
-            self._momentum,
-            self._accumulate,
+        if version != self._version + 1:
+            self._refused += 1
+            return Publication(self._version, refused=self._refused)
+        similarity, information, measured, refused = zip(
+            *self._holders.map("summary", self._accumulation.normalise), strict=True
         )
-        self._replace(self._version + 1)
-        return self._version
+        found = sum(measured)
+        if found == 0:
+            return Publication(self._version, failure="no rows have been measured")
+        if expected is not None and found != expected:
+            raise LostStateError(f"{found} of {expected} measures for score version {version} have arrived")
+        norms = join(similarity), join(information)
+        self._holders.map("publish", version, norms, self._accumulation)
+        self._replace(version)
+        return Publication(version, found, self._refused + sum(refused))
+
+    def forget(self) -> None:
+        """Forget the measures that are not published."""
+        self._holders.map("forget")
 
     def load(self, parts: Any, version: int) -> None:
         """Go back to saved scores.
@@ -162,7 +204,8 @@ class Coordinator:
         Raises:
             CheckpointError: the parts do not hold a score for every row.
         """
-        found = sum(self._holders.map("load", parts, version))
+        self._attempt = secrets.token_hex(4)
+        found = sum(self._holders.map("load", parts, version, self._attempt))
         if found != self._rows:
             raise CheckpointError(
                 f"the checkpoint holds scores of {found} of the {self._rows} rows; a part of it is missing. "
@@ -225,7 +268,8 @@ class Coordinator:
         """Look back at `epoch`, all of whose windows have been made."""
         if epoch not in self._reviews:
             rows = sum(self._holders.map("neglected", epoch, NEGLECT_EPOCHS))
-            self._reviews = {epoch: Review(rows, _neglect_warnings(epoch, rows, self._rows, self._scheduler))}
+            ages = sum(self._holders.map("ages", self._version), start=Ages())
+            self._reviews = {epoch: Review(rows, ages, _neglect_warnings(epoch, rows, self._rows, self._scheduler))}
         return self._reviews[epoch]
 
     def _make_plan(self, epoch: int) -> _Planned:

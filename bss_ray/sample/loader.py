@@ -187,8 +187,7 @@ class Loader:
     def _transfer(self, rows: int, ahead: int) -> Transfer:
         """The way of so many rows at a time to the device."""
         if rows not in self._transfers:
-            columns = {name: self._shards.features[name] for name in self._shards.columns.inputs}
-            columns["row_id"] = Feature((), "int64")
+            columns = {**self._shards.features, "row_id": Feature((), "int64")}
             self._transfers[rows] = make_transfer(columns, rows, self._device, spare=ahead + _THREADS)
         return self._transfers[rows]
 

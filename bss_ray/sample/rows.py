@@ -43,7 +43,7 @@ class RowReader:
 
     def __init__(self, shards: Shards, node: str) -> None:
         self._shards = shards
-        self.row_bytes = sum(shards.features[name].row_bytes for name in shards.columns.inputs)
+        self.row_bytes = sum(feature.row_bytes for feature in shards.features.values())
         # Shards without a node are read by all nodes alike.
         self._others = list(dict.fromkeys(part.node for part in shards.parts if part.node not in ("", node)))
         numbers = {other: number for number, other in enumerate(self._others)}

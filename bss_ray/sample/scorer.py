@@ -1,473 +1,246 @@
-"""A holder of scores: the state of its own rows, their measures, and their keys.
+"""A scorer: a replica of the model that measures rows. It has no state but the weights.
 
-`Scorer` is a plain class; `bss_ray.sample.actors` puts it into a Ray actor. It keeps 14 bytes a row:
-score, similarity and information (float32) and the epoch in which the row was last drawn (uint16).
-Weights and keys are made when they are asked for and forgotten again; the keys of one window's worth
-of rows are kept, because a holder of more rows than that would otherwise make all its keys once more
-for every window of the epoch.
+`Scorer` is a plain class. Scorer actors have one each, ranks use one around the model that they train, and so
+do the actors of a job that scores a corpus.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bss_ray.errors import Problem, WeightError
-from bss_ray.measure.criteria import Measurer
-from bss_ray.measure.forward import measure_rows
-from bss_ray.measure.score import Accumulate, Bounds, accumulate_scores, current_scores
-from bss_ray.sample.permutation import arrivals, race_keys, weight_problems
-from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, exact_sum, ordered_bits, within
-from bss_ray.sample.threads import in_threads
-from bss_ray.schedule.schedulers import Scheduler
+from bss_ray.data.shards import Feature
+from bss_ray.errors import NAMED_IDS, Problem
+from bss_ray.measure.forward import Forward, autocast, evaluating
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.snapshot import ModelSnapshot, unpack_model, unwrap_model, update_model
+from bss_ray.names import loss_column
+from bss_ray.sample.background import work_ahead
+from bss_ray.sample.transfer import Receive, Tensors, Transfer, make_transfer
 
-# Rows whose weights and keys are made at a time: they stay in cache, and nothing beside the state grows.
-_CHUNK_ROWS = 1 << 17
+Columns = Mapping[str, np.ndarray]
 
-# Rows of one window: 2^24 keys and ids are 256 MiB.
-WINDOW_ROWS = 1 << 24
+_ROW_ID = Feature((), "int64")
 
-# `last_drawn` counts epochs from 1 (0: never) and stops at the largest uint16.
-_LAST_EPOCH = (1 << 16) - 1
+# Batches that are on their way to a GPU while one is being measured.
+_AHEAD = 2
 
-
-class LostStateError(RuntimeError):
-    """A holder or the coordinator was restarted and came back without its scores.
-
-    No error of the user's: the ranks start again, and every start loads the scores of the checkpoint.
-    """
+_BAD_OUTPUTS = (
+    "logits must be finite: NaN or infinite measures. Look at these rows' inputs, or lower the learning rate if the "
+    "model has diverged"
+)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """All that a holder needs to make the keys of its rows for one epoch.
+class RowMeasures:
+    """Measures of rows.
 
     Attributes:
-        seed: the run's seed.
-        epoch: epoch, from 0.
-        version: score version that the draw is made from.
-        scheduler: gives the weight of a score.
-        cutoff: None, or (bits, row): only rows of a score above that of `bits` (`ordered_bits`, of
-            the negated score), or of the same score and a row id up to `row`.
-        added_weight: the uniform mix: added to each eligible row's weight.
-        horizon: None without replacement; else the time of the last arrival.
+        rows: (n,) int64 row ids.
+        similarity: (n,) float32; NaN for rows with fewer than two modalities.
+        information: (n,) float32; NaN for rows whose outputs are not finite.
+        losses: (n,) float32 loss of each modality's own head, by `loss_column`, where it was asked for.
+        problems: rows whose outputs are not finite.
+        notices: what the user should read.
     """
 
-    seed: int
-    epoch: int
-    version: int
-    scheduler: Scheduler
-    cutoff: tuple[int, int] | None = None
-    added_weight: float = 0.0
-    horizon: float | None = None
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Figures of the weights w of some rows.
-
-    Attributes:
-        positive: rows with w > 0.
-        total: sum of w,
-        squares: of w^2, and
-        w_log_w: of w log w; all exact, so they do not depend on who holds which row.
-        largest: largest w.
-        problems: what is wrong with them; the other figures leave such rows out.
-    """
-
-    positive: int = 0
-    total: Fraction = Fraction(0)
-    squares: Fraction = Fraction(0)
-    w_log_w: Fraction = Fraction(0)
-    largest: float = 0.0
-    problems: tuple[Problem, ...] = ()
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.positive + other.positive,
-            self.total + other.total,
-            self.squares + other.squares,
-            self.w_log_w + other.w_log_w,
-            max(self.largest, other.largest),
-            self.problems + other.problems,
-        )
-
-    @staticmethod
-    def of(weights: np.ndarray, first_row: int) -> Moments:
-        """Of weights (n,) float64 of the rows from `first_row` on."""
-        problems = weight_problems(weights, first_row)
-        if problems:
-            return Moments(problems=tuple(problems))
-        positive = weights[weights > 0]
-        highest = float(positive.max(initial=0.0))
-        # Squares of very large or small weights leave float64's range: take a power of two out first.
-        scale = math.frexp(highest)[1]
-        squares = exact_sum(np.ldexp(positive, -scale) ** 2) * Fraction(4) ** scale
-        w_log_w = exact_sum(positive * np.log(positive))  # np.log: only looked at, nothing is drawn from it
-        return Moments(len(positive), exact_sum(positive), squares, w_log_w, highest)
-
-
-@dataclass(frozen=True)
-class PartState:
-    """Scores of consecutive rows, as holders keep and save them.
-
-    Attributes:
-        first_row: row id of the first.
-        score: (n,) float32.
-        similarity: (n,) float32, of the last measurement.
-        information: (n,) float32, of the last measurement.
-        last_drawn: (n,) uint16, epoch + 1 in which the row was last drawn; 0 for never.
-    """
-
-    first_row: int
-    score: np.ndarray
+    rows: np.ndarray
     similarity: np.ndarray
     information: np.ndarray
-    last_drawn: np.ndarray
-
-    @staticmethod
-    def empty(first_row: int, rows: int) -> PartState:
-        """The state before the first update."""
-        score, similarity, information = (np.zeros(rows, np.float32) for _ in range(3))
-        return PartState(first_row, score, similarity, information, np.zeros(rows, np.uint16))
-
-    @property
-    def stop_row(self) -> int:
-        """Row id behind the last."""
-        return self.first_row + len(self.score)
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name."""
-        return {name: getattr(self, name) for name in STATE_COLUMNS}
-
-
-STATE_COLUMNS = ("score", "similarity", "information", "last_drawn")
-
-
-class _Chunk(NamedTuple):
-    """Some consecutive rows of a run."""
-
-    run: PartState
-    start: int
-    stop: int
-
-    @property
-    def first_row(self) -> int:
-        return self.run.first_row + self.start
-
-
-class Keys(NamedTuple):
-    """Drawable rows with their keys, for the epoch's race.
-
-    Attributes:
-        keys: (k,) float64.
-        rows: (k,) int64 row ids, ascending.
-    """
-
-    keys: np.ndarray
-    rows: np.ndarray
-
-    def within(self, low: int, high: int) -> Keys:
-        """Those whose key bits lie in [low, high)."""
-        here = within(self.keys.view(np.uint64), low, high)
-        return Keys(self.keys[here], self.rows[here])
-
-
-@dataclass
-class _Prepared:
-    """Own rows whose key bits lie in [low, high), one `Keys` a run."""
-
-    draw: Draw
-    low: int
-    high: int
-    keys: list[Keys] = field(default_factory=list)
+    losses: dict[str, np.ndarray] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
 
 class Scorer:
-    """Scores, measures and keys of the rows of some shards.
+    """Measures rows with one model, unaugmented, in eval mode.
 
     Args:
-        spans: (first row id, rows) of each shard it holds.
         measurer: how to measure a row.
         label: name of the label column.
-        batch_size: rows of a forward pass.
+        forward: batch size, precision and the like.
         device: where the model runs.
-        precision: `fp32`, `bf16` or `fp16` (autocast).
+        model: the model; or let `load` unpack one.
+        losses: measure the loss of each modality's head, too.
     """
 
     def __init__(
         self,
-        spans: list[tuple[int, int]],
+        measurer: Measurer,
+        label: str,
         *,
-        measurer: Measurer | None = None,
-        label: str = "label",
-        batch_size: int = 256,
-        device: str | torch.device = "cpu",
-        precision: str = "fp32",
+        forward: Forward | None = None,
+        device: torch.device | str = "cpu",
+        model: nn.Module | None = None,
+        losses: bool = False,
     ) -> None:
-        self._spans = spans
-        # Neighbouring shards are one run: random numbers are drawn by blocks of 65,536 row ids, and
-        # small shards would draw the same block again and again.
-        self._runs = [PartState.empty(first, rows) for first, rows in _joined(spans)]
-        self._measurer = measurer or Measurer()
+        self._measurer = measurer
         self._label = label
-        self._batch_size = batch_size
+        self._forward = forward or Forward()
         self._device = torch.device(device)
-        self._precision = precision
-        self._version = 0
-        self._measured: list[tuple[np.ndarray, np.ndarray]] = []
-        self._top_counts: tuple[Draw, np.ndarray] | None = None
-        self._prepared: _Prepared | None = None
+        self._losses = losses
+        self._batch_size = self._forward.batch_size
+        self._skeleton: bytes | None = None
+        self._transfers: dict[tuple[Any, ...], Transfer] = {}
+        if model is not None:
+            self._take(model)
 
-    # ---- scores -------------------------------------------------------------------------------
+    def load(self, snapshot: ModelSnapshot) -> None:
+        """Take the model of a snapshot; only its weights, where it is the same model as before."""
+        if self._skeleton is None or not update_model(self._model, snapshot, self._skeleton):
+            model = unpack_model(snapshot).to(self._device)
+            if self._forward.channels_last:
+                model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._take(model)
+        self._skeleton = snapshot.skeleton
 
-    def reset(self) -> None:
-        """Forget all scores: the state before the first update."""
-        self._replace([PartState.empty(run.first_row, len(run.score)) for run in self._runs], 0)
+    def _take(self, model: nn.Module) -> None:
+        self._model = unwrap_model(model)
+        self._run: Any = torch.compile(self._model) if self._forward.compile else self._model
 
-    def measure(self, model: nn.Module, read: Callable[[int], dict[str, np.ndarray]]) -> tuple[Bounds, Bounds]:
-        """Measure all own rows with `model`; the scores stay as they are until `publish`.
+    def measure(self, columns: Columns, first_row: int = 0) -> RowMeasures:
+        """Measure consecutive rows.
 
         Args:
-            model: maps a batch to outputs; moved to the scorer's device.
-            read: columns of the i-th of the own shards, `{name: (rows, ...)}`.
-
-        Returns:
-            Bounds of similarity and of information over the own rows.
+            columns: `{column: (n, ...)}`; read-only views are fine, the model sees copies.
+            first_row: row id of the first.
 
         Raises:
-            ModelOutputError: outputs that cannot be measured, or NaN or infinite logits (row ids named).
+            ModelOutputError: the outputs break the contract.
+            torch.OutOfMemoryError: a single row does not fit.
         """
-        model = model.to(self._device)
-        self._measured = [
-            measure_rows(
-                model,
-                read(index),
-                label=self._label,
-                measurer=self._measurer,
-                batch_size=self._batch_size,
-                device=self._device,
-                precision=self._precision,
-                first_row=first_row,
-            )
-            for index, (first_row, _) in enumerate(self._spans)
-        ]
-        return (
-            Bounds.union([Bounds.of(similarity) for similarity, _ in self._measured]),
-            Bounds.union([Bounds.of(information) for _, information in self._measured]),
-        )
+        with closing(self._batches(columns, first_row)) as batches:
+            return self.measure_batches(batches)
 
-    def publish(
-        self,
-        version: int,
-        similarity_bounds: Bounds,
-        information_bounds: Bounds,
-        momentum: float,
-        accumulate: Accumulate,
-    ) -> None:
-        """Turn the measures into the scores of `version`, with bounds over the rows of all holders.
+    def measure_batches(self, batches: Iterable[Tensors]) -> RowMeasures:
+        """Measure the rows of batches on the device, `{column: (b, ...), "row_id": (b,)}`; errors as of `measure`."""
+        measured: list[dict[str, Tensor]] = []
+        notices: list[str] = []
+        with evaluating(self._model):
+            for batch in batches:
+                start, rows = 0, len(batch["row_id"])
+                while start < rows:
+                    part = {name: values[start : start + self._batch_size] for name, values in batch.items()}
+                    found = self._measure_if_it_fits(part)
+                    if found is None:
+                        notices.append(self._halve())
+                    else:
+                        measured.append(found)
+                        start += len(part["row_id"])
+            # One transfer at the end: none of the batches waits for the device.
+            names = measured[0] if measured else ("row_id", "similarity", "information")
+            columns = {name: _to_numpy([batch[name] for batch in measured]) for name in names}
+        return _report(columns, notices)
 
-        Raises:
-            LostStateError: the scores before, or the measures, are gone.
-        """
-        self._check_version(version - 1)
-        if len(self._measured) != len(self._spans):
-            raise LostStateError(f"there are no measures to publish as version {version}")
-        measured = {first: values for (first, _), values in zip(self._spans, self._measured, strict=True)}
-        runs = []
-        for run in self._runs:
-            shards = [measured[first] for first, _ in self._spans if run.first_row <= first < run.stop_row]
-            similarity, information = (np.concatenate(column) for column in zip(*shards, strict=True))
-            score = current_scores(similarity, information, similarity_bounds, information_bounds)
-            if self._version:
-                score = accumulate_scores(
-                    run.score, score, momentum=momentum, accumulate=accumulate, updates=self._version
-                )
-            runs.append(PartState(run.first_row, score.astype(np.float32), similarity, information, run.last_drawn))
-        self._replace(runs, version)
+    def _measure_if_it_fits(self, batch: Tensors) -> dict[str, Tensor] | None:
+        """Measures of a batch; None if it does not fit into memory."""
+        try:
+            return self._measure_batch(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error) or self._batch_size == 1:
+                raise
+        return None  # out of `except`: its traceback holds what did not fit
 
-    def state(self, version: int) -> list[PartState]:
-        """Scores and measures of all own rows.
-
-        Raises:
-            LostStateError: they are not those of `version`.
-        """
-        self._check_version(version)
-        # Marks of drawn rows go on in the arrays at hand; what is handed out stays as it is.
-        return [replace(run, last_drawn=run.last_drawn.copy()) for run in self._runs]
-
-    def load(self, parts: list[PartState], version: int) -> int:
-        """Take over scores that were saved by any holders; rows of others are passed over.
-
-        Returns:
-            How many own rows were found.
-        """
-        runs = [PartState.empty(run.first_row, len(run.score)) for run in self._runs]
-        found = 0
-        for own in runs:
-            seen = np.zeros(len(own.score), dtype=bool)
-            for saved in parts:
-                start, stop = max(own.first_row, saved.first_row), min(own.stop_row, saved.stop_row)
-                if start >= stop:
-                    continue
-                here = slice(start - own.first_row, stop - own.first_row)
-                there = slice(start - saved.first_row, stop - saved.first_row)
-                for name, values in own.arrays.items():
-                    values[here] = getattr(saved, name)[there]
-                seen[here] = True
-            found += int(seen.sum())
-        self._replace(runs, version)
+    def _measure_batch(self, batch: Tensors) -> dict[str, Tensor]:
+        """(b,) measures, which rows have none by rights, and losses by modality where they are asked for."""
+        with autocast(self._device, self._forward.precision):
+            outputs = self._run(batch)
+        rows = self._measurer.observe(outputs, batch[self._label], batch=batch, model=self._model)
+        found = {"row_id": batch["row_id"], **self._measurer.measures_of(rows)._asdict()}
+        if rows.unpaired is not None:
+            found["unpaired"] = rows.unpaired
+        if self._losses:
+            found |= {loss_column(name): rows.head_losses[name] for name in rows.modalities}
         return found
 
-    def _replace(self, runs: list[PartState], version: int) -> None:
-        """New scores. The arrays are new as well: the old ones may be part of a state that was handed out."""
-        self._runs, self._version, self._measured = runs, version, []
-        self._top_counts = self._prepared = None
+    def _batches(self, columns: Columns, first_row: int) -> Generator[Tensors, None, None]:
+        """Copies of the rows on the device; on their way there while others are measured."""
+        rows, size = len(columns[self._label]), self._batch_size
+        transfer = self._transfer(columns, size)
 
-    def _check_version(self, version: int) -> None:
-        if self._version != version:
-            raise LostStateError(f"a scorer holds score version {self._version}, not {version}: it was restarted")
+        def send(begin: int) -> Receive:
+            here = slice(begin, min(begin + size, rows))
 
-    # ---- the draw -----------------------------------------------------------------------------
+            def fill(arrays: dict[str, np.ndarray]) -> None:
+                for name, values in columns.items():
+                    arrays[name][:] = values[here]
+                arrays["row_id"][:] = np.arange(first_row + here.start, first_row + here.stop)
 
-    def score_counts(self, prefixes: Sequence[int], shift: int) -> np.ndarray:
-        """`radix.Counts` of the negated scores: ascending is best score first."""
-        return self._count(lambda chunk: _score_bits(chunk), prefixes, shift)
+            return transfer.send([here.stop - here.start], fill, self._lay_out)[0]
 
-    def tie_counts(self, score_bits: int, prefixes: Sequence[int], shift: int) -> np.ndarray:
-        """`radix.Counts` of the ids of the rows whose negated score is exactly that of `score_bits`."""
+        starts = iter(range(0, rows, size))
+        if self._device.type != "cuda":  # a copy in memory: there is nothing to overlap with
+            for begin in starts:
+                yield send(begin)()
+            return
+        with closing(work_ahead(starts, send, ahead=_AHEAD, threads=1)) as sent:
+            for receive in sent:
+                yield receive()
 
-        def tied(chunk: _Chunk) -> np.ndarray:
-            return (chunk.first_row + np.flatnonzero(_score_bits(chunk) == score_bits)).astype(np.uint64)
+    def _transfer(self, columns: Columns, size: int) -> Transfer:
+        features = {name: Feature(values.shape[1:], str(values.dtype)) for name, values in columns.items()}
+        key = (size, *features.items())
+        if key not in self._transfers:
+            self._transfers = {key: make_transfer({**features, "row_id": _ROW_ID}, size, self._device, spare=_AHEAD)}
+        return self._transfers[key]
 
-        return self._count(tied, prefixes, shift)
+    def _lay_out(self, _number: int, batch: Tensors) -> Tensors:
+        if not self._forward.channels_last:
+            return batch
+        images = {name: values for name, values in batch.items() if values.ndim == 4}
+        return {**batch, **{name: images[name].to(memory_format=torch.channels_last) for name in images}}
 
-    def moments(self, draw: Draw) -> Moments:
-        """Figures of the own rows' weights, and what is wrong with them: keys can be made only of sound ones."""
-        self._check_version(draw.version)
-
-        def look(chunk: _Chunk) -> Moments:
-            return Moments.of(_weights(chunk, draw), chunk.first_row)
-
-        return sum(in_threads(look, self._chunks()), start=Moments())
-
-    def key_counts(self, draw: Draw, prefixes: Sequence[int], shift: int) -> np.ndarray:
-        """`radix.Counts` of the own rows' keys."""
-        self._check_version(draw.version)
-        counts = self._count(lambda chunk: _keys(chunk, draw).keys.view(np.uint64), prefixes, shift)
-        if shift == TOP_SHIFT:
-            self._top_counts = (draw, counts[0])
-        return counts
-
-    def window(self, draw: Draw, low: int, high: int) -> list[Keys]:
-        """Own rows whose key bits lie in [low, high): one `Keys` for each run of rows."""
-        self._check_version(draw.version)
-        ready = self._prepared
-        if ready is None or ready.draw != draw or not ready.low <= low <= high <= ready.high:
-            ready = self._prepare(draw, low, high)
-        return [keys.within(low, high) for keys in ready.keys]
-
-    def mark_drawn(self, draw: Draw, low: int, last_key: float, last_row: int) -> None:
-        """Note that rows of key bits from `low` up to the row `last_row` of key `last_key` are drawn in this epoch."""
-        last = int(np.array(last_key).view(np.uint64))
-        for run, found in zip(self._runs, self.window(draw, low, last + 1), strict=True):
-            drawn = found.rows[(found.keys < last_key) | (found.rows <= last_row)]
-            run.last_drawn[drawn - run.first_row] = min(draw.epoch + 1, _LAST_EPOCH)
-
-    def neglected(self, epoch: int, epochs: int) -> int:
-        """How many own rows were not drawn in `epoch` and the epochs before it, `epochs` in all."""
-        # After uint16's last epoch there is no telling; 65,535 epochs are far away.
-        first = min(epoch + 1, _LAST_EPOCH) - epochs + 1
-        return sum(int(np.count_nonzero(run.last_drawn < first)) for run in self._runs) if first > 0 else 0
-
-    def _prepare(self, draw: Draw, low: int, high: int) -> _Prepared:
-        """Make the keys of own rows in [low, high), and of as many beyond as one window holds."""
-        self._prepared = None  # the old ones go first
-        if self._top_counts is None or self._top_counts[0] != draw:
-            self.key_counts(draw, [0], TOP_SHIFT)
-        assert self._top_counts is not None
-        digit = low >> TOP_SHIFT
-        below = np.cumsum(self._top_counts[1][digit:])
-        reach = digit + int(np.searchsorted(below, WINDOW_ROWS, side="right"))
-        ready = _Prepared(draw, low, max(high, min(reach, BINS - 1) << TOP_SHIFT))
-        found: dict[int, list[Keys]] = {run.first_row: [] for run in self._runs}
-
-        def collect(chunk: _Chunk) -> tuple[int, Keys]:
-            return chunk.run.first_row, _keys(chunk, draw).within(ready.low, ready.high)
-
-        for first_row, keys in in_threads(collect, self._chunks()):
-            found[first_row].append(keys)
-        for run in self._runs:
-            keys, rows = zip(*found.pop(run.first_row), strict=True)
-            ready.keys.append(Keys(np.concatenate(keys), np.concatenate(rows)))
-        self._prepared = ready
-        return ready
-
-    def _count(self, values: Callable[[_Chunk], np.ndarray], prefixes: Sequence[int], shift: int) -> np.ndarray:
-        """`radix.Counts` of some uint64 values of the own rows."""
-        counts = np.zeros((len(prefixes), BINS), dtype=np.int64)
-        for part in in_threads(lambda chunk: digit_counts(values(chunk), prefixes, shift), self._chunks()):
-            counts += part
-        return counts
-
-    def _chunks(self) -> Iterator[_Chunk]:
-        """All own rows in order, cut where blocks of ids end: a block's numbers are drawn once."""
-        for run in self._runs:
-            edge = -run.first_row % _CHUNK_ROWS
-            edges = [0, *range(edge or _CHUNK_ROWS, len(run.score), _CHUNK_ROWS), len(run.score)]
-            for start, stop in itertools.pairwise(edges):
-                yield _Chunk(run, start, stop)
+    def _halve(self) -> str:
+        """A smaller batch for this and all later passes."""
+        self._transfers.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        too_large, self._batch_size = self._batch_size, self._batch_size // 2
+        return (
+            f"scoring ran out of memory with batches of {too_large} rows and goes on with {self._batch_size}. Lower "
+            "scoring.batch_size to begin there"
+        )
 
 
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(first row id, rows) of maximal runs of consecutive rows, ascending; empty shards are left out."""
-    runs: list[tuple[int, int]] = []
-    for first, rows in sorted(span for span in spans if span[1]):
-        if runs and sum(runs[-1]) == first:
-            runs[-1] = (runs[-1][0], runs[-1][1] + rows)
-        else:
-            runs.append((first, rows))
-    return runs
+def _report(columns: dict[str, np.ndarray], notices: list[str]) -> RowMeasures:
+    rows, similarity, information = (columns.pop(name) for name in ("row_id", "similarity", "information"))
+    bad = not_finite(similarity, information, columns.pop("unpaired", None))
+    information[bad] = np.nan
+    return RowMeasures(rows, similarity, information, columns, bad_row_problems(rows, bad), notices)
 
 
-def _scores(chunk: _Chunk) -> np.ndarray:
-    """(c,) float64, as schedulers expect them."""
-    return chunk.run.score[chunk.start : chunk.stop].astype(np.float64)
+def bad_row_problems(rows: np.ndarray, bad: np.ndarray) -> list[Problem]:
+    """The problem with rows (n,) where `bad` (n,) says that outputs are not finite, if there are any."""
+    return [Problem(_BAD_OUTPUTS, int(bad.sum()), np.sort(rows[bad])[:NAMED_IDS].tolist())] if bad.any() else []
 
 
-def _score_bits(chunk: _Chunk) -> np.ndarray:
-    return ordered_bits(-_scores(chunk))
+def not_finite(similarity: np.ndarray, information: np.ndarray, unpaired: np.ndarray | None) -> np.ndarray:
+    """(n,) rows whose measures say that the model's outputs are NaN or infinite.
+
+    Args:
+        similarity: (n,) measures.
+        information: (n,) measures.
+        unpaired: (n,) rows with fewer than two modalities: they have no similarity, and nothing wrong. None: none.
+    """
+    sound = np.isfinite(similarity) if unpaired is None else np.isfinite(similarity) | unpaired
+    return np.asarray(~(sound & np.isfinite(information)))
 
 
-def _weights(chunk: _Chunk, draw: Draw) -> np.ndarray:
-    """Weights (c,) float64; 0 for rows that cannot be drawn. `Scorer.moments` has looked whether they are sound."""
-    score = _scores(chunk)
-    weights = np.asarray(draw.scheduler.weights(score), dtype=np.float64) + draw.added_weight
-    if weights.shape != score.shape:
-        name = type(draw.scheduler).__name__
-        raise WeightError(f"{name}.weights must return one weight a row; {score.shape} scores gave {weights.shape}")
-    if draw.cutoff is None:
-        return weights
-    best, last_tied = draw.cutoff
-    bits, rows = ordered_bits(-score), np.arange(chunk.first_row, chunk.first_row + len(score))
-    return np.where((bits < best) | ((bits == best) & (rows <= last_tied)), weights, 0.0)
+def _to_numpy(parts: list[Tensor]) -> np.ndarray:
+    """(n,) of the batches' parts; floats as float32."""
+    if not parts:
+        return np.empty(0, np.float32)
+    joined = torch.cat(parts)
+    array: np.ndarray = (joined.float() if joined.is_floating_point() else joined).cpu().numpy()
+    return array
 
 
-def _keys(chunk: _Chunk, draw: Draw) -> Keys:
-    """Keys of the rows that can be drawn; with replacement a row may have several."""
-    weights = _weights(chunk, draw)
-    place = {"seed": draw.seed, "epoch": draw.epoch, "first_row": chunk.first_row}
-    if draw.horizon is not None:
-        return Keys(*arrivals(weights, horizon=draw.horizon, **place))
-    keys = race_keys(weights, **place)
-    drawable = np.flatnonzero(weights)
-    return Keys(keys[drawable], chunk.first_row + drawable)
+def _out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,141 +1,173 @@
-"""Scores on disk: the files of each holder's rows, and how any other holders find theirs again.
-
-A file holds consecutive rows of one holder as plain arrays. It appears under its name only when it is
-whole: it is written beside, flushed to the disk, and renamed. What a manifest says of the files (their
-rows and digests) is written after all of them, so a reader asks for no more files than it needs, and
-notices one that is missing, damaged, or of another score version.
-"""
+"""What holders know of rows: scores and measures, measures on their way, and how old they are."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import zipfile
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 
-from bss_ray.data.cache import sync_folder
-from bss_ray.errors import CheckpointError, StorageError
-from bss_ray.sample.scorer import STATE_COLUMNS, PartState
 
-# Rows of one file (235 MB): whoever wants some of them reads them all.
-_FILE_ROWS = 1 << 24
+class LostStateError(RuntimeError):
+    """A holder or the coordinator was restarted and came back without its scores.
+
+    No error of the user's: the ranks start again, and every start loads the scores of the checkpoint.
+    """
 
 
 @dataclass(frozen=True)
-class ScoreFile:
-    """What a manifest says of a file of scores.
+class PartState:
+    """Scores of consecutive rows, as holders keep and save them.
 
     Attributes:
-        name: file name.
-        first_row: row id of its first row.
-        rows: number of rows.
-        digest: BLAKE2 of its content.
+        first_row: row id of the first.
+        score: (n,) float32.
+        similarity: (n,) float32, of the last measurement; NaN for a row with fewer than two modalities.
+        information: (n,) float32, of the last measurement.
+        last_drawn: (n,) uint16, epoch + 1 in which the row was last drawn; 0 for never.
+        last_measured: (n,) uint16, score version in which the row was last measured; 0 for never.
+        coming: measures of the next version, as far as they are there.
     """
 
-    name: str
     first_row: int
-    rows: int
-    digest: str
+    score: np.ndarray
+    similarity: np.ndarray
+    information: np.ndarray
+    last_drawn: np.ndarray
+    last_measured: np.ndarray
+    coming: ComingMeasures | None = None
+
+    @staticmethod
+    def empty(first_row: int, rows: int) -> PartState:
+        """The state before the first update."""
+        score, similarity, information = (np.zeros(rows, np.float32) for _ in range(3))
+        last_drawn, last_measured = (np.zeros(rows, np.uint16) for _ in range(2))
+        return PartState(first_row, score, similarity, information, last_drawn, last_measured)
+
+    @property
+    def stop_row(self) -> int:
+        """Row id behind the last."""
+        return self.first_row + len(self.score)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name; without those of the next version."""
+        return {name: getattr(self, name) for name in STATE_COLUMNS}
+
+    def copy(self) -> PartState:
+        """The same scores in arrays of their own, without measures of a next version."""
+        score, similarity, information, last_drawn, last_measured = (values.copy() for values in self.arrays.values())
+        return PartState(self.first_row, score, similarity, information, last_drawn, last_measured)
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
-    """Let `write` fill a file that is there whole or not at all; an older one stays until then.
+STATE_COLUMNS = ("score", "similarity", "information", "last_drawn", "last_measured")
 
-    Returns:
-        BLAKE2 digest of the content.
 
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written to.
+@dataclass(frozen=True)
+class ComingMeasures:
+    """Measures of some rows, not yet published.
+
+    A row that is measured again keeps the later measure: that of the higher step, then of the higher information.
+    So neither the order in which measures arrive nor one that arrives twice changes anything.
+
+    Attributes:
+        similarity: (n,) float32.
+        information: (n,) float32.
+        step: (n,) int32 global batch, from 1, of the epoch at hand; 0 from an earlier one; -1: not measured.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w+b") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.seek(0)
-            found = digest(stream)
-        temporary.replace(path)
-        sync_folder(path.parent)  # a rename is an entry of the folder
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path} cannot be written: {error}. Free space on that disk, or choose another folder; what was saved "
-            "before is untouched"
-        ) from error
-    return found
+
+    similarity: np.ndarray
+    information: np.ndarray
+    step: np.ndarray
+
+    @staticmethod
+    def empty(rows: int) -> ComingMeasures:
+        """None yet."""
+        similarity, information = (np.zeros(rows, np.float32) for _ in range(2))
+        return ComingMeasures(similarity, information, np.full(rows, -1, np.int32))
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return {name: getattr(self, name) for name in COMING_COLUMNS}
+
+    def copy(self) -> ComingMeasures:
+        """The same measures in arrays of their own."""
+        return ComingMeasures(*(values.copy() for values in self.arrays.values()))
+
+    @property
+    def measured(self) -> np.ndarray:
+        """(n,) which rows have been measured."""
+        return np.asarray(self.step >= 0)
+
+    def take(self, rows: np.ndarray, new: Delivery) -> None:
+        """Keep new measures (k,) of `rows` (k,), positions that ascend; one may occur more than once."""
+        own = self.arrays.values()
+        fresh = (new.similarity, new.information, new.step)
+        if (self.step[rows] < 0).all() and (np.diff(rows) > 0).all():
+            for array, values in zip(own, fresh, strict=True):
+                array[rows] = values
+            return
+        both = [np.concatenate([array[rows], values]) for array, values in zip(own, fresh, strict=True)]
+        places = np.concatenate([rows, rows])
+        similarity, information, step = both
+        order = np.lexsort((similarity, information, step, places))
+        last = order[np.flatnonzero(np.diff(places[order], append=-1))]  # the greatest of each place
+        for array, values in zip(own, both, strict=True):
+            array[places[last]] = values[last]
 
 
-def digest(stream: BinaryIO) -> str:
-    """BLAKE2 of what is left in a stream."""
-    return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
+COMING_COLUMNS = ("similarity", "information", "step")
 
 
-def write_scores(folder: Path, holder: int, version: int, parts: Iterable[PartState]) -> list[ScoreFile]:
-    """Write one holder's scores of `version`.
+class Delivery(NamedTuple):
+    """Measures on their way to the holders.
 
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written to.
+    Attributes:
+        rows: (k,) int64 row ids, ascending.
+        similarity: (k,) float32.
+        information: (k,) float32.
+        step: (k,) int32 global batch, from 1; 0 where rows are measured beside training.
     """
-    files: list[ScoreFile] = []
-    for part in parts:
-        for start in range(0, len(part.score), _FILE_ROWS):
-            rows = slice(start, start + _FILE_ROWS)
-            arrays = {name: values[rows] for name, values in part.arrays.items()}
-            place = {"first_row": np.int64(part.first_row + start), "version": np.int64(version)}
-            path = folder / f"scores-{holder:05d}-{len(files):05d}.npz"
-            found = write_file(path, partial(_save_arrays, {**place, **arrays}))
-            files.append(ScoreFile(path.name, part.first_row + start, len(arrays["score"]), found))
-    return files
+
+    rows: np.ndarray
+    similarity: np.ndarray
+    information: np.ndarray
+    step: np.ndarray
+
+    @staticmethod
+    def of(rows: np.ndarray, similarity: np.ndarray, information: np.ndarray, step: np.ndarray | int = 0) -> Delivery:
+        """A delivery of rows in any order."""
+        step = np.broadcast_to(np.asarray(step, np.int32), rows.shape)
+        columns = (rows, similarity, information, step)
+        if (np.diff(rows) >= 0).all():
+            return Delivery(*columns)
+        order = np.argsort(rows, kind="stable")
+        return Delivery(*(column[order] for column in columns))
+
+    def sound(self) -> Delivery:
+        """Those of rows whose outputs were finite; the others keep the score that they have."""
+        good = ~np.isnan(self.information)
+        return self if good.all() else Delivery(*(column[good] for column in self))
+
+    def within(self, start: int, stop: int) -> Delivery:
+        """Those of rows [start, stop)."""
+        low, high = np.searchsorted(self.rows, [start, stop])
+        return Delivery(*(column[low:high] for column in self))
 
 
-def _save_arrays(arrays: dict[str, Any], stream: BinaryIO) -> None:
-    np.savez(stream, **arrays)
+class Ages(NamedTuple):
+    """How old the scores of some rows are, in versions.
 
-
-def read_scores(
-    files: Iterable[ScoreFile], read: Callable[[str], bytes], *, version: int, start: int, stop: int
-) -> list[PartState]:
-    """Saved scores that overlap rows [start, stop), whoever held them.
-
-    Args:
-        files: all files of the manifest.
-        read: content of a file by name; an OSError where there is none.
-        version: score version that the manifest names.
-        start: first row id wanted.
-        stop: row id behind the last one wanted.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or holds other rows or another version than the manifest says.
+    Attributes:
+        scored: rows that have been measured at all.
+        total: sum of their ages.
+        oldest: largest of them.
     """
-    wanted = (file for file in files if file.first_row < stop and file.first_row + file.rows > start)
-    return [_read_file(file, read, version) for file in wanted]
 
+    scored: int = 0
+    total: int = 0
+    oldest: int = 0
 
-def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> PartState:
-    try:
-        content = read(file.name)
-    except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error})") from error
-    found = digest(io.BytesIO(content))
-    if found != file.digest:
-        raise CheckpointError(f"{file.name} cannot be used (its digest is {found}, the manifest says {file.digest})")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in STATE_COLUMNS}
-            place = (int(saved["first_row"]), int(saved["version"]))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # written by another program
-        raise CheckpointError(f"{file.name} cannot be used ({error})") from error
-    if place != (file.first_row, version) or len(arrays["score"]) != file.rows:
-        raise CheckpointError(
-            f"{file.name} holds {len(arrays['score'])} rows from row {place[0]} of score version {place[1]}; the "
-            f"manifest says {file.rows} rows from row {file.first_row} of version {version}"
-        )
-    return PartState(place[0], **arrays)
+    def __add__(self, other: Ages) -> Ages:  # type: ignore[override]
+        return Ages(self.scored + other.scored, self.total + other.total, max(self.oldest, other.oldest))

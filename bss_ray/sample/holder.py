@@ -1,0 +1,418 @@
+"""A holder of scores: the state of its own rows, and their keys.
+
+`Holder` is a plain class; `bss_ray.sample.actors` puts it into a Ray actor. It keeps 16 bytes a row: score,
+similarity and information (float32), the epoch in which the row was last drawn and the score version in which
+it was last measured (uint16). Measures of the next version take 12 more, from the first that arrives until
+they are published. It does not ask who measured them: scorers, ranks between epochs, or the training pass itself.
+Weights and keys are made when they are asked for and forgotten again; the keys of one window's worth
+of rows are kept, because a holder of more rows than that would otherwise make all its keys once more
+for every window of the epoch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bss_ray.errors import WeightError
+from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise
+from bss_ray.measure.score import Accumulation, accumulate_scores, current_scores
+from bss_ray.sample.draw import Draw, Keys, Moments
+from bss_ray.sample.permutation import arrivals, race_keys
+from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, ordered_bits
+from bss_ray.sample.state import Ages, ComingMeasures, Delivery, LostStateError, PartState
+from bss_ray.sample.threads import in_threads
+
+# Rows whose weights and keys are made at a time: they stay in cache, and nothing beside the state grows.
+_CHUNK_ROWS = 1 << 17
+
+# Rows of one window: 2^24 keys and ids are 256 MiB.
+WINDOW_ROWS = 1 << 24
+
+# `last_drawn` and `last_measured` count from 1 (0: never) and stop at the largest uint16.
+_LAST_COUNT = (1 << 16) - 1
+
+
+class HolderSummary(NamedTuple):
+    """What a holder says of the measures at hand, before they are published.
+
+    Attributes:
+        similarity: what its normalisation needs to know of the own rows.
+        information: likewise.
+        measured: rows with a measure of the next version.
+        refused: deliveries that were refused so far.
+    """
+
+    similarity: Norm
+    information: Norm
+    measured: int
+    refused: int
+
+
+class _Chunk(NamedTuple):
+    """Some consecutive rows of a run."""
+
+    run: PartState
+    start: int
+    stop: int
+
+    @property
+    def first_row(self) -> int:
+        return self.run.first_row + self.start
+
+
+@dataclass
+class _Prepared:
+    """Own rows whose key bits lie in [low, high), one `Keys` a run."""
+
+    draw: Draw
+    low: int
+    high: int
+    keys: list[Keys] = field(default_factory=list)
+
+
+class Holder:
+    """Scores, measures and keys of the rows of some shards.
+
+    Args:
+        spans: (first row id, rows) of each shard whose rows it holds.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
+        # Neighbouring shards are one run: random numbers are drawn by blocks of 65,536 row ids, and
+        # small shards would draw the same block again and again.
+        self._runs = [PartState.empty(first, rows) for first, rows in _joined(spans)]
+        self._version = 0
+        self._attempt = ""
+        self._epoch = -1
+        self._refused = 0
+        self._top_counts: tuple[Draw, np.ndarray] | None = None
+        self._prepared: _Prepared | None = None
+
+    # ---- scores -------------------------------------------------------------------------------
+
+    def reset(self, attempt: str = "") -> None:
+        """Forget all scores: the state before the first update."""
+        self._attempt = attempt
+        self._replace([PartState.empty(run.first_row, len(run.score)) for run in self._runs], 0)
+
+    def receive(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "") -> int:
+        """Keep measures until they are published; the scores stay as they are. Rows of others are passed over.
+
+        Args:
+            delivery: the measures.
+            epoch: in which they were made; those of a later epoch replace those of an earlier one.
+            attempt: of the ranks, as told by `reset` or `load`; what another attempt sends is refused.
+
+        Returns:
+            How many own rows it had; 0 if it was refused.
+        """
+        if attempt != self._attempt:
+            self._refused += 1
+            return 0
+        if epoch > self._epoch:
+            self._age_coming()
+            self._epoch = epoch
+        found = 0
+        for index, run in enumerate(self._runs):
+            own = delivery.within(run.first_row, run.stop_row)
+            if len(own.rows) == 0:
+                continue
+            if run.coming is None:
+                self._runs[index] = run = replace(run, coming=ComingMeasures.empty(len(run.score)))
+            assert run.coming is not None
+            run.coming.take(own.rows - run.first_row, own)
+            found += len(own.rows)
+        return found
+
+    def forget(self) -> None:
+        """Forget the measures that are not published."""
+        self._runs = [replace(run, coming=None) for run in self._runs]
+
+    def _age_coming(self) -> None:
+        """What has been measured so far is of an earlier epoch from now on."""
+        for run in self._runs:
+            if run.coming is not None:
+                np.minimum(run.coming.step, 0, out=run.coming.step)
+
+    def summary(self, normalise: Normalise) -> HolderSummary:
+        """What the normalisation over all rows needs to know of the own ones, by their latest measures."""
+        kind = NORMALISATIONS[normalise]
+        norms: list[list[Norm]] = [[], []]
+        measured = 0
+        for run in self._runs:
+            known = run.last_measured > 0
+            if run.coming is not None:
+                known |= run.coming.measured
+                measured += int(np.count_nonzero(run.coming.measured))
+            for norm, name in zip(norms, ("similarity", "information"), strict=True):
+                values = _latest(run, name)
+                norm.append(kind.of(values if known.all() else values[known]))
+        similarity, information = (kind.union(norm) for norm in norms)  # type: ignore[arg-type]
+        return HolderSummary(similarity, information, measured, self._refused)
+
+    def publish(
+        self,
+        version: int,
+        norms: tuple[Norm, Norm],
+        accumulation: Accumulation,
+    ) -> None:
+        """Turn the measures at hand into the scores of `version`, with norms over the rows of all holders.
+
+        Rows that have not been measured keep their score.
+
+        Raises:
+            LostStateError: the scores before are gone.
+        """
+        self._check_version(version - 1)
+
+        def update(chunk: _Chunk) -> None:
+            coming = chunk.run.coming
+            if coming is None:
+                return
+            here = slice(chunk.start, chunk.stop)
+            old, new = chunk.run, runs[chunk.run.first_row]
+            fresh = coming.measured[here]
+            similarity, information = coming.similarity[here], coming.information[here]
+            current = current_scores(similarity, information, norms, accumulation.unpaired)
+            if version > 1:
+                mixed = accumulate_scores(
+                    old.score[here],
+                    current,
+                    momentum=accumulation.momentum,
+                    accumulate=accumulation.accumulate,
+                    updates=version - 1,
+                )
+                current = np.where(old.last_measured[here] > 0, mixed, current)
+            columns: dict[str, Any] = {
+                "score": current,
+                "similarity": similarity,
+                "information": information,
+                "last_measured": min(version, _LAST_COUNT),
+            }
+            for name, values in columns.items():
+                np.copyto(getattr(new, name)[here], values, where=fresh, casting="same_kind")
+
+        # New arrays: the old ones may be part of a state that was handed out.
+        runs = {run.first_row: run.copy() for run in self._runs}
+        for _ in in_threads(update, self._chunks()):
+            pass
+        self._replace(list(runs.values()), version)
+
+    def ages(self, version: int) -> Ages:
+        """How old the own rows' scores are.
+
+        Raises:
+            LostStateError: the scores are not those of `version`.
+        """
+        self._check_version(version)
+        found = Ages()
+        for run in self._runs:
+            ages = min(self._version, _LAST_COUNT) - run.last_measured[run.last_measured > 0].astype(np.int64)
+            found += Ages(len(ages), int(ages.sum()), int(ages.max(initial=0)))
+        return found
+
+    def state(self, version: int) -> list[PartState]:
+        """Scores and measures of all own rows.
+
+        Raises:
+            LostStateError: they are not those of `version`.
+        """
+        self._check_version(version)
+        # Marks of drawn rows and measures go on in the arrays at hand; what is handed out stays as it is.
+        return [
+            replace(run, last_drawn=run.last_drawn.copy(), coming=None if run.coming is None else run.coming.copy())
+            for run in self._runs
+        ]
+
+    def load(self, parts: list[PartState], version: int, attempt: str = "") -> int:
+        """Take over scores that were saved by any holders; rows of others are passed over.
+
+        Args:
+            parts: the saved scores.
+            version: of them.
+            attempt: of the ranks; from now on measures of another one are refused.
+
+        Returns:
+            How many own rows were found.
+        """
+        runs = [PartState.empty(run.first_row, len(run.score)) for run in self._runs]
+        found = 0
+        for index, own in enumerate(runs):
+            seen = np.zeros(len(own.score), dtype=bool)
+            for saved in parts:
+                start, stop = max(own.first_row, saved.first_row), min(own.stop_row, saved.stop_row)
+                if start >= stop:
+                    continue
+                here = slice(start - own.first_row, stop - own.first_row)
+                there = slice(start - saved.first_row, stop - saved.first_row)
+                for name, values in own.arrays.items():
+                    values[here] = getattr(saved, name)[there]
+                if saved.coming is not None:
+                    if own.coming is None:
+                        runs[index] = own = replace(own, coming=ComingMeasures.empty(len(own.score)))
+                    assert own.coming is not None
+                    for name, values in own.coming.arrays.items():
+                        values[here] = getattr(saved.coming, name)[there]
+                seen[here] = True
+            found += int(seen.sum())
+        self._attempt = attempt
+        self._replace(runs, version)
+        return found
+
+    def _replace(self, runs: list[PartState], version: int) -> None:
+        """New scores. The arrays are new as well: the old ones may be part of a state that was handed out."""
+        self._runs, self._version, self._epoch = runs, version, -1
+        self._top_counts = self._prepared = None
+
+    def _check_version(self, version: int) -> None:
+        if self._version != version:
+            raise LostStateError(f"a holder has score version {self._version}, not {version}: it was restarted")
+
+    # ---- the draw -----------------------------------------------------------------------------
+
+    def score_counts(self, prefixes: Sequence[int], shift: int) -> np.ndarray:
+        """`radix.Counts` of the negated scores: ascending is best score first."""
+        return self._count(lambda chunk: _score_bits(chunk), prefixes, shift)
+
+    def tie_counts(self, score_bits: int, prefixes: Sequence[int], shift: int) -> np.ndarray:
+        """`radix.Counts` of the ids of the rows whose negated score is exactly that of `score_bits`."""
+
+        def tied(chunk: _Chunk) -> np.ndarray:
+            return (chunk.first_row + np.flatnonzero(_score_bits(chunk) == score_bits)).astype(np.uint64)
+
+        return self._count(tied, prefixes, shift)
+
+    def moments(self, draw: Draw) -> Moments:
+        """Figures of the own rows' weights, and what is wrong with them: keys can be made only of sound ones."""
+        self._check_version(draw.version)
+
+        def look(chunk: _Chunk) -> Moments:
+            return Moments.of(_weights(chunk, draw), chunk.first_row)
+
+        return sum(in_threads(look, self._chunks()), start=Moments())
+
+    def key_counts(self, draw: Draw, prefixes: Sequence[int], shift: int) -> np.ndarray:
+        """`radix.Counts` of the own rows' keys."""
+        self._check_version(draw.version)
+        counts = self._count(lambda chunk: _keys(chunk, draw).keys.view(np.uint64), prefixes, shift)
+        if shift == TOP_SHIFT:
+            self._top_counts = (draw, counts[0])
+        return counts
+
+    def window(self, draw: Draw, low: int, high: int) -> list[Keys]:
+        """Own rows whose key bits lie in [low, high): one `Keys` for each run of rows."""
+        self._check_version(draw.version)
+        ready = self._prepared
+        if ready is None or ready.draw != draw or not ready.low <= low <= high <= ready.high:
+            ready = self._prepare(draw, low, high)
+        return [keys.within(low, high) for keys in ready.keys]
+
+    def mark_drawn(self, draw: Draw, low: int, last_key: float, last_row: int) -> None:
+        """Note that rows of key bits from `low` up to the row `last_row` of key `last_key` are drawn in this epoch."""
+        last = int(np.array(last_key).view(np.uint64))
+        for run, found in zip(self._runs, self.window(draw, low, last + 1), strict=True):
+            drawn = found.rows[(found.keys < last_key) | (found.rows <= last_row)]
+            run.last_drawn[drawn - run.first_row] = min(draw.epoch + 1, _LAST_COUNT)
+
+    def neglected(self, epoch: int, epochs: int) -> int:
+        """How many own rows were not drawn in `epoch` and the epochs before it, `epochs` in all."""
+        # After uint16's last epoch there is no telling; 65,535 epochs are far away.
+        first = min(epoch + 1, _LAST_COUNT) - epochs + 1
+        return sum(int(np.count_nonzero(run.last_drawn < first)) for run in self._runs) if first > 0 else 0
+
+    def _prepare(self, draw: Draw, low: int, high: int) -> _Prepared:
+        """Make the keys of own rows in [low, high), and of as many beyond as one window holds."""
+        self._prepared = None  # the old ones go first
+        if self._top_counts is None or self._top_counts[0] != draw:
+            self.key_counts(draw, [0], TOP_SHIFT)
+        assert self._top_counts is not None
+        digit = low >> TOP_SHIFT
+        below = np.cumsum(self._top_counts[1][digit:])
+        reach = digit + int(np.searchsorted(below, WINDOW_ROWS, side="right"))
+        ready = _Prepared(draw, low, max(high, min(reach, BINS - 1) << TOP_SHIFT))
+        found: dict[int, list[Keys]] = {run.first_row: [] for run in self._runs}
+
+        def collect(chunk: _Chunk) -> tuple[int, Keys]:
+            return chunk.run.first_row, _keys(chunk, draw).within(ready.low, ready.high)
+
+        for first_row, keys in in_threads(collect, self._chunks()):
+            found[first_row].append(keys)
+        for run in self._runs:
+            keys, rows = zip(*found.pop(run.first_row), strict=True)
+            ready.keys.append(Keys(np.concatenate(keys), np.concatenate(rows)))
+        self._prepared = ready
+        return ready
+
+    def _count(self, values: Callable[[_Chunk], np.ndarray], prefixes: Sequence[int], shift: int) -> np.ndarray:
+        """`radix.Counts` of some uint64 values of the own rows."""
+        counts = np.zeros((len(prefixes), BINS), dtype=np.int64)
+        for part in in_threads(lambda chunk: digit_counts(values(chunk), prefixes, shift), self._chunks()):
+            counts += part
+        return counts
+
+    def _chunks(self) -> Iterator[_Chunk]:
+        """All own rows in order, cut where blocks of ids end: a block's numbers are drawn once."""
+        for run in self._runs:
+            edge = -run.first_row % _CHUNK_ROWS
+            edges = [0, *range(edge or _CHUNK_ROWS, len(run.score), _CHUNK_ROWS), len(run.score)]
+            for start, stop in itertools.pairwise(edges):
+                yield _Chunk(run, start, stop)
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(first row id, rows) of maximal runs of consecutive rows, ascending; empty shards are left out."""
+    runs: list[tuple[int, int]] = []
+    for first, rows in sorted(span for span in spans if span[1]):
+        if runs and sum(runs[-1]) == first:
+            runs[-1] = (runs[-1][0], runs[-1][1] + rows)
+        else:
+            runs.append((first, rows))
+    return runs
+
+
+def _latest(run: PartState, name: str) -> np.ndarray:
+    """(n,) the latest measures of a run's rows, published or not."""
+    published: np.ndarray = getattr(run, name)
+    if run.coming is None:
+        return published
+    coming: np.ndarray = getattr(run.coming, name)
+    return coming if run.coming.measured.all() else np.where(run.coming.measured, coming, published)
+
+
+def _scores(chunk: _Chunk) -> np.ndarray:
+    """(c,) float64, as schedulers expect them."""
+    return chunk.run.score[chunk.start : chunk.stop].astype(np.float64)
+
+
+def _score_bits(chunk: _Chunk) -> np.ndarray:
+    return ordered_bits(-_scores(chunk))
+
+
+def _weights(chunk: _Chunk, draw: Draw) -> np.ndarray:
+    """Weights (c,) float64; 0 for rows that cannot be drawn. `Holder.moments` has looked whether they are sound."""
+    score = _scores(chunk)
+    weights = np.asarray(draw.scheduler.weights(score), dtype=np.float64) + draw.added_weight
+    if weights.shape != score.shape:
+        name = type(draw.scheduler).__name__
+        raise WeightError(f"{name}.weights must return one weight a row; {score.shape} scores gave {weights.shape}")
+    if draw.cutoff is None:
+        return weights
+    best, last_tied = draw.cutoff
+    bits, rows = ordered_bits(-score), np.arange(chunk.first_row, chunk.first_row + len(score))
+    return np.where((bits < best) | ((bits == best) & (rows <= last_tied)), weights, 0.0)
+
+
+def _keys(chunk: _Chunk, draw: Draw) -> Keys:
+    """Keys of the rows that can be drawn; with replacement a row may have several."""
+    weights = _weights(chunk, draw)
+    place = {"seed": draw.seed, "epoch": draw.epoch, "first_row": chunk.first_row}
+    if draw.horizon is not None:
+        return Keys(*arrivals(weights, horizon=draw.horizon, **place))
+    keys = race_keys(weights, **place)
+    drawable = np.flatnonzero(weights)
+    return Keys(keys[drawable], chunk.first_row + drawable)

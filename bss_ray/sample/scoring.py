@@ -1,0 +1,141 @@
+"""How and where rows are scored: the settings, and which engine fits the resources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from bss_ray.errors import ConfigError, nearest
+from bss_ray.measure.forward import Forward
+from bss_ray.measure.normalise import Normalise
+from bss_ray.measure.score import Accumulate, Accumulation, Unpaired
+
+Engine = Literal["auto", "actors", "workers", "online"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+
+# What is done with rows whose outputs are NaN or infinite.
+BadRows = Literal["error", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How and where rows are scored.
+
+    Args:
+        engine: `actors`: scorer actors forward all rows, between epochs or, with `overlap`, beside the next one;
+            `workers`: the ranks forward their own node's rows between epochs; `online`: the outputs of the training
+            pass are the measures, and no forward pass is made for them; `auto`: actors where scorers have resources of
+            their own, else workers, and says so.
+        overlap: `actors`: epoch e+1 trains while the scores of epoch e's model are made; they are published after it.
+        sweep_every: `online`: every so many updates the ranks forward all rows; 0 never.
+        num_holders: actors that hold scores; the order of rows does not depend on it.
+        num_scorers: `actors`: scorer actors, each with a model of its own.
+        momentum: mu in [0, 1) of the score's moving average; 0 is the released code.
+        accumulate: `ema`, or `sum` (the mean of all updates).
+        normalise: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
+        unpaired: rows with fewer than two modalities count as `neutral`, as `lowest`, or are an `error`.
+        bad_rows: rows whose outputs are NaN or infinite are an `error`, or `keep` their score.
+        max_failed_updates: so many updates of the scores in a row may fail, because scorers are lost; the run goes on
+            with the scores it has.
+        restart_timeout_s: seconds to wait for a lost scorer while no other is left.
+        batch_size: rows of a scoring pass; halved, with a message, where they do not fit into memory.
+        precision: `fp32`, `bf16` or `fp16` (autocast) of scoring passes.
+        channels_last: memory layout of images and model in scoring passes.
+        compile: run scoring passes through `torch.compile`.
+        cpus_per_holder: logical CPUs of a holder, which also works with so many threads, at least one. 0, because
+            holders work while the ranks wait; give large data sets more (docs/scale.md).
+        cpus_per_scorer: likewise of a scorer.
+        gpus_per_scorer: share of a GPU of a scorer; leave the ranks the rest of it.
+
+    Raises:
+        ConfigError: a setting is unknown, out of its range, or without effect.
+    """
+
+    engine: Engine = "auto"
+    overlap: bool = False
+    sweep_every: int = 0
+    num_holders: int = 2
+    num_scorers: int = 2
+    momentum: float = 0.0
+    accumulate: Accumulate = "ema"
+    normalise: Normalise = "minmax"
+    unpaired: Unpaired = "neutral"
+    bad_rows: BadRows = "error"
+    max_failed_updates: int = 3
+    restart_timeout_s: float = 60.0
+    batch_size: int = 256
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    cpus_per_holder: float = 0.0
+    cpus_per_scorer: float = 0.0
+    gpus_per_scorer: float = 0.0
+
+    def __post_init__(self) -> None:
+        _ = self.accumulation, self.forward  # they check their own settings
+        for name, choices in (("engine", ENGINES), ("bad_rows", get_args(BadRows))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"unknown scoring {name} {value!r}; {nearest(value, choices)}")
+        for name, least in (("num_holders", 1), ("num_scorers", 1), ("sweep_every", 0), ("max_failed_updates", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"scoring.{name} must be at least {least}; received {getattr(self, name)}")
+        for name in ("cpus_per_holder", "cpus_per_scorer", "gpus_per_scorer", "restart_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"scoring.{name} cannot be negative; received {getattr(self, name)}")
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Refuse settings that the engine has no use for."""
+        if self.overlap and self.engine not in ("actors", "auto"):
+            raise ConfigError(f"scoring.overlap is for engine=actors; engine={self.engine} has no use for it")
+        if self.sweep_every and self.engine != "online":
+            raise ConfigError(f"scoring.sweep_every is for engine=online; engine={self.engine} scores all rows anyway")
+        if self.accumulate == "sum" and self.engine == "online":
+            raise ConfigError(
+                "accumulate='sum' is the mean of all updates of a row, and engine=online does not update all rows "
+                "alike. Use accumulate='ema' with a momentum, or another engine"
+            )
+
+    @property
+    def accumulation(self) -> Accumulation:
+        """How measures become scores."""
+        return Accumulation(
+            momentum=self.momentum, accumulate=self.accumulate, normalise=self.normalise, unpaired=self.unpaired
+        )
+
+    @property
+    def forward(self) -> Forward:
+        """How the model is run over rows."""
+        return Forward(
+            batch_size=self.batch_size,
+            precision=self.precision,
+            channels_last=self.channels_last,
+            compile=self.compile,
+        )
+
+
+def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ranks_use_gpu: bool) -> tuple[Engine, str]:
+    """The engine that `auto` stands for, and why.
+
+    Args:
+        scoring: the settings.
+        spare_cpus: CPUs of the cluster that the ranks leave.
+        spare_gpus: GPUs of the cluster that the ranks leave.
+        ranks_use_gpu: whether ranks train on GPUs.
+    """
+    if scoring.engine != "auto":
+        return scoring.engine, "as set"
+    if scoring.overlap:
+        return "actors", "overlap=true trains and scores at the same time"
+    if scoring.gpus_per_scorer > 0 or scoring.cpus_per_scorer > 0:
+        return "actors", "scorers are given resources of their own"
+    if ranks_use_gpu:
+        if spare_gpus > 0:
+            return "workers", (
+                f"the ranks leave {spare_gpus:g} GPUs unused, but gpus_per_scorer is 0; set it for engine=actors"
+            )
+        return "workers", "the ranks hold all GPUs: they score their own rows, without a second copy of the model"
+    if spare_cpus >= scoring.num_scorers:
+        return "actors", f"the ranks leave {spare_cpus:g} CPUs for {scoring.num_scorers} scorers"
+    return "workers", f"the ranks leave {spare_cpus:g} CPUs, too few for {scoring.num_scorers} scorers beside them"
