@@ -17,14 +17,16 @@ _WHERE = {
     "Columns": "bss_ray.data.columns",
     "Heuristic": "bss_ray.schedule.schedulers",
     "Learning": "bss_ray.schedule.schedulers",
-    "Measurer": "bss_ray.measure.criteria",
-    "Measures": "bss_ray.measure.criteria",
+    "Measurer": "bss_ray.measure.measurer",
+    "Measures": "bss_ray.measure.measurer",
     "RowRandom": "bss_ray.sample.randomness",
-    "Scoring": "bss_ray.sample.actors",
+    "Scoring": "bss_ray.sample.scoring",
     "StoreConfig": "bss_ray.data.store",
     "Uniform": "bss_ray.schedule.schedulers",
     "balance_scores": "bss_ray.measure.score",
     "get_sampler": "bss_ray.train.sampler",
+    "register_information": "bss_ray.measure.criteria",
+    "register_similarity": "bss_ray.measure.criteria",
     "weighted_permutation": "bss_ray.sample.permutation",
 }
 
@@ -42,6 +44,8 @@ __all__ = [
     "Uniform",
     "balance_scores",
     "get_sampler",
+    "register_information",
+    "register_similarity",
     "weighted_permutation",
 ]
 
@@ -49,11 +53,12 @@ if TYPE_CHECKING:
     from bss_ray.data.columns import Columns
     from bss_ray.data.store import StoreConfig
     from bss_ray.errors import BssRayError
-    from bss_ray.measure.criteria import Measurer, Measures
+    from bss_ray.measure.criteria import register_information, register_similarity
+    from bss_ray.measure.measurer import Measurer, Measures
     from bss_ray.measure.score import balance_scores
-    from bss_ray.sample.actors import Scoring
     from bss_ray.sample.permutation import weighted_permutation
     from bss_ray.sample.randomness import RowRandom
+    from bss_ray.sample.scoring import Scoring
     from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
     from bss_ray.train.sampler import get_sampler
     from bss_ray.train.trainer import BalancedTrainer

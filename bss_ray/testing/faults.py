@@ -71,7 +71,7 @@ class KillActor:
     """Kill -9 an actor of this run, from inside its train loop; Ray restarts it empty.
 
     Attributes:
-        role: `coordinator`, or `scorer-0`, `scorer-1`, ...
+        role: `coordinator`, or `holder-0`, `holder-1`, ...
     """
 
     role: str

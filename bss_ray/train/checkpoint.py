@@ -3,7 +3,7 @@
     manifest.json            format, fingerprint of the data, seed, position, history, digests of all files
     model.pt                 state dict
     <name>.pt                state dict of whatever else was handed over (optimizer, lr_schedule, ...)
-    scores-00000-00000.npz   scores and measures of one holder's rows, see `bss_ray.sample.state`
+    scores-00000-00000.npz   scores and measures of one holder's rows, see `bss_ray.sample.score_files`
 
 Each rank writes the files of some holders, rank 0 the rest; Ray Train joins them in one folder and
 counts a checkpoint only when all ranks have delivered theirs.
@@ -24,11 +24,11 @@ import ray.train
 import torch
 
 from bss_ray.errors import CheckpointError
-from bss_ray.sample.scorer import PartState
-from bss_ray.sample.state import ScoreFile, digest, read_scores, write_file
+from bss_ray.sample.score_files import ScoreFile, digest, read_scores, write_file
+from bss_ray.sample.state import PartState
 
-# 2: scores are float32 and know when a row was last drawn; files know their rows.
-FORMAT = 2
+# 3: scores know the version in which a row was last measured, and measures of the next version belong to the state.
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 _REMEDY = "Choose another run name, or go back to the data and settings that the run was started with"
@@ -60,9 +60,10 @@ class Manifest:
         fingerprint: of the training data.
         seed: of the run.
         rows: of the training data.
+        num_classes: of the training data: values that each head returns.
         position: where training goes on.
         history: metrics of all finished epochs, in order.
-        observed: sums of the unfinished epoch's measures over all ranks: rows, similarity, information.
+        observed: sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.sampler.Observed`.
         digests: BLAKE2 of each state dict's file.
         scores: the files of scores.
         format: version of this layout.
@@ -71,6 +72,7 @@ class Manifest:
     fingerprint: str
     seed: int
     rows: int
+    num_classes: int
     position: Position
     history: list[dict[str, Any]]
     observed: list[float]

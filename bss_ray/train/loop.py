@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from dataclasses import dataclass, field
@@ -11,11 +10,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import ray.train.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError, ModelOutputError, nearest
-from bss_ray.measure.forward import PRECISIONS, autocast, unwrap_model
+from bss_ray.imports import import_name
+from bss_ray.measure.forward import PRECISIONS, autocast
+from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.train.metrics import HeadMetrics, evaluate
 from bss_ray.train.sampler import Sampler, Stateful, get_sampler
 
@@ -42,7 +43,7 @@ class ModelSpec:
         Raises:
             ConfigError: it cannot be imported, is no `nn.Module`, or does not take the arguments.
         """
-        kind = import_name(self.class_path.replace(":", "."))
+        kind = import_name(self.class_path)
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise ConfigError(f"--model.class_path must name a torch.nn.Module; {self.class_path!r} is {kind!r}")
         known = {"shapes": shapes, "num_classes": num_classes}
@@ -55,22 +56,6 @@ class ModelSpec:
                 f"model {self.class_path} cannot be built: {error}; it takes {list(parameters)}"
             ) from None
         return kind(**{**given, **self.init_args})
-
-
-def import_name(path: str) -> Any:
-    """The object at `package.module.name`.
-
-    Raises:
-        ConfigError: no such module or name (with the nearest).
-    """
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot import {path!r}: {error}. Write package.module.Name") from error
-    if not hasattr(module, name):
-        raise ConfigError(f"module {module_name} has no {name!r}; {nearest(name, dir(module))}")
-    return getattr(module, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +136,8 @@ def default_loop(args: LoopArgs) -> None:
     scaler = torch.amp.GradScaler(sampler.device.type, enabled=precision == "fp16")
     stateful: dict[str, Stateful] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
     sampler.restore(model=model, **stateful)
-    metrics = HeadMetrics(sampler.shards.columns.modalities, sampler.shards.num_classes, sampler.device)
+    columns = sampler.shards.columns
+    metrics = HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
 
     for epoch in sampler.epochs(config.epochs, model=model):
         model.train()
@@ -160,7 +146,7 @@ def default_loop(args: LoopArgs) -> None:
             with autocast(sampler.device, precision):
                 outputs = model(batch)
             sampler.observe(batch, outputs)
-            loss = sampler.measurer.loss(_as_float(outputs), batch[label]).mean() * sampler.loss_scale
+            loss = sampler.loss(batch, outputs).mean() * sampler.loss_scale
             if not torch.isfinite(loss):
                 raise ModelOutputError(
                     f"the loss of epoch {epoch}, batch {sampler.position.batch - 1} is {float(loss)}; no step was "
@@ -233,7 +219,3 @@ def _seed_step(seed: int, sampler: Sampler) -> None:
     position = sampler.position
     entropy = [seed, position.epoch, position.batch, ray.train.get_context().get_world_rank()]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
-def _as_float(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: logits.float() for name, logits in outputs.items()}

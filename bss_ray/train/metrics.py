@@ -1,58 +1,103 @@
-"""Metrics of every head over all ranks: fused, each modality, and the sum of the heads."""
+"""Metrics of every head over all ranks: fused, each modality, and the modalities' heads taken together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAveragePrecision, MulticlassF1Score
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAveragePrecision,
+    MulticlassF1Score,
+    MultilabelAccuracy,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+)
+from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
 
-from bss_ray.measure.criteria import FUSED, Outputs
+from bss_ray.data.columns import Task
 from bss_ray.measure.forward import autocast, evaluating
+from bss_ray.measure.observation import Outputs
+from bss_ray.names import FUSED, presence_column
 
-# The prediction from the sum of the modalities' logits: what the heads know without the fused one.
-SUM = "sum"
+# The prediction of the modalities' heads without the fused one: the sum of their logits, or the mean of their values.
+SUM, MEAN = "sum", "mean"
+
+METRICS: dict[Task, tuple[str, ...]] = {
+    "multiclass": ("accuracy", "map", "f1"),
+    "multilabel": ("accuracy", "map", "f1"),
+    "regression": ("r2", "mae", "rmse"),
+}
+
+# The smaller, the better.
+_ERRORS = ("mae", "rmse")
+
+# Label of a row that does not count. Left out instead, a batch without any that does would be empty, which
+# torchmetrics' classification does not take, and a rank without such a batch could not join the others' states.
+_IGNORED = -1
 
 
-METRICS = ("accuracy", "map", "f1")
-
-
-def metric_names(prefix: str, modalities: Sequence[str]) -> list[str]:
+def metric_names(prefix: str, modalities: Sequence[str], task: Task = "multiclass") -> list[str]:
     """All names that `HeadMetrics.compute(prefix)` returns."""
-    return [f"{prefix}_{metric}_{head}" for metric in METRICS for head in (FUSED, *modalities, SUM)]
+    return [f"{prefix}_{metric}_{head}" for metric in METRICS[task] for head in (FUSED, *modalities, _together(task))]
+
+
+def default_metric(prefix: str, task: Task = "multiclass") -> str:
+    """The metric that a task is judged by unless another is asked for: the fused head's accuracy, or its R²."""
+    return f"{prefix}_{METRICS[task][0]}_{FUSED}"
+
+
+def is_error(name: str) -> bool:
+    """Whether lower values of a metric of `metric_names` are better."""
+    return name.split("_")[1] in _ERRORS
+
+
+def _together(task: Task) -> str:
+    """Name of the modalities' heads taken together."""
+    return MEAN if task == "regression" else SUM
 
 
 class HeadMetrics:
-    """Accuracy, mean average precision and macro F1 of each head.
+    """Metrics of each head, by the kind of labels.
 
-    States are summed (or joined) over the ranks by torchmetrics when a process group is there, so
-    every rank computes the same figures over all rows.
+    - multiclass: accuracy, mean average precision and macro F1;
+    - multilabel: the same over classes, accuracy over all rows and classes (threshold 0.5);
+    - regression: R² (mean over the D numbers), mean absolute and root mean squared error.
+
+    Rows that lack a modality do not count for its own head, and it takes no part in their sum or mean. States are
+    summed (or joined) over the ranks by torchmetrics when a process group is there, so every rank computes the same
+    figures over all rows.
 
     Args:
         modalities: names of the modalities.
-        num_classes: C.
+        num_classes: C, or the D numbers of a regression.
         device: where predictions lie.
+        task: kind of the labels.
     """
 
-    def __init__(self, modalities: Sequence[str], num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self, modalities: Sequence[str], num_classes: int, device: torch.device, task: Task = "multiclass"
+    ) -> None:
         self._modalities = list(modalities)
-        metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "map": MulticlassAveragePrecision(num_classes, average="macro"),
-                "f1": MulticlassF1Score(num_classes, average="macro"),
-            }
-        )
-        self._heads = {name: metrics.clone().to(device) for name in (FUSED, *modalities, SUM)}
+        self._task = task
+        metrics = MetricCollection(_metrics(task, num_classes))
+        self._heads = {name: metrics.clone().to(device) for name in (FUSED, *modalities, _together(task))}
 
-    def update(self, outputs: Outputs, labels: Tensor) -> None:
-        """Count one batch."""
-        logits = {name: values.float() for name, values in outputs.items()}
-        logits[SUM] = torch.stack([logits[name] for name in self._modalities]).sum(0)
+    def update(self, outputs: Outputs, labels: Tensor, batch: Mapping[str, Tensor] | None = None) -> None:
+        """Count one batch.
+
+        Args:
+            outputs: of the model; features among them are passed over.
+            labels: of the rows.
+            batch: its `has_<modality>` columns say which rows lack which modality; None: no row does.
+        """
+        present = {name: (batch or {}).get(presence_column(name)) for name in self._modalities}
+        logits = {name: outputs[name].float() for name in (FUSED, *self._modalities)}
+        logits[_together(self._task)] = self._join(logits, present)
         for name, metrics in self._heads.items():
-            metrics.update(logits[name].softmax(-1), labels)
+            self._count(metrics, logits[name], labels, present.get(name))
 
     def compute(self, prefix: str) -> dict[str, float]:
         """`{prefix}_{metric}_{head}` of all batches since the last call; then start over."""
@@ -62,6 +107,53 @@ class HeadMetrics:
                 figures[f"{prefix}_{metric}_{head}"] = float(value)
             metrics.reset()
         return figures
+
+    def _join(self, logits: Mapping[str, Tensor], present: Mapping[str, Tensor | None]) -> Tensor:
+        """(B, C) sum of the logits, or mean of the values, of the modalities that each row has."""
+        there = [_column(present[name], logits[name]) for name in self._modalities]
+        total = torch.stack([logits[name] * mask for name, mask in zip(self._modalities, there, strict=True)]).sum(0)
+        return total / torch.stack(there).sum(0) if self._task == "regression" else total
+
+    def _count(self, metrics: MetricCollection, logits: Tensor, labels: Tensor, present: Tensor | None) -> None:
+        """Count the rows that are present (B,), of one head."""
+        if self._task == "regression":
+            # Float64: R² takes the variance of the labels from the difference of two sums.
+            values, truth = logits.double(), labels.double().reshape(logits.shape)
+            metrics.update(*((values, truth) if present is None else (values[present], truth[present])))
+            return
+        truth = labels.long()
+        if present is not None:
+            truth = torch.where(present.reshape(-1, *[1] * (labels.ndim - 1)), truth, _IGNORED)
+        metrics.update(logits.softmax(-1) if self._task == "multiclass" else logits.sigmoid(), truth)
+
+
+def _column(present: Tensor | None, logits: Tensor) -> Tensor:
+    """(B, 1) 1 for the rows that are present, in the logits' dtype."""
+    return torch.ones_like(logits[:, :1]) if present is None else present.unsqueeze(-1).to(logits.dtype)
+
+
+def _metrics(task: Task, width: int) -> dict[str, Metric | MetricCollection]:
+    """torchmetrics' classes for a task, by our names."""
+    if task == "regression":
+        return {"r2": _R2(), "mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}
+    if task == "multilabel":
+        return {
+            "accuracy": MultilabelAccuracy(width, average="micro", ignore_index=_IGNORED),
+            "map": MultilabelAveragePrecision(width, average="macro", ignore_index=_IGNORED),
+            "f1": MultilabelF1Score(width, average="macro", ignore_index=_IGNORED),
+        }
+    return {
+        "accuracy": MulticlassAccuracy(width, average="micro", ignore_index=_IGNORED),
+        "map": MulticlassAveragePrecision(width, average="macro", ignore_index=_IGNORED),
+        "f1": MulticlassF1Score(width, average="macro", ignore_index=_IGNORED),
+    }
+
+
+class _R2(R2Score):
+    """R², NaN for fewer than two rows (torchmetrics raises): so few may have a modality."""
+
+    def compute(self) -> Tensor:
+        return super().compute() if self.total >= 2 else torch.tensor(float("nan"))
 
 
 def evaluate(
@@ -87,5 +179,5 @@ def evaluate(
     """
     with evaluating(model), autocast(device, precision):
         for batch in batches:
-            metrics.update(model(batch), batch[label])
+            metrics.update(model(batch), batch[label], batch)
     return metrics.compute(prefix)

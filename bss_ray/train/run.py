@@ -19,17 +19,18 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, files_key, load_splits, parquet_paths
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import ConfigError, DataError, nearest
-from bss_ray.measure.criteria import Measurer
 from bss_ray.measure.forward import to_tensors
-from bss_ray.sample.actors import Scoring
+from bss_ray.measure.measurer import Measurer
 from bss_ray.sample.plan import Tail
+from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
-from bss_ray.train.metrics import HeadMetrics, evaluate, metric_names
+from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
+from bss_ray.train.resources import check_resources, settle_engine
 from bss_ray.train.scores import roc_areas, write_scores
-from bss_ray.train.trainer import BalancedTrainer, Message, OnMessage, check_resources
+from bss_ray.train.trainer import BalancedTrainer, Message, OnMessage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,24 @@ class TrainConfig:
         validation: Parquet file or folder of validation rows; chooses the epoch.
         test: Parquet file or folder of test rows; read once, at the end.
         columns: which columns are modalities, label, id and extras; null takes those of av-digits.
-        num_classes: C; null takes the largest training label + 1.
+        num_classes: values a head returns: classes C, or the D numbers of a regression; null takes what the training
+            labels have.
         mispaired: share of av-digits' training rows that is paired wrongly, to see whether scores find them.
         model: class by import path, and its arguments.
         scheduler: Uniform, Heuristic (BSS-H), Learning (BSS-L), or your own by import path.
         measurer: how the balance of a row is measured, and the weights of the training loss.
         scoring: how and where rows are scored.
+        initial_scores: Parquet file or folder of scores, of `bss-ray score` or of another run, that the first epoch is
+            drawn from; there is no burn-in then.
+        initial_checkpoint: checkpoint or state dict of a pre-trained model of this kind; rows are scored with it before
+            the first epoch, and there is no burn-in then. The model that is trained starts from scratch.
         store: where rows are kept: in memory, on the nodes' disks, or in Lance.
         loop: epochs, optimiser, learning rate, precision, checkpoints.
         batch_size: rows of a global batch, over all ranks.
         tail: keep or drop the last, smaller batch of an epoch.
         seed: of the order of rows and of the model.
-        choose_by: validation metric whose best epoch is tested.
+        choose_by: validation metric whose best epoch is tested; null takes val_accuracy_fused, or val_r2_fused for a
+            regression. Of mae and rmse the lowest is the best.
         num_workers: ranks; null takes one per GPU, or two on CPUs.
         use_gpu: one GPU per rank; null where the cluster has one.
         max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
@@ -73,12 +80,14 @@ class TrainConfig:
     scheduler: Scheduler = field(default_factory=lambda: Learning(temperature=0.25, fraction=0.7))
     measurer: Measurer = field(default_factory=Measurer)
     scoring: Scoring = field(default_factory=Scoring)
+    initial_scores: str | None = None
+    initial_checkpoint: str | None = None
     store: StoreConfig = field(default_factory=StoreConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     batch_size: int = 64
     tail: Tail = "keep"
     seed: int = 0
-    choose_by: str = "val_accuracy_fused"
+    choose_by: str | None = None
     num_workers: int | None = None
     use_gpu: bool | None = None
     max_failures: int = 2
@@ -105,11 +114,16 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
         BssRayError: see `BalancedTrainer.fit`.
     """
     scaling = _scaling(config)
-    check_resources(scaling, config.scoring)
+    check_resources(scaling, settle_engine(scaling, config.scoring)[0])
     splits = _load_shards(config, on_message)
+    choose_by = check_choice(config.choose_by, splits["train"].columns)
     checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
     if splits["validation"] is not None:
-        checkpoints = ray.train.CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=config.choose_by)
+        checkpoints = ray.train.CheckpointConfig(
+            num_to_keep=2,
+            checkpoint_score_attribute=choose_by,
+            checkpoint_score_order="min" if is_error(choose_by) else "max",
+        )
 
     with _recording(folder, on_message) as record:
         trainer = BalancedTrainer(
@@ -138,7 +152,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     last = SavedCheckpoint(outcome.checkpoint)
     history = last.manifest().history
     folder.write_metrics(history)
-    chosen, row = _choose(outcome, config.choose_by)
+    chosen, row = _choose(outcome, choose_by)
     result: dict[str, Any] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
     if splits["test"] is not None:
         task = _test_checkpoint.options(num_cpus=1, num_gpus=1 if scaling.use_gpu else 0)
@@ -191,7 +205,7 @@ def _load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
                 columns,
                 train=shards["train"],
                 num_classes=config.num_classes,
-                min_shards=config.scoring.num_scorers,
+                min_shards=max(config.scoring.num_holders, config.scoring.num_scorers),
                 store=config.store,
                 source_key=None if (path := paths[split]) is None else files_key(path),
                 on_progress=_shards_made(split, on_message),
@@ -222,22 +236,25 @@ def _recording(folder: RunFolder, on_message: OnMessage) -> Iterator[OnMessage]:
         yield record
 
 
-def check_choice(metric: str, columns: Columns) -> None:
-    """Refuse to choose the epoch by a metric that there will not be.
+def check_choice(metric: str | None, columns: Columns) -> str:
+    """The metric to choose the epoch by, which there will be; None takes the task's own.
 
     Raises:
-        ConfigError: names the nearest metric.
+        ConfigError: there will be none of that name; says the nearest.
     """
-    names = metric_names("val", columns.modalities)
-    if metric not in names:
-        raise ConfigError(f"choose_by={metric!r} is no validation metric; {nearest(metric, names)}")
+    names = metric_names("val", columns.modalities, columns.task)
+    chosen = default_metric("val", columns.task) if metric is None else metric
+    if chosen not in names:
+        raise ConfigError(f"choose_by={chosen!r} is no validation metric; {nearest(chosen, names)}")
+    return chosen
 
 
 def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
     """The checkpoint of the best epoch on validation (the last where there is none), and its metrics."""
     scored = [(saved, row) for saved, row in outcome.best_checkpoints or [] if metric in row]
     if scored:
-        return max(scored, key=lambda pair: (pair[1][metric], -pair[1]["epoch"]))
+        sign = -1 if is_error(metric) else 1
+        return max(scored, key=lambda pair: (sign * pair[1][metric], -pair[1]["epoch"]))
     return outcome.checkpoint, outcome.metrics
 
 
@@ -251,7 +268,7 @@ def _test_checkpoint(config: TrainConfig, saved: SavedCheckpoint, shards: Shards
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, shards).to(device)
     model.load_state_dict(saved.state("model", map_location=device))
-    metrics = HeadMetrics(shards.columns.modalities, shards.num_classes, device)
+    metrics = HeadMetrics(shards.columns.modalities, shards.num_classes, device, shards.columns.task)
     size = config.loop.eval_batch_size
     batches = (
         to_tensors(shards.gather(np.arange(start, min(start + size, shards.rows))), device)

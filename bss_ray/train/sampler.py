@@ -12,25 +12,28 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
 from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
-from bss_ray.measure.criteria import FUSED, Measurer, Outputs
-from bss_ray.measure.forward import pack_model, unwrap_model
-from bss_ray.sample.actors import ScoringJob
-from bss_ray.sample.coordinator import Review
+from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError, ScoringError
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.observation import Observation, Outputs
+from bss_ray.measure.snapshot import unwrap_model
+from bss_ray.names import FEATURES, FUSED
+from bss_ray.sample.actors import ActorHolders, SavedScores
+from bss_ray.sample.coordinator import Publication, Review
 from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
-from bss_ray.sample.scorer import LostStateError
-from bss_ray.sample.state import ScoreFile, write_scores
+from bss_ray.sample.pool import ScoringFailedError
+from bss_ray.sample.score_files import ScoreFile, write_scores
+from bss_ray.sample.scoring import Scoring
+from bss_ray.sample.state import LostStateError
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.checkpoint import (
     Manifest,
@@ -39,6 +42,8 @@ from bss_ray.train.checkpoint import (
     write_manifest,
     write_states,
 )
+from bss_ray.train.engines import Engine, EngineContext, make_engine
+from bss_ray.train.ranks import Ranks
 
 # Messages about batches, at most one in so many seconds: the board is for people.
 _POST_INTERVAL_S = 0.5
@@ -57,11 +62,14 @@ class SamplerContext:
     """What the trainer sends to every rank."""
 
     coordinator: Any
+    holders: ActorHolders
     train: Shards
     validation: Shards | None
     scheduler: Scheduler
     measurer: Measurer
+    scoring: Scoring
     seed: int
+    initial_scores: SavedScores | None = None
 
 
 class Sampler:
@@ -77,21 +85,13 @@ class Sampler:
     """
 
     def __init__(self, context: SamplerContext) -> None:
-        train = ray.train.get_context()
         self.shards = context.train
         self.measurer = context.measurer
         self.device = ray.train.torch.get_device()
         self.loss_scale = 1.0
         self._context = context
-        self._rank, self._ranks = train.get_world_rank(), train.get_world_size()
-        node = ray.get_runtime_context().get_node_id()
-        nodes = _gather_objects(node, self._ranks)
-        self._loader = Loader(context.train, rank=self._rank, rank_nodes=nodes, device=self.device, seed=context.seed)
-        self._validation: Loader | None = None
-        if context.validation is not None:
-            self._validation = Loader(
-                context.validation, rank=self._rank, rank_nodes=nodes, device=self.device, seed=context.seed
-            )
+        self._ranks = Ranks.here()
+        self._loader, self._validation = self._make_loaders()
         self._plan: Plan | None = None
         self._ended = False
         self._position = Position()
@@ -99,10 +99,39 @@ class Sampler:
         self._posted = 0.0
         self._warned: set[str] = set()
         self._seconds = {"scoring": 0.0, "planning": 0.0, "training": 0.0}
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # see _observed
-        self._saved = self._restore_scores()
+        self._sums = torch.zeros(len(Observed._fields), dtype=torch.float64, device=self.device)
+        self._failed_updates = 0
+        self._model: nn.Module | None = None
+        attempt, self._saved = self._restore_scores()
+        self._engine = self._make_engine(attempt)
         self.resumed = self._saved is not None
         self._restored = False
+
+    def _make_loaders(self) -> tuple[Loader, Loader | None]:
+        nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
+
+        def load(shards: Shards) -> Loader:
+            return Loader(shards, rank=self._ranks.rank, rank_nodes=nodes, device=self.device, seed=self._context.seed)
+
+        validation = self._context.validation
+        return load(self._context.train), None if validation is None else load(validation)
+
+    def _make_engine(self, attempt: str) -> Engine:
+        context = self._context
+        return make_engine(
+            EngineContext(
+                coordinator=context.coordinator,
+                holders=context.holders,
+                attempt=attempt,
+                shards=self.shards,
+                loader=self._loader,
+                scheduler=context.scheduler,
+                measurer=self.measurer,
+                scoring=context.scoring,
+                ranks=self._ranks,
+                device=self.device,
+            )
+        )
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -120,6 +149,7 @@ class Sampler:
             CheckpointError: damaged, or of another model (names the keys).
         """
         self._restored = True
+        self._model = model
         if self._saved is None:
             return False
         for name, part in {"model": unwrap_model(model), **stateful}.items():
@@ -147,17 +177,20 @@ class Sampler:
                 f"this run goes on at epoch {self._position.epoch}, batch {self._position.batch}, and its model would "
                 "start anew: call sampler.restore(model=model, optimizer=optimizer, ...) before sampler.epochs(n)"
             )
+        if self._model is None:  # `restore` has the model that is trained; this may be another, to begin with
+            self._model = model
         if self._position == Position() and self._context.scheduler.scores_due_after(-1):
             if model is None:
                 raise ConfigError(
                     "burn_in=0 draws the first epoch from scores of the untrained model: call "
                     "sampler.epochs(n, model=model), or set burn_in >= 1"
                 )
-            self._publish_scores(model)
-            self._barrier()
+            self._update_scores(-1, model)
         while self._position.epoch < n:
             epoch = self._position.epoch
             self._ended = False
+            if self._position.batch == 0 and self._model is not None:
+                self._engine.go_on(epoch, self._position.version, self._model)
             yield epoch
             if self._position.epoch == epoch:
                 # The loop did not report this epoch: go on all the same, without a checkpoint.
@@ -212,22 +245,37 @@ class Sampler:
         assert self._plan is not None, "there is a plan once batches() has begun"
         return self._plan
 
+    def loss(self, batch: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
+        """The method's loss of each row of a batch, over the modalities that it has: (b,) with gradients."""
+        single = {name: values.float() for name, values in outputs.items() if name != FEATURES}
+        return self.measurer.loss(single, batch[self.shards.columns.label], batch=batch)
+
     def observe(self, batch: Mapping[str, Tensor], outputs: Outputs) -> None:
-        """Look at the outputs of a training step: running means of the measures, without a forward pass.
+        """Look at the outputs of a training step: running means, and with the engine `online` the measures.
 
         Nothing leaves the device until the epoch's report.
 
         Raises:
             ModelOutputError: outputs that cannot be measured.
         """
-        measures = self.measurer.measure(outputs, batch[self.shards.columns.label])
-        if outputs[FUSED].shape[1] < self.shards.num_classes:
+        with torch.no_grad():
+            rows = self.measurer.observe(outputs, batch[self.shards.columns.label], batch=batch)
+            self._check_width(outputs[FUSED].shape[1])
+            similarity = self.measurer.similarity_of(rows)
+            self._engine.observe(self._position.batch, batch["row_id"], rows, similarity)
+            own = batch["row_id"] != FILLER
+            figures = Observed.of(rows, similarity)
+            self._sums += torch.stack([(values * own).sum(dtype=torch.float64) for values in figures])
+
+    def _check_width(self, width: int) -> None:
+        """The logits are as many as the labels need: for classes at least, else exactly."""
+        needed, task = self.shards.num_classes, self.shards.columns.task
+        if task == "multiclass" and width < needed:
+            raise ModelOutputError(f"the data has {needed} classes and the model's logits only {width}")
+        if task != "multiclass" and width != needed:
             raise ModelOutputError(
-                f"the data has {self.shards.num_classes} classes and the model's logits only {outputs[FUSED].shape[1]}"
+                f"for {task} labels of {needed} values a head must return as many; this model's return {width}"
             )
-        own = batch["row_id"] != FILLER
-        parts = (own, measures.similarity[own], measures.information[own])
-        self._sums += torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
     @property
     def has_validation(self) -> bool:
@@ -268,60 +316,93 @@ class Sampler:
         """
         if not self._ended:
             row = {"epoch": self._position.epoch, "batch": self._position.batch, **metrics}
-            self._save(row, self._position, self._observed(), model, stateful)
+            self._engine.hand_over(self._position.epoch)
+            self._save(row, self._position, self._ranks.sum(self._sums), model, stateful)
             return row
         epoch, plan = self._position.epoch, self.plan
         review: Review = ray.get(self._context.coordinator.review.remote(epoch, plan.version))
         self._warn(review.warnings)
-        if self._context.scheduler.scores_due_after(epoch):
-            self._publish_scores(model)
-        row = {"epoch": epoch, **self._figures(plan), "neglected_rows": review.neglected_rows, **metrics}
+        self._model = model
+        self._update_scores(epoch, model)
+        row = {"epoch": epoch, **self._figures(plan), **self._score_figures(review), **metrics}
         self._history = [*self._history, row]
         following = Position(epoch + 1, 0, self._position.version)
-        self._save(row, following, [0.0, 0.0, 0.0], model, stateful)
+        self._save(row, following, [0.0] * len(Observed._fields), model, stateful)
         self._position = following
         self._post({"kind": "epoch", "row": row, "history": self._history})
         return row
 
     def _figures(self, plan: Plan) -> dict[str, Any]:
         """The sampler's own metrics of the epoch just ended; starts the next epoch's."""
-        rows, similarity, information = self._observed()
+        observed = Observed(*self._ranks.sum(self._sums))
         figures: dict[str, Any] = {"rows": plan.rows, "score_version": plan.version, **plan.diagnostics}
         figures["moved_share"] = self._moved_share()
-        if rows:
-            figures |= {"train_similarity": similarity / rows, "train_information": information / rows}
+        figures |= observed.means()
         figures |= {f"seconds_{name}": round(seconds, 3) for name, seconds in self._seconds.items()}
         self._sums.zero_()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return figures
 
+    def _score_figures(self, review: Review) -> dict[str, Any]:
+        """How old the scores were that the epoch was drawn from, in versions; and rows that are left out."""
+        ages = review.ages
+        return {
+            "neglected_rows": review.neglected_rows,
+            "score_age": ages.total / max(ages.scored, 1),
+            "oldest_score": ages.oldest,
+            "unscored_rows": self.shards.rows - ages.scored,
+        }
+
     def _moved_share(self) -> float:
         """Share of the rows of this epoch, over all ranks, that came from another node than their rank's."""
         counts = torch.tensor([self._loader.moved, self._loader.read], dtype=torch.float64, device=self.device)
-        if self._ranks > 1:
-            torch.distributed.all_reduce(counts)
-        moved, read = counts.tolist()
+        moved, read = self._ranks.sum(counts)
         return float(moved / max(read, 1))
 
-    def _observed(self) -> list[float]:
-        """Sums of the epoch's measures over all ranks: rows, similarity, information."""
-        sums = self._sums.clone()
-        if self._ranks > 1:
-            torch.distributed.all_reduce(sums)
-        return [float(value) for value in sums]
+    def _update_scores(self, epoch: int, model: nn.Module) -> None:
+        """New scores after `epoch`, if they are due.
 
-    def _publish_scores(self, model: nn.Module) -> None:
-        """Score all rows with rank 0's model; the other ranks meet it again at the next barrier."""
+        Raises:
+            ScoringError: they failed too often in a row.
+            ScoringFailedError: they failed, and there are none to go on with.
+            LostStateError: the coordinator was restarted.
+        """
         started = time.perf_counter()
-        version = self._position.version + 1
-        if self._rank == 0:
+        if self._context.scheduler.scores_due_after(epoch):
             self._post({"kind": "status", "text": "scoring"})
-            job = ScoringJob(ray.put(pack_model(model)), self.shards)
-            published = ray.get(self._context.coordinator.score.remote(job))
-            if published != version:
-                raise LostStateError(f"the coordinator published version {published}, not {version}: it was restarted")
-        self._position = replace(self._position, version=version)
+        expected = self._position.version + 1
+        publication = self._engine.update(epoch, self._position.version, model)
         self._seconds["scoring"] += time.perf_counter() - started
+        if publication is None:
+            return
+        for text in publication.notices:
+            self._notice(text)
+        if publication.failure:
+            self._go_on_without(epoch, publication)
+            return
+        if publication.version != expected:
+            raise LostStateError(
+                f"the coordinator stands at score version {publication.version}, not {expected}: it was restarted"
+            )
+        self._failed_updates = 0
+        self._position = replace(self._position, version=publication.version)
+
+    def _go_on_without(self, epoch: int, publication: Publication) -> None:
+        """No new scores: the run goes on with those it has, for a while."""
+        self._failed_updates += 1
+        allowed = self._context.scoring.max_failed_updates
+        if self._position.version == 0:
+            raise ScoringFailedError(f"there are no first scores: {publication.failure}")
+        if self._failed_updates > allowed:
+            raise ScoringError(
+                f"scores could not be updated {self._failed_updates} times in a row, and scoring.max_failed_updates="
+                f"{allowed}: {publication.failure}. Look at the scorers' resources and logs; the same command goes on "
+                "from the last checkpoint"
+            )
+        self._notice(
+            f"Warning: no new scores after epoch {epoch}: {publication.failure}. The run goes on with score version "
+            f"{self._position.version} (failure {self._failed_updates} of {allowed} in a row)"
+        )
 
     def _save(
         self,
@@ -334,18 +415,20 @@ class Sampler:
         """Write this rank's share of a checkpoint and report it."""
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
+            self._ranks.barrier()  # all have handed over what belongs to the state
             holders = ray.get(self._context.coordinator.parts.remote(position.version))
             written: list[ScoreFile] = []
-            for index in range(self._rank, len(holders), self._ranks):
+            for index in range(self._ranks.rank, len(holders), self._ranks.count):
                 written += write_scores(folder, index, position.version, ray.get(holders[index]))
-            everyones = _gather_objects(written, self._ranks)
-            if self._rank == 0:
+            everyones = self._ranks.gather(written)
+            if self._ranks.rank == 0:
                 states = {"model": unwrap_model(model), **stateful}
                 digests = write_states(folder, {name: part.state_dict() for name, part in states.items()})
                 manifest = Manifest(
                     fingerprint=self.shards.fingerprint,
                     seed=self._context.seed,
                     rows=self.shards.rows,
+                    num_classes=self.shards.num_classes,
                     position=position,
                     history=self._history,
                     observed=observed,
@@ -359,37 +442,42 @@ class Sampler:
 
     # ---- internals ----------------------------------------------------------------------------
 
-    def _restore_scores(self) -> SavedCheckpoint | None:
-        """Put all holders where the checkpoint stands (or at the start), and this rank with them."""
+    def _restore_scores(self) -> tuple[str, SavedCheckpoint | None]:
+        """Put all holders where the checkpoint stands (or at the start), and this rank with them.
+
+        Returns:
+            Name of this attempt, and the checkpoint.
+        """
         checkpoint = ray.train.get_checkpoint()
         saved = None if checkpoint is None else SavedCheckpoint(checkpoint)
         manifest = None
         if saved is not None:
             manifest = saved.manifest_for(fingerprint=self.shards.fingerprint, seed=self._context.seed)
-        if self._rank == 0:
-            coordinator = self._context.coordinator
-            if manifest is None:
-                ray.get(coordinator.reset.remote())
+        coordinator, initial = self._context.coordinator, self._context.initial_scores
+        attempt = ""
+        if self._ranks.rank == 0:
+            if manifest is not None:
+                attempt = ray.get(coordinator.load.remote(saved, manifest.position.version))
+            elif initial is not None:
+                attempt = ray.get(coordinator.load.remote(initial, 1))
             else:
-                ray.get(coordinator.load.remote(saved, manifest.position.version))
+                attempt = ray.get(coordinator.reset.remote())
         if manifest is not None:
             self._position, self._history = manifest.position, manifest.history
-            if self._rank == 0:  # sums over all ranks: one of them carries them on
+            if self._ranks.rank == 0:  # sums over all ranks: one of them carries them on
                 self._sums += torch.tensor(manifest.observed, dtype=torch.float64, device=self.device)
-        self._barrier()  # no rank may plan before the holders stand where the checkpoint stands
-        return saved
+        elif initial is not None:
+            self._position = Position(version=1)
+        # No rank may plan before the holders stand where the checkpoint stands.
+        return self._ranks.from_first(attempt), saved
 
     def _window(self, index: int) -> Any:
         window = self._context.coordinator.window.remote(self.plan.epoch, index, self.plan.version)
         return ray.get(ray.get(window)[0])
 
-    def _barrier(self) -> None:
-        if self._ranks > 1:
-            ray.train.collective.barrier()
-
     def _post_progress(self, epoch: int, batch: int, batches: int) -> None:
         now = time.monotonic()
-        if self._rank == 0 and now - self._posted > _POST_INTERVAL_S:
+        if self._ranks.rank == 0 and now - self._posted > _POST_INTERVAL_S:
             self._posted = now
             self._post({"kind": "batch", "epoch": epoch, "batch": batch, "batches": batches})
 
@@ -398,19 +486,43 @@ class Sampler:
         for name, text in warnings.items():
             if name not in self._warned:
                 self._warned.add(name)
-                self._post({"kind": "notice", "text": f"Warning: {text}"})
+                self._notice(f"Warning: {text}")
+
+    def _notice(self, text: str) -> None:
+        """Something that the user should read."""
+        self._post({"kind": "notice", "text": text})
 
     def _post(self, message: dict[str, Any]) -> None:
-        if self._rank == 0:
+        if self._ranks.rank == 0:
             self._context.coordinator.post.remote(message)
 
 
-def _gather_objects(own: Any, ranks: int) -> list[Any]:
-    """A small object of every rank, on every rank."""
-    everyones: list[Any] = [own] * ranks
-    if ranks > 1:
-        torch.distributed.all_gather_object(everyones, own)
-    return everyones
+class Observed(NamedTuple):
+    """Running figures of the training steps of an epoch.
+
+    Attributes:
+        rows: seen.
+        loss: of them; the method's training loss.
+        paired: rows with at least two modalities.
+        similarity: of those.
+    """
+
+    rows: Any
+    loss: Any
+    paired: Any
+    similarity: Any
+
+    @staticmethod
+    def of(rows: Observation, similarity: Tensor) -> Observed:
+        """The figures of each row (b,)."""
+        paired = ~similarity.isnan()
+        return Observed(torch.ones_like(rows.loss), rows.loss, paired, similarity.nan_to_num())
+
+    def means(self) -> dict[str, float]:
+        """Means of sums; of no rows, none."""
+        if not self.rows:
+            return {}
+        return {"train_loss": self.loss / self.rows, "train_similarity": self.similarity / max(self.paired, 1)}
 
 
 _current: Sampler | None = None

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import inspect
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -19,12 +19,15 @@ from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
-from bss_ray.errors import BssRayError, ConfigError, ResourceError
-from bss_ray.measure.criteria import Measurer
-from bss_ray.sample.actors import Scoring, start_coordinator, start_scorers
+from bss_ray.errors import BssRayError, ConfigError
+from bss_ray.measure.measurer import Measurer
+from bss_ray.sample.actors import start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.plan import Tail
+from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.train.initial import ScoresFile
+from bss_ray.train.resources import check_resources, settle_engine
 from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
 
 Message = dict[str, Any]
@@ -52,6 +55,8 @@ class BalancedTrainer:
         train_loop_config: handed to `train_loop`.
         scaling_config: ranks and their resources; default one rank.
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
+        initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`) that the
+            first epoch is drawn from; there is no burn-in then.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
             "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
 
@@ -77,6 +82,7 @@ class BalancedTrainer:
         train_loop_config: Any = None,
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
+        initial_scores: str | None = None,
         on_message: OnMessage | None = None,
     ) -> None:
         if isinstance(dataset, Shards):
@@ -86,7 +92,11 @@ class BalancedTrainer:
         self._train_loop = train_loop
         self._dataset, self._validation = dataset, validation
         self._columns = columns
+        # Burn-in is for runs without scores.
         self._scheduler = scheduler or Learning()
+        if initial_scores is not None:
+            self._scheduler = replace(self._scheduler, burn_in=0)
+        self._initial_scores = initial_scores
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
         self._batch_size, self._tail, self._seed = batch_size, tail, seed
@@ -110,29 +120,39 @@ class BalancedTrainer:
             BssRayError: whatever else a setting, the data or the model causes inside the ranks.
             ray.train.TrainingFailedError: any other error of the ranks, after all retries.
         """
-        check_resources(self._scaling_config, self._scoring)
+        scoring, why = settle_engine(self._scaling_config, self._scoring)
+        check_resources(self._scaling_config, scoring)
         train, validation = self._build_shards()
         check_batch_size(self._batch_size, train.rows)
         self.train_shards = train
 
-        self._on_message({"kind": "status", "text": "starting scorers and ranks"})
-        scorers = start_scorers(train, self._measurer, self._scoring)
+        measurer = self._measurer.for_task(train.columns.task)
+        initial = None if self._initial_scores is None else ScoresFile(self._initial_scores, train)
+
+        self._on_message({"kind": "status", "text": f"starting ranks; scoring engine: {scoring.engine} ({why})"})
+        holders, actors = start_holders(train, scoring)
         coordinator = start_coordinator(
-            list(scorers),
+            holders,
             rows=train.rows,
             scheduler=self._scheduler,
-            scoring=self._scoring,
+            scoring=scoring,
             seed=self._seed,
             batch_size=self._batch_size,
             tail=self._tail,
         )
+        actors.append(coordinator)
+        if scoring.engine == "actors":
+            actors += start_scorers(train, measurer, scoring, holders)
         context = SamplerContext(
             coordinator=coordinator,
+            holders=holders,
             train=train,
             validation=validation,
             scheduler=self._scheduler,
-            measurer=self._measurer,
+            measurer=measurer,
+            scoring=scoring,
             seed=self._seed,
+            initial_scores=initial,
         )
         trainer = ray.train.torch.TorchTrainer(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
@@ -153,7 +173,7 @@ class BalancedTrainer:
                     raise fatal
                 return result
         finally:
-            for actor in (coordinator, *scorers.values()):
+            for actor in actors:
                 ray.kill(actor)
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:
@@ -169,7 +189,7 @@ class BalancedTrainer:
             self._columns,
             train=train,
             num_classes=self._num_classes,
-            min_shards=self._scoring.num_scorers,
+            min_shards=max(self._scoring.num_holders, self._scoring.num_scorers),
             store=self._store,
             on_notice=lambda text: self._on_message({"kind": "notice", "text": text}),
             on_progress=lambda done, of: self._on_message({"kind": "shards", "split": split, "done": done, "of": of}),
@@ -239,30 +259,3 @@ def _watching(coordinator: Any, on_message: OnMessage) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring) -> None:
-    """Refuse at once what the cluster could only leave pending for ever.
-
-    Raises:
-        ResourceError: names the resource, what is asked for and what there is.
-    """
-    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else min(scaling.num_workers)
-    per_rank = dict(scaling.resources_per_worker or {})
-    per_rank.setdefault("GPU" if scaling.use_gpu else "CPU", 1)
-    per_scorer = {"CPU": scoring.cpus_per_scorer, "GPU": scoring.gpus_per_scorer}
-    there = ray.cluster_resources()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name in sorted({*per_rank, *per_scorer}):
-        rank, scorer = per_rank.get(name, 0), per_scorer.get(name, 0)
-        wanted = workers * rank + scoring.num_scorers * scorer
-        if wanted > there.get(name, 0) + 1e-9:
-            raise ResourceError(
-                f"the run needs {wanted:g} {name} ({workers} ranks x {rank:g} + {scoring.num_scorers} scorers x "
-                f"{scorer:g}); the cluster has {there.get(name, 0):g}. Lower num_workers, or give them less each"
-            )
-        seats = sum(math.floor(node.get(name, 0) / rank + 1e-9) for node in nodes) if rank else workers
-        if seats < workers:
-            raise ResourceError(
-                f"each rank needs {rank:g} {name} on one node, and the nodes have room for {seats} of {workers} ranks"
-            )
