@@ -1,6 +1,6 @@
 """Time from a new score version to the first batch on a rank: plan, first window, first gather, in real Ray actors.
 
-    python benchmarks/first_batch.py [--rows 1000000] [--scorers 2] [--repeats 9]
+    python benchmarks/first_batch.py [--rows 1000000] [--holders 2] [--repeats 9]
 
 Prints the median, and where the time goes. The first repeat is not counted.
 """
@@ -17,13 +17,13 @@ import numpy as np
 import ray
 import torch
 
-from bss_ray import Columns, Learning, Measurer, Scoring
+from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.sample.actors import start_coordinator, start_scorers
+from bss_ray.sample.actors import start_coordinator, start_holders
 from bss_ray.sample.loader import Loader
 from bss_ray.sample.plan import Order
-from bss_ray.sample.scorer import PartState
+from bss_ray.sample.state import PartState
 
 
 @dataclass
@@ -55,7 +55,7 @@ def make_shards(rows: int, count: int) -> Shards:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--scorers", type=int, default=2)
+    parser.add_argument("--holders", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
@@ -63,10 +63,10 @@ def main() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; ray {ray.__version__}")
     shards = make_shards(options.rows, 16)
-    scoring = Scoring(num_scorers=options.scorers)
-    scorers = start_scorers(shards, Measurer(), scoring)
+    scoring = Scoring(num_holders=options.holders)
+    holders, _handles = start_holders(shards, scoring)
     coordinator = start_coordinator(
-        list(scorers),
+        holders,
         rows=shards.rows,
         scheduler=Learning(temperature=0.25),
         scoring=scoring,
@@ -91,7 +91,7 @@ def main() -> None:
         stages.append([*np.diff(times), times[-1] - times[0]])
     plan_s, window_s, gather_s, total_s = (statistics.median(column) for column in zip(*stages[1:], strict=True))
     print(
-        f"{options.rows:,} rows, {options.scorers} scorers: first batch after {total_s:.3f} s "
+        f"{options.rows:,} rows, {options.holders} holders: first batch after {total_s:.3f} s "
         f"(plan {plan_s:.3f}, first window {window_s:.3f}, gather {gather_s:.3f})"
     )
 

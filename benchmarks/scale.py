@@ -23,14 +23,15 @@ import torch
 
 from bss_ray import Learning
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
-from bss_ray.sample.scorer import PartState, Scorer
+from bss_ray.sample.holder import Holder
+from bss_ray.sample.state import PartState
 
 
 class MeasuredHolders(LocalHolders):
     """Holders that count their seconds and the bytes of their answers, method by method."""
 
-    def __init__(self, scorers: list[Scorer]) -> None:
-        super().__init__(scorers)
+    def __init__(self, holders: list[Holder]) -> None:
+        super().__init__(holders)
         self.seconds: dict[str, float] = {}
         self.bytes: dict[str, int] = {}
         self.calls: dict[str, int] = {}
@@ -50,7 +51,7 @@ def _array_bytes(value: Any) -> int:
     return sum(map(_array_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-class RandomScorer(Scorer):
+class RandomHolder(Holder):
     """A holder whose saved scores are random; every byte of its state is touched. Counts the passes over its keys."""
 
     passes = 0
@@ -59,14 +60,15 @@ class RandomScorer(Scorer):
         self.passes += 1
         return super()._prepare(*args)
 
-    def load(self, parts: Any, version: int) -> int:
-        state = PartState.empty(self._spans[0][0], self._spans[0][1])
+    def load(self, parts: Any, version: int, attempt: str = "") -> int:
+        run = self._runs[0]
+        state = PartState.empty(run.first_row, len(run.score))
         rng = np.random.default_rng(state.first_row)
         for values in (state.score, state.similarity, state.information):
             for first in range(0, len(values), 1 << 22):
                 part = values[first : first + (1 << 22)]
                 part[:] = 2 * rng.random(len(part), dtype=np.float32) - 1
-        return super().load([state], version)
+        return super().load([state], version, attempt)
 
 
 def resident_bytes() -> int:
@@ -88,12 +90,12 @@ def main() -> None:
 
     before = resident_bytes()
     edges = itertools.pairwise(rows * index // options.holders for index in range(options.holders + 1))
-    scorers = [RandomScorer([(start, stop - start)]) for start, stop in edges]
-    holders = MeasuredHolders(list(scorers))
+    holders = [RandomHolder([(start, stop - start)]) for start, stop in edges]
+    holders = MeasuredHolders(list(holders))
     scheduler = Learning(temperature=options.temperature, fraction=options.fraction)
     coordinator = Coordinator(holders, rows=rows, scheduler=scheduler, batch_size=4096)
     coordinator.load(None, 1)
-    state = sum(values.nbytes for scorer in scorers for part in scorer.state(1) for values in part.arrays.values())
+    state = sum(values.nbytes for holder in holders for part in holder.state(1) for values in part.arrays.values())
     print(
         f"{rows:,} rows over {options.holders} holders: {state / 1e9:.2f} GB of state, {state / rows:.1f} bytes a row; "
         f"the process holds {(resident_bytes() - before) / 1e9:.2f} GB more than before"
@@ -124,7 +126,7 @@ def main() -> None:
     )
     beside = sum(seconds) - holders.seconds["window"] - holders.seconds["mark_drawn"]
     print(
-        f"passes over the keys for windows: {sum(each.passes for each in scorers) / options.holders:.1f} a holder; "
+        f"passes over the keys for windows: {sum(each.passes for each in holders) / options.holders:.1f} a holder; "
         f"the coordinator's own work {beside / len(seconds):.2f} s a window"
     )
     print(

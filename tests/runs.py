@@ -147,7 +147,13 @@ class Outcome:
 
 
 def run(
-    folder: Path, shards: Shards, *, workers: int = 2, scorers: int = 2, failures: int = 0, **audit: object
+    folder: Path,
+    shards: Shards,
+    *,
+    workers: int = 2,
+    scoring: bss_ray.Scoring | None = None,
+    failures: int = 0,
+    **audit: object,
 ) -> Outcome:
     """Run `audited_loop` to its end."""
     (folder / "audit").mkdir(parents=True, exist_ok=True)  # a second call goes on with the run
@@ -156,7 +162,7 @@ def run(
         dataset=shards,
         # Every second epoch: between two updates only a check can tell that an actor lost its scores.
         scheduler=bss_ray.Learning(temperature=0.3, fraction=0.9, update_interval=2),
-        scoring=bss_ray.Scoring(num_scorers=scorers, momentum=0.5),
+        scoring=scoring or bss_ray.Scoring(engine="actors", momentum=0.5),
         batch_size=BATCH,
         seed=7,
         train_loop_config=Audit(folder / "audit", **audit),  # type: ignore[arg-type]

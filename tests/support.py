@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Plan
-from bss_ray.sample.scorer import PartState, Scorer
+from bss_ray.sample.state import PartState
 from bss_ray.schedule import Scheduler
 
 
@@ -28,11 +29,11 @@ def saved(score: np.ndarray, parts: int = 1) -> list[PartState]:
 
 
 def local_coordinator(
-    score: np.ndarray, scheduler: Scheduler, *, shards: int = 1, scorers: int = 1, **settings: Any
+    score: np.ndarray, scheduler: Scheduler, *, shards: int = 1, holders: int = 1, **settings: Any
 ) -> Coordinator:
-    """A coordinator whose scorers hold `score` (N,) as version 1; shards are dealt out in turn."""
+    """A coordinator whose holders hold `score` (N,) as version 1; shards are dealt out in turn."""
     spans = cut(len(score), shards)
-    holders = LocalHolders([Scorer(spans[index::scorers]) for index in range(scorers)])
+    holders = LocalHolders([Holder(spans[index::holders]) for index in range(holders)])
     settings = {"seed": 3, "batch_size": 1, **settings}
     coordinator = Coordinator(holders, rows=len(score), scheduler=scheduler, **settings)
     coordinator.load(saved(score), 1)

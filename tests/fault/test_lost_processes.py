@@ -28,9 +28,9 @@ def undisturbed(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Out
 # (what happens, epoch, global batch)
 FAULTS: dict[str, list[tuple[Callable[[], None], int, int]]] = {
     "killed rank": [(KillRank(), 1, 5)],
-    # A scorer comes back without its scores, the coordinator without a score version: both must be noticed, and neither
+    # A holder comes back without its scores, the coordinator without a score version: both must be noticed, and neither
     # is an error of the user's.
-    "killed scorer, then coordinator": [(KillActor("scorer-0"), 1, 5), (KillActor("coordinator"), 2, 4)],
+    "killed holder, then coordinator": [(KillActor("holder-0"), 1, 5), (KillActor("coordinator"), 2, 4)],
 }
 
 

@@ -1,4 +1,4 @@
-"""Scorers and the coordinator as Ray actors through the contract for samplers."""
+"""Holders and the coordinator as Ray actors through the contract for samplers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import ray
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.measure.criteria import Measurer
-from bss_ray.sample.actors import ActorHolders, Scoring, start_coordinator, start_scorers
+from bss_ray.sample.actors import ActorHolders, Scoring, start_coordinator, start_holders
 from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.plan import Plan
 from bss_ray.testing import Setup
@@ -31,7 +30,7 @@ for module in (sys.modules[__name__], local):
 
 @dataclass(frozen=True)
 class Saved:
-    """Parts as `SavedScores`: what scorer actors load from."""
+    """Parts as `SavedScores`: what holder actors load from."""
 
     parts: list[Any]
 
@@ -39,28 +38,28 @@ class Saved:
         return [part for part in self.parts if part.first_row < stop and part.first_row + len(part.score) > start]
 
 
-def start(rows: int) -> dict[str, Any]:
-    """Two scorer actors over five shards, by name."""
+def start(rows: int) -> tuple[ActorHolders, list[Any]]:
+    """Two holder actors over five shards; their handles keep them alive."""
     parts = tuple(Shard(first, count, "") for first, count in cut(rows, 5))
     shards = Shards(Columns(modalities=("a", "b")), parts, {}, 2, "", ObjectStore([]))
-    return start_scorers(shards, Measurer(), Scoring(num_scorers=2))
+    return start_holders(shards, Scoring(num_holders=2))
 
 
-# Actors are dear. Scorers hold no setup, so all samplers over as many rows share them.
+# Actors are dear. Holders hold no setup, so all samplers over as many rows share them.
 @functools.cache
-def scorers_of(rows: int) -> ActorHolders:
-    return ActorHolders(list(start(rows).values()))
+def holders_of(rows: int) -> tuple[ActorHolders, list[Any]]:
+    return start(rows)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def actors(ray_session: None) -> Any:
     yield
-    scorers_of.cache_clear()
+    holders_of.cache_clear()
     remote_coordinator.cache_clear()
 
 
-class TestScorerActors(local.CoordinatorContract):
-    """Of a coordinator in this process over scorer actors."""
+class TestHolderActors(local.CoordinatorContract):
+    """Of a coordinator in this process over holder actors."""
 
     other_process = False  # it would need a cluster of its own
     picklable = False  # actors
@@ -70,7 +69,7 @@ class TestScorerActors(local.CoordinatorContract):
     def make(self, setup: Setup) -> local.CoordinatorSampler:
         rows = len(setup.weights) if setup.rows is None else setup.rows
         coordinator = Coordinator(
-            scorers_of(rows),
+            holders_of(rows)[0],
             rows=rows,
             scheduler=local.Given.of(setup),
             seed=setup.seed,
@@ -88,12 +87,12 @@ class RemoteCoordinator:
     """What a `CoordinatorSampler` calls, by way of the actor, as ranks do."""
 
     def __init__(self, setup: Setup) -> None:
-        self._scorers = start(len(setup.weights))
+        holders, self._handles = start(len(setup.weights))
         self._actor = start_coordinator(
-            list(self._scorers),
+            holders,
             rows=len(setup.weights),
             scheduler=local.Given.of(setup),
-            scoring=Scoring(num_scorers=2),
+            scoring=Scoring(num_holders=2),
             seed=setup.seed,
             batch_size=setup.batch_size,
             tail="keep",
@@ -120,7 +119,7 @@ def remote_coordinator(weights: tuple[float, ...], seed: int, batch_size: int, s
 
 
 class CoordinatorActorContract(local.CoordinatorContract):
-    """Of the coordinator's actor over scorer actors: a part of the contract, as each setup needs an actor."""
+    """Of the coordinator's actor over holder actors: a part of the contract, as each setup needs an actor."""
 
     def make(self, setup: Setup) -> local.CoordinatorSampler:
         coordinator = remote_coordinator(tuple(setup.weights.tolist()), setup.seed, setup.batch_size, setup.size)

@@ -14,8 +14,8 @@ from bss_ray.data.build import build_shards
 from bss_ray.data.columns import Columns
 from bss_ray.data.sources import load_splits
 from bss_ray.errors import ConfigError, DataError, ResourceError
-from bss_ray.sample.actors import Scoring
 from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.sample.scoring import Scoring
 from bss_ray.train.trainer import check_resources
 from tests.runs import COLUMNS, make_columns, make_dataset
 
@@ -132,5 +132,5 @@ def test_impossible_resources_are_refused_at_once() -> None:
         check_resources(ray.train.ScalingConfig(num_workers=100), Scoring())
     with pytest.raises(ResourceError, match=r"needs 1 GPU .*the cluster has 0"):
         check_resources(ray.train.ScalingConfig(num_workers=1, use_gpu=True), Scoring())
-    with pytest.raises(ResourceError, match=r"2 scorers x 0\.5\); the cluster has 0"):
+    with pytest.raises(ResourceError, match=r"2 holders x 0\.5\); the cluster has 0"):
         check_resources(ray.train.ScalingConfig(num_workers=1), Scoring(gpus_per_scorer=0.5))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import ray
 
-from bss_ray import Learning, Measurer, Scoring
+from bss_ray import Learning, Scoring
 from bss_ray.data.shards import Shards
-from bss_ray.sample.actors import start_coordinator, start_scorers
-from bss_ray.sample.scorer import LostStateError, PartState
+from bss_ray.sample.actors import start_coordinator, start_holders
+from bss_ray.sample.state import LostStateError, PartState
 from tests.runs import ROWS, make_shards
 from tests.support import local_coordinator, order_of, saved
 
@@ -41,12 +41,12 @@ def shards(ray_session: None) -> Shards:
 
 @pytest.fixture(scope="module")
 def actors(shards: Shards) -> Iterator[Any]:
-    scoring = Scoring(num_scorers=3)
-    scorers = start_scorers(shards, Measurer(), scoring)
+    scoring = Scoring(num_holders=3)
+    holders, handles = start_holders(shards, scoring)
     settings = {"rows": shards.rows, "scheduler": SCHEDULER, "scoring": scoring, "seed": 3, "batch_size": 1}
-    actor = start_coordinator(list(scorers), **settings, tail="keep", window_rows=40)
+    actor = start_coordinator(holders, **settings, tail="keep", window_rows=40)
     yield actor
-    for each in (actor, *scorers.values()):
+    for each in (actor, *handles):
         ray.kill(each)
 
 

@@ -1,9 +1,10 @@
-"""What an epoch presents depends on neither the ranks, scorers and shards nor on where rows are kept."""
+"""What an epoch presents depends on neither the ranks, holders and shards nor on where rows are kept."""
 
 from pathlib import Path
 
 import pytest
 
+from bss_ray import Scoring
 from bss_ray.data.store import StoreConfig
 from tests.runs import BATCH, ROWS, make_shards, run
 
@@ -15,8 +16,19 @@ def test_global_batches_are_the_same_for_1_2_and_4_ranks(tmp_path: Path) -> None
     # about 1e-7 of their range, far below the distance between two of the 203 keys.
     on_disk = StoreConfig(kind="disk", folder=str(tmp_path / "cache"))
     outcomes = [
-        run(tmp_path / str(ranks), make_shards(shards, store), workers=ranks, scorers=scorers, epochs=2, dropout=0.0)
-        for ranks, shards, scorers, store in ((1, 1, 1, None), (2, 3, 2, on_disk), (4, 5, 3, None))
+        run(
+            tmp_path / str(ranks),
+            make_shards(shards, store),
+            workers=ranks,
+            scoring=Scoring(engine=engine, num_holders=holders, momentum=0.5),  # type: ignore[arg-type]
+            epochs=2,
+            dropout=0.0,
+        )
+        for ranks, shards, holders, engine, store in (
+            (1, 1, 1, "actors", None),
+            (2, 3, 2, "workers", on_disk),
+            (4, 5, 3, "workers", None),
+        )
     ]
     first = outcomes[0].batches
     # The first epoch is burn-in: all rows once. The second is drawn from the scores of the model.

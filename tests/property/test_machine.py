@@ -1,6 +1,6 @@
 """A run as a state machine: draw, observe, publish, save, restore and resize in any order.
 
-Beside the coordinator and its scorers runs a slow model of them: whole arrays in one place, and the
+Beside the coordinator and its holders runs a slow model of them: whole arrays in one place, and the
 formulas of docs/method.md and docs/order.md written out again. Whatever happens, both must draw the same.
 """
 
@@ -17,14 +17,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from torch import Tensor, nn
 
-from bss_ray.measure.criteria import Measurer, Measures
-from bss_ray.measure.score import Bounds
+from bss_ray.measure.score import Accumulation
 from bss_ray.sample import permutation
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
+from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Order, share_out
-from bss_ray.sample.scorer import LostStateError, Scorer
+from bss_ray.sample.state import Delivery, LostStateError
 from bss_ray.schedule import Heuristic, Learning, Scheduler, Uniform
 from tests.support import cut
 
@@ -38,44 +37,11 @@ def small_blocks() -> Iterator[None]:
         yield
 
 
-# ---- what is tested: real scorers, measuring with a model that says what it is told ----------------
-
-
-class Told(nn.Module):
-    """Hands the given measures on as outputs."""
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return batch
-
-
-class ToldMeasurer(Measurer):
-    """Takes the measures as they are."""
-
-    def measure(self, outputs: Any, labels: Tensor) -> Measures:
-        return Measures(outputs["similarity"], outputs["information"])
-
-
-class ToldScorer(Scorer):
-    """A scorer that is given the measures of all rows in place of a model."""
-
-    def __init__(self, spans: list[tuple[int, int]]) -> None:
-        super().__init__(spans, measurer=ToldMeasurer(), batch_size=7)
-        self._own = spans
-
-    def measure(self, similarity: Any, information: Any) -> tuple[Bounds, Bounds]:
-        def read(index: int) -> dict[str, np.ndarray]:
-            first, rows = self._own[index]
-            here = slice(first, first + rows)
-            return {"similarity": similarity[here], "information": information[here], "label": np.zeros(rows, int)}
-
-        return super().measure(Told(), read)
-
-
 # ---- the model: the formulas, for all rows at once -------------------------------------------------
 
 
-def normalised(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
+def normalised(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    low, high = float(values[known].min()), float(values[known].max())
     return (values.astype(float) - low) / (high - low) if high > low else np.zeros(len(values))
 
 
@@ -100,6 +66,8 @@ class Model:
 
     Attributes:
         similarity, information: (N,) what the network of the run says of each row at the moment.
+        published_similarity, published_information: (N,) what it said when the row was last measured.
+        measured: (N,) score version in which that was; 0 for never.
         score: (N,) of the last publication.
         version: publications so far.
         epoch, batch: the next global batch.
@@ -108,17 +76,32 @@ class Model:
 
     similarity: np.ndarray
     information: np.ndarray
+    published_similarity: np.ndarray
+    published_information: np.ndarray
+    measured: np.ndarray
     score: np.ndarray
     version: int = 0
     epoch: int = 0
     batch: int = 0
     seen: tuple[int, ...] = field(default=())
 
-    def published(self, momentum: float) -> Model:
-        score = normalised(self.similarity) - normalised(self.information)
-        if self.version:
-            score = momentum * self.score.astype(float) + (1 - momentum) * score
-        return replace(self, score=score.astype(np.float32), version=self.version + 1)
+    def published(self, momentum: float, rows: list[int]) -> Model:
+        """After a publication for which these rows were measured; the others keep what they have."""
+        new = np.isin(np.arange(len(self.score)), rows)
+        similarity = np.where(new, self.similarity, self.published_similarity)
+        information = np.where(new, self.information, self.published_information)
+        known = new | (self.measured > 0)
+        current = normalised(similarity, known) - normalised(information, known)
+        mixed = momentum * self.score.astype(float) + (1 - momentum) * current
+        score = np.where(new, np.where(self.measured > 0, mixed, current), self.score)
+        return replace(
+            self,
+            published_similarity=similarity,
+            published_information=information,
+            measured=np.where(new, self.version + 1, self.measured),
+            score=score.astype(np.float32),
+            version=self.version + 1,
+        )
 
     def weights(self, scheduler: Scheduler) -> np.ndarray:
         """(N,) float64 sampling weights of the epoch."""
@@ -172,20 +155,20 @@ schedulers: st.SearchStrategy[Scheduler] = st.one_of(
 
 @dataclass(frozen=True)
 class Cut:
-    """How rows are cut into shards, dealt to scorers, and how large windows of the order may be."""
+    """How rows are cut into shards, dealt to holders, and how large windows of the order may be."""
 
     shards: int
-    scorers: int
+    holders: int
     window_rows: int
 
 
 cuts = st.builds(
-    Cut, shards=st.sampled_from([1, 2, 5]), scorers=st.integers(1, 3), window_rows=st.sampled_from([3, 11, 1 << 24])
+    Cut, shards=st.sampled_from([1, 2, 5]), holders=st.integers(1, 3), window_rows=st.sampled_from([3, 11, 1 << 24])
 )
 
 
 class Run(RuleBasedStateMachine):
-    """A run: the coordinator and its scorers on one side, the model on the other."""
+    """A run: the coordinator and its holders on one side, the model on the other."""
 
     # ---- rules ----
 
@@ -212,10 +195,11 @@ class Run(RuleBasedStateMachine):
         self.batch_size = min(batch_size, rows)
         self.ranks = 8
         similarity, information = (self._column(data) for _ in range(2))
-        self.model = Model(similarity, information, np.zeros(rows, np.float32))
+        nothing = np.zeros(rows, np.float32)
+        self.model = Model(similarity, information, nothing, nothing, np.zeros(rows, int), nothing)
         self._build(where)
         if scheduler.scores_due_after(-1):
-            self._publish()
+            self._publish(list(range(rows)))
         self.saves: list[tuple[Model, list[Any]]] = [(self.model, self._parts())]
 
     @rule(batches=st.integers(1, 20))
@@ -242,7 +226,7 @@ class Run(RuleBasedStateMachine):
         """Complete, whatever happened on the way; then new scores if they are due, and the next epoch."""
         assert list(self.model.seen) == expected
         if self.scheduler.scores_due_after(self.model.epoch):
-            self._publish()
+            self._publish(list(range(self.rows)))
         self._next_epoch()
 
     @rule(data=st.data())
@@ -250,12 +234,22 @@ class Run(RuleBasedStateMachine):
         """The network learns, and would now measure other values. Until they are published it changes nothing."""
         self.model = replace(self.model, similarity=self._column(data), information=self._column(data))
 
-    @rule()
-    def publish(self) -> None:
+    @rule(data=st.data(), share=st.sampled_from(["all", "some"]))
+    def publish(self, data: st.DataObject, share: str) -> None:
         """New scores, whether due or not. A loop that has begun an epoch leaves it and goes on to the next."""
-        self._publish()
+        everyone = list(range(self.rows))
+        some = st.lists(st.sampled_from(everyone), min_size=1, unique=True)
+        # The first scores are of all rows, or a scheduler would draw rows that it knows nothing of.
+        self._publish(everyone if share == "all" or not self.model.version else data.draw(some), data)
         if self.model.batch:
             self._next_epoch()
+
+    @rule(wrong=st.sampled_from([-1, 0, 2]))
+    def publish_again(self, wrong: int) -> None:
+        """A version that is stale, comes twice, or too early is refused."""
+        publication = self.coordinator.publish(self.model.version + wrong)
+        assert (publication.version, publication.measured) == (self.model.version, 0)
+        assert publication.refused > 0
 
     @rule()
     def save(self) -> None:
@@ -263,7 +257,7 @@ class Run(RuleBasedStateMachine):
 
     @rule(where=st.one_of(st.none(), cuts), data=st.data())
     def restore(self, where: Cut | None, data: st.DataObject) -> None:
-        """Go on from any save, with the processes at hand or in new ones with other shards and scorers."""
+        """Go on from any save, with the processes at hand or in new ones with other shards and holders."""
         self.model, parts = data.draw(st.sampled_from(self.saves))
         if where is not None:
             self._build(where)
@@ -274,15 +268,16 @@ class Run(RuleBasedStateMachine):
         self.ranks = ranks
 
     @rule(data=st.data())
-    def lose_a_scorer(self, data: st.DataObject) -> None:
+    def lose_a_holder(self, data: st.DataObject) -> None:
         """One comes back as of another version: nothing may be drawn, saved or published with it, only restored."""
         version, parts = self.model.version, self._parts()
         others = sorted({0, abs(version - 1), version + 1} - {version})
-        data.draw(st.sampled_from(self.scorers)).load(parts, data.draw(st.sampled_from(others)))
+        lost = data.draw(st.sampled_from(self.each))
+        lost.load(parts, data.draw(st.sampled_from(others)), self.coordinator.attempt)
         for use in (
             lambda: self.coordinator.window(self.model.epoch, 0),
             self.coordinator.state,
-            lambda: self.coordinator.score(self.model.similarity, self.model.information),
+            lambda: self._deliver_and_publish(list(range(self.rows))),
         ):
             with pytest.raises(LostStateError, match=rf"not {version}\b"):
                 use()
@@ -299,6 +294,7 @@ class Run(RuleBasedStateMachine):
         for part in self._parts():
             here = slice(part.first_row, part.first_row + len(part.score))
             assert part.score.tolist() == self.model.score[here].tolist()
+            assert part.last_measured.tolist() == self.model.measured[here].tolist()
 
     # ---- helpers ----
 
@@ -307,27 +303,44 @@ class Run(RuleBasedStateMachine):
 
     def _build(self, where: Cut) -> None:
         spans = cut(self.rows, where.shards)
-        self.scorers = [ToldScorer(spans[index :: where.scorers]) for index in range(where.scorers)]
+        self.each = [Holder(spans[index :: where.holders]) for index in range(where.holders)]
+        self.holders = LocalHolders(self.each)
         self.coordinator = Coordinator(
-            LocalHolders(self.scorers),
+            self.holders,
             rows=self.rows,
             scheduler=self.scheduler,
             seed=self.seed,
             batch_size=self.batch_size,
-            momentum=self.momentum,
+            accumulation=Accumulation(momentum=self.momentum),
             window_rows=where.window_rows,
         )
 
-    def _publish(self) -> None:
-        published = self.coordinator.score(self.model.similarity, self.model.information)
-        assert published == self.model.version + 1
-        self.model = self.model.published(self.momentum)
+    def _publish(self, rows: list[int], data: st.DataObject | None = None) -> None:
+        """Rows are measured: delivered in several parts, in any order, some of them twice, some too late."""
+        if data is not None:
+            rows = data.draw(st.permutations(rows))
+            again = data.draw(st.lists(st.sampled_from(rows), max_size=3))
+            self._deliver(again)
+            wrong = np.full(len(rows), 99, np.float32)
+            self.holders.deliver(Delivery.of(np.array(rows), wrong, wrong), attempt="of earlier ranks")
+        assert self._deliver_and_publish(rows).version == self.model.version + 1
+        self.model = self.model.published(self.momentum, rows)
+
+    def _deliver_and_publish(self, rows: list[int]) -> Publication:
+        for part in (rows[::2], rows[1::2]):
+            self._deliver(part)
+        return self.coordinator.publish(self.model.version + 1, expected=len(rows))
+
+    def _deliver(self, rows: list[int]) -> None:
+        index = np.array(rows, dtype=np.int64)
+        delivery = Delivery.of(index, self.model.similarity[index], self.model.information[index])
+        self.holders.deliver(delivery, attempt=self.coordinator.attempt)
 
     def _next_epoch(self) -> None:
         self.model = replace(self.model, epoch=self.model.epoch + 1, batch=0, seen=())
 
     def _load(self, parts: list[Any]) -> None:
-        """Put all scorers where the model stands."""
+        """Put all holders where the model stands."""
         if self.model.version:
             self.coordinator.load(parts, self.model.version)
         else:

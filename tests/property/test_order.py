@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from bss_ray.sample import permutation
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.holder import Holder
 from bss_ray.sample.permutation import race_keys, weighted_permutation
 from bss_ray.sample.plan import Order, share_out
-from bss_ray.sample.scorer import Scorer
 from bss_ray.schedule import Heuristic, Learning, Scheduler, Uniform
 from tests.support import cut, local_coordinator, order_of
 
@@ -76,14 +76,14 @@ windows = st.sampled_from([1, 4, 17, 1 << 24])
 
 @dataclass(frozen=True)
 class Cut:
-    """How rows are cut into shards, dealt to scorers, and how large windows may be."""
+    """How rows are cut into shards, dealt to holders, and how large windows may be."""
 
     shards: int
-    scorers: int
+    holders: int
     window_rows: int
 
 
-cuts = st.builds(Cut, shards=shard_numbers, scorers=scorer_numbers, window_rows=windows)
+cuts = st.builds(Cut, shards=shard_numbers, holders=scorer_numbers, window_rows=windows)
 
 
 def make(score: np.ndarray, scheduler: Scheduler, seed: int, where: Cut, batch_size: int = 1) -> Coordinator:
@@ -91,14 +91,14 @@ def make(score: np.ndarray, scheduler: Scheduler, seed: int, where: Cut, batch_s
         score,
         scheduler,
         shards=where.shards,
-        scorers=where.scorers,
+        holders=where.holders,
         window_rows=where.window_rows,
         seed=seed,
         batch_size=batch_size,
     )
 
 
-WHOLE = Cut(shards=1, scorers=1, window_rows=1 << 24)
+WHOLE = Cut(shards=1, holders=1, window_rows=1 << 24)
 
 
 # ---- the properties -----------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_ranks_share_every_global_batch(
         score,
         scheduler,
         shards=where.shards,
-        scorers=where.scorers,
+        holders=where.holders,
         window_rows=where.window_rows,
         batch_size=batch_size,
         tail=tail,
@@ -224,7 +224,7 @@ def test_resume_goes_on_where_it_stopped(
     # Nothing but the saved scores and the three numbers (epoch, next global batch, score version).
     spans = cut(len(score), after.shards)
     fresh = Coordinator(
-        LocalHolders([Scorer(spans[index :: after.scorers]) for index in range(after.scorers)]),
+        LocalHolders([Holder(spans[index :: after.holders]) for index in range(after.holders)]),
         rows=len(score),
         scheduler=scheduler,
         seed=seed,

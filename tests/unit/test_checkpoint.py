@@ -12,9 +12,10 @@ import ray.train
 import torch
 
 from bss_ray.errors import CheckpointError
-from bss_ray.sample import state
-from bss_ray.sample.scorer import PartState
-from bss_ray.sample.state import write_scores
+from bss_ray.sample import score_files
+from bss_ray.sample.holder import Holder
+from bss_ray.sample.score_files import write_scores
+from bss_ray.sample.state import Delivery, PartState
 from bss_ray.train.checkpoint import (
     Manifest,
     Position,
@@ -41,6 +42,7 @@ def folder(tmp_path: Path) -> Path:
             fingerprint="abc",
             seed=3,
             rows=17,
+            num_classes=2,
             position=Position(2, 5, 1),
             history=[{"epoch": 0}],
             observed=[0.0, 0.0, 0.0],
@@ -76,7 +78,7 @@ def test_other_data_and_seed_name_both_values(folder: Path) -> None:
 def test_other_format_names_both_versions(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(CheckpointError, match=r"format 99.*format 2"):
+    with pytest.raises(CheckpointError, match=r"format 99.*format 3"):
         saved(folder).manifest()
 
 
@@ -121,21 +123,41 @@ def test_only_files_that_are_wanted_are_read(folder: Path) -> None:
 
 
 def test_long_runs_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_FILE_ROWS", 4)
+    monkeypatch.setattr(score_files, "_FILE_ROWS", 4)
     part = PartState.empty(3, 10)
     part.score[:] = SCORE[:10]
     files = write_scores(tmp_path, 0, 1, [part])
     assert [(file.first_row, file.rows) for file in files] == [(3, 4), (7, 4), (11, 2)]
-    again = state.read_scores(files, lambda name: (tmp_path / name).read_bytes(), version=1, start=0, stop=99)
+    again = score_files.read_scores(files, lambda name: (tmp_path / name).read_bytes(), version=1, start=0, stop=99)
     assert np.concatenate([piece.score for piece in again]).tolist() == part.score.tolist()
+
+
+def test_measures_that_are_not_published_belong_to_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_files, "_FILE_ROWS", 4)
+    measured, unmeasured = Holder([(0, 6)]), Holder([(6, 6)])
+    measured.receive(Delivery.of(np.array([4, 1]), np.float32([0.5, 0.25]), np.float32([3, 2]), np.array([7, 5])))
+    files = [
+        *write_scores(tmp_path, 0, 0, measured.state(0)),
+        *write_scores(tmp_path, 1, 0, unmeasured.state(0)),
+    ]
+    read = score_files.read_scores(files, lambda name: (tmp_path / name).read_bytes(), version=0, start=0, stop=12)
+    other = Holder([(0, 12)])
+    assert other.load(read, 0) == 12
+    (state,) = other.state(0)
+    assert state.coming is not None
+    assert np.flatnonzero(state.coming.measured).tolist() == [1, 4]
+    assert state.coming.step[[1, 4]].tolist() == [5, 7]
+    assert state.coming.similarity[[1, 4]].tolist() == [0.25, 0.5]
+    assert state.coming.information[[1, 4]].tolist() == [2, 3]
 
 
 _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from bss_ray.errors import StorageError
-from bss_ray.sample.scorer import PartState
-from bss_ray.sample.state import write_scores
+from bss_ray.sample.state import PartState
+from bss_ray.sample.holder import Holder
+from bss_ray.sample.score_files import write_scores
 from bss_ray.train.checkpoint import write_states
 import torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

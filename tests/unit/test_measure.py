@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bss_ray.errors import CheckpointError, ConfigError, DataError, ModelOutputError, WeightError
+from bss_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelOutputError,
+    WeightError,
+    raise_first_problem,
+)
 from bss_ray.measure import Measurer, balance_scores, per_row_loss
-from bss_ray.measure.forward import autocast, evaluating, measure_rows, pack_model, unpack_model, unwrap_model
+from bss_ray.measure.forward import Forward, autocast, evaluating
+from bss_ray.measure.score import Accumulation
+from bss_ray.measure.snapshot import pack_model, unpack_model, unwrap_model
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
-from bss_ray.sample.scorer import PartState, Scorer
+from bss_ray.sample.holder import Holder
+from bss_ray.sample.scorer import Scorer
+from bss_ray.sample.state import Delivery, PartState
 from bss_ray.schedule import Learning
 
 # ---- the method once more, a row at a time, in float64 ------------------------------------------
@@ -193,7 +205,7 @@ class TestBalanceScores:
         with pytest.raises(ConfigError, match=rf"momentum.*\[0, 1\).*{momentum}"):
             balance_scores(np.zeros(2), np.zeros(2), momentum=momentum)
         with pytest.raises(ConfigError, match=rf"momentum.*{momentum}"):
-            Coordinator(LocalHolders([]), rows=100, scheduler=Learning(), momentum=momentum)
+            Accumulation(momentum=momentum)
 
     def test_unknown_accumulate(self) -> None:
         with pytest.raises(ConfigError, match="'emma'; did you mean 'ema'"):
@@ -358,66 +370,84 @@ def reference_forward(model: TinyModel, columns: dict[str, np.ndarray]) -> dict[
     return {**outputs, "fused": joined @ state["fused.weight"].T + state["fused.bias"]}
 
 
-class ShardScorer(Scorer):
-    """A scorer that knows where its rows are, as the actor around it does."""
+class ScoredRows:
+    """A coordinator over holders of some rows, which a scorer measures shard by shard.
 
-    def __init__(self, spans: list[tuple[int, int]], columns: dict[str, np.ndarray], **settings: Any) -> None:
-        super().__init__(spans, **settings)
-        self.spans, self.columns = spans, columns
+    Args:
+        dealt: shards (first row, rows) of each holder.
+        columns: of all rows.
+        forward: settings of the scorer's passes.
+        settings: of the coordinator.
+    """
 
-    def measure(self, model: nn.Module) -> Any:  # type: ignore[override]
-        return super().measure(model, self.read)
+    def __init__(
+        self,
+        dealt: list[list[tuple[int, int]]],
+        columns: dict[str, np.ndarray],
+        *,
+        measurer: Measurer | None = None,
+        forward: Forward | None = None,
+        accumulation: Accumulation | None = None,
+    ) -> None:
+        self.dealt, self.columns = dealt, columns
+        self.measurer, self.forward = measurer or Measurer(), forward
+        self.holders = LocalHolders([Holder(spans) for spans in dealt])
+        self.coordinator = Coordinator(
+            self.holders,
+            rows=ROWS,
+            scheduler=Learning(),
+            batch_size=8,
+            accumulation=accumulation or Accumulation(),
+        )
 
-    def read(self, index: int) -> dict[str, np.ndarray]:
-        first, rows = self.spans[index]
-        return {name: values[first : first + rows] for name, values in self.columns.items()}
+    def score(self, model: nn.Module) -> int:
+        """Measure all rows with a model, and publish."""
+        scorer = Scorer(self.measurer, "label", forward=self.forward, model=model)
+        for first, rows in itertools.chain.from_iterable(self.dealt):
+            found = scorer.measure({name: v[first : first + rows] for name, v in self.columns.items()}, first)
+            raise_first_problem(found.problems, ModelOutputError)
+            delivery = Delivery.of(found.rows, found.similarity, found.information)
+            self.holders.deliver(delivery, attempt=self.coordinator.attempt)
+        return self.coordinator.publish(self.coordinator.version + 1, expected=ROWS).version
+
+    def scores(self) -> np.ndarray:
+        """(N,) of all rows."""
+        parts = sorted(self.coordinator.state(), key=lambda part: part.first_row)
+        return np.concatenate([part.score for part in parts])
 
 
-def shard_scorers(
-    columns: dict[str, np.ndarray], dealt: list[list[tuple[int, int]]], **settings: Any
-) -> list[ShardScorer]:
-    """Scorers over slices (first row, rows) of the columns."""
-    return [ShardScorer(spans, columns, **settings) for spans in dealt]
-
-
-# 3 shards of unequal size over 2 scorers; no batch size below divides them.
+# 3 shards of unequal size over 2 holders; no batch size below divides them.
 SHARDS = [[(0, 11), (40, 13)], [(11, 29)]]
 
 
-class TestThroughScorers:
+class TestThroughHolders:
     @pytest.mark.parametrize("weights", [(0.1, 0.9), (1.0, 1.0)])
     @pytest.mark.parametrize(("momentum", "accumulate"), [(0.0, "ema"), (0.6, "ema"), (0.0, "sum")])
     def test_scores_of_real_models(self, weights: tuple[float, float], momentum: float, accumulate: Any) -> None:
         columns = make_columns()
-        measurer = Measurer(fused_weight=weights[0], unimodal_weight=weights[1])
-        scorers = shard_scorers(columns, SHARDS, measurer=measurer, batch_size=7)
-        coordinator = Coordinator(
-            LocalHolders(scorers),
-            rows=ROWS,
-            scheduler=Learning(),
-            batch_size=8,
-            momentum=momentum,
-            accumulate=accumulate,
+        rows = ScoredRows(
+            SHARDS,
+            columns,
+            measurer=Measurer(fused_weight=weights[0], unimodal_weight=weights[1]),
+            forward=Forward(batch_size=7),
+            accumulation=Accumulation(momentum=momentum, accumulate=accumulate),
         )
         measured = []
         for update in range(3):
             model = make_model(seed=update)
-            assert coordinator.score(model) == coordinator.version == update + 1
+            assert rows.score(model) == rows.coordinator.version == update + 1
             measured.append(reference_measures(reference_forward(model, columns), columns["label"], *weights))
-            expected = reference_scores(measured, momentum, accumulate)[-1]
-            score = np.full(ROWS, np.nan)
-            for part in coordinator.state():
-                here = slice(part.first_row, part.first_row + len(part.score))
-                score[here] = part.score
+            for part in rows.coordinator.state():
+                here = slice(part.first_row, part.stop_row)
                 np.testing.assert_allclose(part.similarity, measured[-1][0][here], atol=2e-6)
                 np.testing.assert_allclose(part.information, measured[-1][1][here], rtol=2e-6, atol=2e-6)
+                assert set(part.last_measured.tolist()) == {update + 1}
             # Float32 forward passes, stretched by the min-max normalisation.
-            np.testing.assert_allclose(score, expected, atol=5e-6)
+            np.testing.assert_allclose(rows.scores(), reference_scores(measured, momentum, accumulate)[-1], atol=5e-6)
 
     def test_every_row_once_and_in_eval_mode(self) -> None:
         model = make_model(seed=0)
-        scorers = shard_scorers(make_columns(), SHARDS, batch_size=7)
-        Coordinator(LocalHolders(scorers), rows=ROWS, scheduler=Learning(), batch_size=8).score(model)
+        ScoredRows(SHARDS, make_columns(), forward=Forward(batch_size=7)).score(model)
         assert sorted(model.row_ids) == list(range(ROWS))
         assert [size for size, _ in model.batches] == [7, 4, 7, 6, 7, 7, 7, 7, 1]
         assert not any(training for _, training in model.batches)
@@ -425,123 +455,88 @@ class TestThroughScorers:
     def test_scores_do_not_depend_on_the_cut(self) -> None:
         columns, model = make_columns(), make_model(seed=0)
         found = []
-        for dealt in (SHARDS, [[(0, ROWS)]], [[(0, 1)], [(1, 1)], [(2, 51)]]):
-            scorers = shard_scorers(columns, dealt, batch_size=16)
-            coordinator = Coordinator(LocalHolders(scorers), rows=ROWS, scheduler=Learning(), batch_size=8)
-            coordinator.score(model)
-            found.append(np.concatenate([p.score for p in sorted(coordinator.state(), key=lambda p: p.first_row)]))
+        for dealt in (SHARDS, [[(0, ROWS)]], [[(0, 1)], [(1, 1)], [(2, 51)]], [[(0, ROWS)], []]):
+            rows = ScoredRows(dealt, columns, forward=Forward(batch_size=16))
+            rows.score(model)
+            found.append(rows.scores())
         # Batches of other sizes may round otherwise; the normalisation must not.
         np.testing.assert_allclose(found[0], found[1], atol=5e-6)
         np.testing.assert_allclose(found[0], found[2], atol=5e-6)
+        assert found[1].tolist() == found[3].tolist()
         assert found[1].max() <= 1
         assert found[1].min() >= -1
 
     def test_reset_starts_over(self) -> None:
-        columns = make_columns()
-        coordinator = Coordinator(
-            LocalHolders(shard_scorers(columns, SHARDS)), rows=ROWS, scheduler=Learning(), batch_size=8, momentum=0.6
-        )
-        coordinator.score(make_model(seed=0))
-        coordinator.reset()
-        assert coordinator.version == 0
-        coordinator.score(make_model(seed=1))
-        again = np.concatenate([part.score for part in coordinator.state()])
-        fresh = Coordinator(
-            LocalHolders(shard_scorers(columns, SHARDS)), rows=ROWS, scheduler=Learning(), batch_size=8, momentum=0.6
-        )
+        columns, accumulation = make_columns(), Accumulation(momentum=0.6)
+        again, fresh = (ScoredRows(SHARDS, columns, accumulation=accumulation) for _ in range(2))
+        again.score(make_model(seed=0))
+        again.coordinator.reset()
+        assert again.coordinator.version == 0
+        again.score(make_model(seed=1))
         fresh.score(make_model(seed=1))
-        assert again.tolist() == np.concatenate([part.score for part in fresh.state()]).tolist()
+        assert again.scores().tolist() == fresh.scores().tolist()
 
     def test_failed_measurement_publishes_nothing(self) -> None:
-        columns = make_columns()
-        broken = {name: values.copy() for name, values in columns.items()}
-        settings = {"rows": ROWS, "scheduler": Learning(), "batch_size": 8}
-        scorers = shard_scorers(columns, SHARDS)
-        coordinator = Coordinator(LocalHolders(scorers), **settings)  # type: ignore[arg-type]
-        coordinator.score(make_model(seed=0))
-        before = [part.score.copy() for part in coordinator.state()]
-        order = coordinator.window(1, 0)
+        rows = ScoredRows(SHARDS, make_columns())
+        rows.score(make_model(seed=0))
+        before = [(part.score.tolist(), part.similarity.tolist()) for part in rows.coordinator.state()]
+        order = rows.coordinator.window(1, 0)
 
-        broken["audio"][45, 2] = np.nan  # in the last shard of the first scorer
-        scorers[0].columns = broken
+        rows.columns = {name: values.copy() for name, values in rows.columns.items()}
+        rows.columns["audio"][45, 2] = np.nan  # in the second shard of the first holder: the first is measured
         with pytest.raises(ModelOutputError, match="1 row; first row ids 45"):
-            coordinator.score(make_model(seed=1))
-        assert coordinator.version == 1
-        assert [part.score.tolist() for part in coordinator.state()] == [score.tolist() for score in before]
-        assert coordinator.window(1, 0).tolist() == order.tolist()
-
-    def test_failed_measurement_keeps_the_published_measures(self) -> None:
-        # What a checkpoint saves after a failure must be of one version: scores *and* measures.
-        columns = make_columns()
-        scorers = shard_scorers(columns, SHARDS)
-        coordinator = Coordinator(LocalHolders(scorers), rows=ROWS, scheduler=Learning(), batch_size=8)
-        coordinator.score(make_model(seed=0))
-        before = [part.similarity.copy() for part in coordinator.state()]
-        broken = {name: values.copy() for name, values in columns.items()}
-        broken["audio"][15] = math.nan
-        scorers[1].columns = broken  # the second holder fails, when the first has measured
-        with pytest.raises(ModelOutputError, match="first row ids 15"):
-            coordinator.score(make_model(seed=1))
-        assert [part.similarity.tolist() for part in coordinator.state()] == [s.tolist() for s in before]
-
-    def test_holder_without_shards(self) -> None:
-        columns, model = make_columns(), make_model(seed=0)
-        scores = []
-        for dealt in ([[(0, ROWS)]], [[(0, ROWS)], []]):
-            coordinator = Coordinator(
-                LocalHolders(shard_scorers(columns, dealt)), rows=ROWS, scheduler=Learning(), batch_size=8
-            )
-            coordinator.score(model)
-            scores.append(np.concatenate([part.score for part in coordinator.state()]).tolist())
-        assert scores[0] == scores[1]
+            rows.score(make_model(seed=1))
+        assert rows.coordinator.version == 1
+        assert [(part.score.tolist(), part.similarity.tolist()) for part in rows.coordinator.state()] == before
+        assert rows.coordinator.window(1, 0).tolist() == order.tolist()
 
 
 class TestSavedScores:
     """What `state` gives, `load` takes back; a checkpoint that does not fit is refused."""
 
-    def coordinator(self) -> Coordinator:
-        scorers = shard_scorers(make_columns(), SHARDS)
-        return Coordinator(LocalHolders(scorers), rows=ROWS, scheduler=Learning(), batch_size=8, momentum=0.6)
+    def rows(self) -> ScoredRows:
+        return ScoredRows(SHARDS, make_columns(), accumulation=Accumulation(momentum=0.6))
 
     def test_momentum_goes_on_as_if_nothing_had_happened(self) -> None:
-        straight = self.coordinator()
+        straight, first, second = self.rows(), self.rows(), self.rows()
         for seed in range(3):
             straight.score(make_model(seed))
-        first = self.coordinator()
         first.score(make_model(0))
         first.score(make_model(1))
-        second = self.coordinator()
-        second.load(first.state(), first.version)
-        assert second.version == 2
+        second.coordinator.load(first.coordinator.state(), first.coordinator.version)
+        assert second.coordinator.version == 2
         assert second.score(make_model(2)) == 3
-        for own, other in zip(second.state(), straight.state(), strict=True):
-            assert own.score.tolist() == other.score.tolist()
+        assert second.scores().tolist() == straight.scores().tolist()
 
     def test_a_missing_part(self) -> None:
-        coordinator = self.coordinator()
-        coordinator.score(make_model(0))
+        rows = self.rows()
+        rows.score(make_model(0))
         with pytest.raises(CheckpointError, match=r"24 of the 53 rows"):
-            self.coordinator().load(coordinator.state()[:2], 1)
+            self.rows().coordinator.load(rows.coordinator.state()[:2], 1)
 
     def test_a_part_given_twice_does_not_hide_a_missing_one(self) -> None:
         parts = [PartState.empty(first, n) for first, n in ((0, 30), (0, 23))]
         with pytest.raises(CheckpointError):
-            self.coordinator().load(parts, 1)
+            self.rows().coordinator.load(parts, 1)
 
     def test_a_saved_state_is_not_changed_by_what_follows(self) -> None:
-        coordinator = self.coordinator()
-        coordinator.score(make_model(0))
-        saved = coordinator.state()
+        rows = self.rows()
+        rows.score(make_model(0))
+        saved = rows.coordinator.state()
         before = [part.score.tolist() for part in saved]
-        coordinator.reset()
-        coordinator.score(make_model(1))
+        rows.coordinator.reset()
+        rows.score(make_model(1))
         assert [part.score.tolist() for part in saved] == before
 
 
-class TestMeasureRows:
-    def measure(self, model: nn.Module, columns: dict[str, np.ndarray], **settings: Any) -> tuple[Any, Any]:
-        settings = {"batch_size": 8, **settings}
-        return measure_rows(model, columns, label="label", measurer=Measurer(), device=torch.device("cpu"), **settings)
+class TestScorer:
+    def measure(
+        self, model: nn.Module, columns: dict[str, np.ndarray], first_row: int = 0, **settings: Any
+    ) -> tuple[Any, Any]:
+        scorer = Scorer(Measurer(), "label", forward=Forward(**{"batch_size": 8, **settings}), model=model)
+        found = scorer.measure(columns, first_row)
+        raise_first_problem(found.problems, ModelOutputError)
+        return found.similarity, found.information
 
     def test_batch_norm_statistics_are_left_alone(self) -> None:
         model = make_model(seed=0).train()
@@ -584,7 +579,7 @@ class TestMeasureRows:
     def test_rows_of_nan_are_named(self) -> None:
         columns = {name: values.copy() for name, values in make_columns().items()}
         columns["image"][[3, 9, 10, 20, 21, 22, 50]] = math.nan
-        with pytest.raises(ModelOutputError, match=r"7 rows; first row ids 1003, 1009, 1010, 1020, 1021\."):
+        with pytest.raises(ModelOutputError, match=r"7 rows; first row ids 1003, 1009, 1010, 1020, 1021"):
             self.measure(make_model(seed=0), columns, first_row=1000)
 
     def test_model_sees_copies(self) -> None:
@@ -674,7 +669,7 @@ class TestPackModel:
         first, second = unpack_model(snapshot), unpack_model(snapshot)
         before = model.first.weight.detach().clone()
         with torch.no_grad():
-            model.first.weight.fill_(5)  # training goes on while scorers still read the snapshot
+            model.first.weight.fill_(5)  # training goes on while holders still read the snapshot
             first.first.weight.fill_(9)
         assert torch.equal(second.first.weight, before)
         assert torch.equal(unpack_model(snapshot).first.weight, before)
@@ -695,11 +690,10 @@ class TestPackModel:
 
     def test_scores_are_the_same(self) -> None:
         model, columns = make_model(seed=5), make_columns()
-        settings = {"label": "label", "measurer": Measurer(), "batch_size": 8, "device": torch.device("cpu")}
-        own = measure_rows(model, columns, **settings)
-        other = measure_rows(unpack_model(pack_model(model)), columns, **settings)
-        assert (own[0] == other[0]).all()
-        assert (own[1] == other[1]).all()
+        own = Scorer(Measurer(), "label", model=model).measure(columns)
+        other = Scorer(Measurer(), "label", model=unpack_model(pack_model(model))).measure(columns)
+        assert (own.similarity == other.similarity).all()
+        assert (own.information == other.information).all()
 
     def test_class_of_a_script_travels(self) -> None:
         class Local(nn.Module):  # not importable by another process: as in a notebook or __main__

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 from bss_ray.errors import ConfigError, WeightError
-from bss_ray.sample import permutation, scorer
+from bss_ray.sample import holder, permutation
 from bss_ray.sample.permutation import (
     BLOCK_ROWS,
     MAX_WEIGHT,
@@ -143,7 +143,7 @@ class TestReplacement:
 
     def test_rows_and_consecutive_pairs(self) -> None:
         score = np.tile([-0.8, -0.1, 0.3, 0.6, 0.9], 8)
-        draws = self.draws(score, 1.0, epochs=100, shards=2, scorers=2)
+        draws = self.draws(score, 1.0, epochs=100, shards=2, holders=2)
         share = np.exp(score) / np.exp(score).sum()
         assert p_value(Counter(draws.ravel().tolist()), dict(enumerate(share))) > 1e-3
 
@@ -311,7 +311,7 @@ class TestSlices:
         # The same order from 7 shards, 3 holders and small windows as from one array.
         score = np.random.default_rng(3).uniform(-1, 1, self.rows).astype(np.float32)
         scheduler = Learning(temperature=0.3, fraction=0.4)
-        coordinator = local_coordinator(score, scheduler, shards=7, scorers=3, window_rows=20_000, seed=6)
+        coordinator = local_coordinator(score, scheduler, shards=7, holders=3, window_rows=20_000, seed=6)
         order, plan = order_of(coordinator, 1)
         expected = weighted_permutation(scheduler.weights(score), seed=6, epoch=1, size=plan.size)
         assert len(plan.window_ends) > 2
@@ -323,7 +323,7 @@ class TestSlices:
     def test_chunks_of_a_holder_do_not_matter(self, scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         score = np.round(np.random.default_rng(4).uniform(-1, 1, 100), 1)  # with ties across chunks
         whole, _ = order_of(local_coordinator(score, scheduler, shards=2), 1)
-        monkeypatch.setattr(scorer, "_CHUNK_ROWS", 7)
+        monkeypatch.setattr(holder, "_CHUNK_ROWS", 7)
         chunked, _ = order_of(local_coordinator(score, scheduler, shards=2), 1)
         assert chunked.tolist() == whole.tolist()
 
@@ -371,14 +371,14 @@ class TestTies:
     """Equal keys hardly ever occur; all the more must they not depend on who holds the rows."""
 
     @pytest.mark.parametrize("window_rows", [1, 10, 1 << 24])
-    @pytest.mark.parametrize(("shards", "scorers"), [(1, 1), (7, 1), (7, 3)])
+    @pytest.mark.parametrize(("shards", "holders"), [(1, 1), (7, 1), (7, 3)])
     def test_lower_row_id_first(
-        self, shards: int, scorers: int, window_rows: int, monkeypatch: pytest.MonkeyPatch
+        self, shards: int, holders: int, window_rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(permutation, "exponentials", lambda *_, **__: np.ones(BLOCK_ROWS))
         score = np.random.default_rng(5).integers(-2, 3, 80) / 2
         scheduler = Learning(fraction=0.8)
-        coordinator = local_coordinator(score, scheduler, shards=shards, scorers=scorers, window_rows=window_rows)
+        coordinator = local_coordinator(score, scheduler, shards=shards, holders=holders, window_rows=window_rows)
         expected = np.lexsort((np.arange(80), -score))[:64].tolist()
         assert order_of(coordinator, 1)[0].tolist() == expected
         assert weighted_permutation(scheduler.weights(score), seed=0, size=64).tolist() == expected

@@ -161,14 +161,14 @@ class TestCoordinatorPlans:
         assert plan.diagnostics["largest_share"] == pytest.approx(1 / 50)
 
     def test_figures_of_a_weighted_plan(self) -> None:
-        _, plan = order_of(local_coordinator(self.score, Learning(temperature=0.3), shards=3, scorers=2), 1)
+        _, plan = order_of(local_coordinator(self.score, Learning(temperature=0.3), shards=3, holders=2), 1)
         weights = np.exp(self.score / 0.3)
         assert plan.diagnostics["effective_sample_size"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
         assert plan.diagnostics["largest_share"] == pytest.approx(weights.max() / weights.sum())
 
     @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (1.0, 1.0), (-1.0, -1.0)])
     def test_figures_of_extreme_weights(self, low: float, high: float) -> None:
-        order, plan = order_of(local_coordinator(np.linspace(low, high, 50), Huge(), shards=3, scorers=2), 1)
+        order, plan = order_of(local_coordinator(np.linspace(low, high, 50), Huge(), shards=3, holders=2), 1)
         assert sorted(order.tolist()) == list(range(50))
         weights = np.ones(50) if low == high else 10.0 ** (200 * (np.linspace(low, high, 50) - high))
         assert plan.diagnostics["effective_sample_size"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
@@ -180,7 +180,7 @@ class TestCoordinatorPlans:
 
     def test_uniform_mix_blends_the_distribution(self) -> None:
         scheduler = Learning(temperature=0.3, uniform_mix=0.25)
-        _, plan = order_of(local_coordinator(self.score, scheduler, shards=3, scorers=2), 1)
+        _, plan = order_of(local_coordinator(self.score, scheduler, shards=3, holders=2), 1)
         weights = np.exp(self.score / 0.3)
         share = 0.75 * weights / weights.sum() + 0.25 / 50
         assert plan.diagnostics["largest_share"] == pytest.approx(share.max())
@@ -206,11 +206,11 @@ class TestCoordinatorPlans:
 
     def test_more_rows_than_weight(self) -> None:
         with pytest.raises(WeightError, match=r"50 different rows, and 25 of 50"):
-            local_coordinator(self.score, PositiveOnly(), shards=3, scorers=2).plan(1)
+            local_coordinator(self.score, PositiveOnly(), shards=3, holders=2).plan(1)
 
     def test_no_weight_at_all(self) -> None:
         with pytest.raises(WeightError, match=r"50 different rows, and 0 of 50"):
-            local_coordinator(-np.ones(50), PositiveOnly(), shards=3, scorers=2).plan(1)
+            local_coordinator(-np.ones(50), PositiveOnly(), shards=3, holders=2).plan(1)
 
     @pytest.mark.parametrize(
         ("score", "message"),
@@ -221,7 +221,7 @@ class TestCoordinatorPlans:
         scores[[31, 44]] = score
         # Holders see their own rows; the ids must be those of the data set.
         with pytest.raises(WeightError, match=rf"{message}.*31, 44"):
-            local_coordinator(scores, Learning(), shards=2, scorers=2).plan(1)
+            local_coordinator(scores, Learning(), shards=2, holders=2).plan(1)
 
     @pytest.mark.parametrize("batch_size", [0, -3])
     def test_batch_size_at_least_one(self, batch_size: int) -> None:

@@ -17,9 +17,9 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.errors import CheckpointError
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.holder import Holder
 from bss_ray.sample.loader import FILLER, Loader, RankBatch
 from bss_ray.sample.plan import Order, share_out
-from bss_ray.sample.scorer import Scorer
 from bss_ray.schedule import Scheduler
 from bss_ray.testing import SamplerContract, Setup, SlicedSampler
 from bss_ray.testing.sampler import global_batches
@@ -115,14 +115,14 @@ class CoordinatorContract(SamplerContract):
     """Of a coordinator over holders in this process; subclasses say how rows are cut.
 
     Attributes:
-        shards, scorers: rows lie in so many shards, dealt to so many scorers in turn.
+        shards, holders: rows lie in so many shards, dealt to so many holders in turn.
         nodes: rows and ranks lie on so many nodes in turn.
         window_rows: largest window of the order.
         sampler: what hands out the batches.
     """
 
     shards: ClassVar[int]
-    scorers: ClassVar[int]
+    holders: ClassVar[int]
     nodes: ClassVar[int] = 1
     window_rows: ClassVar[int] = 1 << 24
     sampler: ClassVar[type[CoordinatorSampler]] = CoordinatorSampler
@@ -133,7 +133,7 @@ class CoordinatorContract(SamplerContract):
         rows = len(setup.weights) if setup.rows is None else setup.rows
         spans = cut(rows, self.shards)
         coordinator = Coordinator(
-            LocalHolders([Scorer(spans[index :: self.scorers]) for index in range(self.scorers)]),
+            LocalHolders([Holder(spans[index :: self.holders]) for index in range(self.holders)]),
             rows=rows,
             scheduler=Given.of(setup),
             seed=setup.seed,
@@ -153,17 +153,17 @@ class CoordinatorContract(SamplerContract):
 
 
 class TestOneHolder(CoordinatorContract):
-    shards, scorers = 1, 1
+    shards, holders = 1, 1
     other_process = False  # slow to start, and its order is that of `TestManyHolders`
 
 
 class TestManyHolders(CoordinatorContract):
-    shards, scorers, nodes, window_rows = 7, 3, 3, 4
+    shards, holders, nodes, window_rows = 7, 3, 3, 4
     seeds = 8
 
 
 class TestHoldersWithoutRows(CoordinatorContract):
-    shards, scorers, window_rows = 2, 4, 1
+    shards, holders, window_rows = 2, 4, 1
     other_process = False
     seeds = 8
 
@@ -219,7 +219,7 @@ def _rows_of(part: RankBatch) -> np.ndarray:
 
 
 class TestLoaders(CoordinatorContract):
-    shards, scorers, window_rows = 3, 2, 16
+    shards, holders, window_rows = 3, 2, 16
     sampler = LoaderSampler
     other_process = False
     seeds = 2

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from bss_ray.errors import WeightError
-from bss_ray.sample import scorer as scorer_module
+from bss_ray.sample import holder as holder_module
 from bss_ray.sample.coordinator import NEGLECT_EPOCHS, Coordinator, LocalHolders
+from bss_ray.sample.draw import Draw
+from bss_ray.sample.holder import Holder
 from bss_ray.sample.radix import TOP_SHIFT
-from bss_ray.sample.scorer import Draw, LostStateError, PartState, Scorer
+from bss_ray.sample.state import LostStateError, PartState
 from bss_ray.schedule import Heuristic, Learning, Scheduler, Uniform
 from tests.support import cut, local_coordinator, order_of, saved
 
@@ -18,10 +20,10 @@ SCORE = np.random.default_rng(0).uniform(-1, 1, ROWS).astype(np.float32)
 DRAW = Draw(seed=1, epoch=2, version=1, scheduler=Learning(temperature=0.5))
 
 
-def holder(spans: list[tuple[int, int]]) -> Scorer:
-    scorer = Scorer(spans)
-    scorer.load(saved(SCORE), 1)
-    return scorer
+def holder(spans: list[tuple[int, int]]) -> Holder:
+    holder = Holder(spans)
+    holder.load(saved(SCORE), 1)
+    return holder
 
 
 class TestRuns:
@@ -33,18 +35,18 @@ class TestRuns:
     def test_a_block_of_ids_is_drawn_once_whatever_the_shards(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # 300 shards of ten rows lie in one block: its 65,536 numbers must not be drawn 300 times.
         drawn: list[int] = []
-        real = scorer_module.race_keys
+        real = holder_module.race_keys
         monkeypatch.setattr(
-            scorer_module,
+            holder_module,
             "race_keys",
             lambda *args, **place: (drawn.append(place["first_row"]), real(*args, **place))[1],
         )
         holder(cut(ROWS, 300)).key_counts(DRAW, [0], TOP_SHIFT)
         assert drawn == [0]
 
-    def test_fourteen_bytes_a_row(self) -> None:
+    def test_sixteen_bytes_a_row(self) -> None:
         (part,) = holder([(0, ROWS)]).state(1)
-        assert sum(values.nbytes for values in part.arrays.values()) == 14 * ROWS
+        assert sum(values.nbytes for values in part.arrays.values()) == 16 * ROWS
 
 
 class TestPreparedKeys:
@@ -54,8 +56,8 @@ class TestPreparedKeys:
     def passes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """Counts the passes over all keys."""
         passes: list[int] = []
-        real = Scorer._prepare
-        monkeypatch.setattr(Scorer, "_prepare", lambda self, *args: (passes.append(1), real(self, *args))[1])
+        real = Holder._prepare
+        monkeypatch.setattr(Holder, "_prepare", lambda self, *args: (passes.append(1), real(self, *args))[1])
         return passes
 
     @pytest.mark.parametrize("reach", [1, 200, 1000, 10_000])
@@ -64,14 +66,14 @@ class TestPreparedKeys:
     ) -> None:
         whole, _ = order_of(local_coordinator(SCORE, DRAW.scheduler), 2)
         passes.clear()
-        monkeypatch.setattr(scorer_module, "WINDOW_ROWS", reach)
+        monkeypatch.setattr(holder_module, "WINDOW_ROWS", reach)
         order, plan = order_of(local_coordinator(SCORE, DRAW.scheduler, window_rows=100), 2)
         assert order.tolist() == whole.tolist()
         assert len(plan.window_ends) > 25
         assert len(passes) <= -(-ROWS // reach) + 5
 
     def test_windows_in_any_order(self) -> None:
-        coordinator = local_coordinator(SCORE, DRAW.scheduler, scorers=2, shards=4, window_rows=100)
+        coordinator = local_coordinator(SCORE, DRAW.scheduler, holders=2, shards=4, window_rows=100)
         forward, plan = order_of(coordinator, 2)
         for index in reversed(range(len(plan.window_ends))):
             start = plan.window_ends[index - 1] if index else 0
@@ -95,7 +97,7 @@ class TestDrawnRows:
     @pytest.mark.parametrize("replacement", [False, True])
     def test_exactly_the_rows_of_the_order(self, replacement: bool, window_rows: int) -> None:
         scheduler = Learning(temperature=0.5, fraction=0.3, replacement=replacement)
-        coordinator = local_coordinator(SCORE, scheduler, shards=3, scorers=2, window_rows=window_rows)
+        coordinator = local_coordinator(SCORE, scheduler, shards=3, holders=2, window_rows=window_rows)
         order, plan = order_of(coordinator, 7)
         marks = self.marks(coordinator)
         assert plan.size == 900
@@ -104,7 +106,7 @@ class TestDrawnRows:
 
     def test_neglected_rows(self) -> None:
         scheduler = Learning(burn_in=1, temperature=0.05, fraction=0.1)
-        coordinator = local_coordinator(SCORE, scheduler, scorers=2, shards=2)
+        coordinator = local_coordinator(SCORE, scheduler, holders=2, shards=2)
         last = np.full(ROWS, -1)
         for epoch in range(9):
             last[order_of(coordinator, epoch)[0]] = epoch
@@ -121,7 +123,7 @@ class TestDrawnRows:
         for epoch in range(4):
             order_of(straight, epoch)
             order_of(first, epoch)
-        second = local_coordinator(SCORE, scheduler, shards=5, scorers=2)
+        second = local_coordinator(SCORE, scheduler, shards=5, holders=2)
         second.load(first.state(), first.version)
         for epoch in range(4, 8):
             order_of(straight, epoch)
@@ -181,9 +183,9 @@ class BadScheduler(Learning):
 
 def test_bad_weights_of_a_scheduler_name_the_rows() -> None:
     bad = np.flatnonzero(SCORE > 0.9)
-    for shards, scorers in ((1, 1), (7, 3)):  # counted over all holders, and the first of all
+    for shards, holders in ((1, 1), (7, 3)):  # counted over all holders, and the first of all
         with pytest.raises(WeightError, match=f"{len(bad)} rows; first row ids {bad[0]}, {bad[1]}"):
-            local_coordinator(SCORE, BadScheduler(), shards=shards, scorers=scorers).plan(1)
+            local_coordinator(SCORE, BadScheduler(), shards=shards, holders=holders).plan(1)
 
 
 class ShortScheduler(Learning):
@@ -197,7 +199,7 @@ def test_a_scheduler_that_returns_too_few_weights() -> None:
 
 
 def test_every_call_that_depends_on_scores_names_their_version() -> None:
-    fresh = Scorer([(0, 10)])
+    fresh = Holder([(0, 10)])
     for call in (
         lambda: fresh.moments(DRAW),
         lambda: fresh.key_counts(DRAW, [0], TOP_SHIFT),
@@ -209,6 +211,6 @@ def test_every_call_that_depends_on_scores_names_their_version() -> None:
 
 
 def test_a_missing_part_of_the_scores_is_no_silent_zero() -> None:
-    coordinator = Coordinator(LocalHolders([Scorer([(0, 10)])]), rows=10, scheduler=Uniform(), batch_size=1)
+    coordinator = Coordinator(LocalHolders([Holder([(0, 10)])]), rows=10, scheduler=Uniform(), batch_size=1)
     with pytest.raises(ValueError, match="7 of the 10 rows"):
         coordinator.load([PartState.empty(0, 7)], 1)
