@@ -1,13 +1,23 @@
-"""Which column of a data set plays which role."""
+"""Which column of a data set plays which role, and what kind of label it has."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from bss_ray.errors import DataError
+from bss_ray.errors import DataError, nearest
+from bss_ray.names import FEATURES, FUSED, loss_column, presence_column
 
 # Columns that batches and score files add; a data set cannot have them itself.
 RESERVED = ("row_id", "similarity", "information", "score")
+
+# What labels are:
+#   multiclass   one of the classes 0..C-1, an integer a row
+#   multilabel   any of C classes, a tensor (C,) of 0 and 1 a row
+#   regression   a number a row, or a tensor (D,) of them
+Task = Literal["multiclass", "multilabel", "regression"]
+TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,24 +25,29 @@ class Columns:
     """Roles of a data set's columns.
 
     Args:
-        modalities: names of the input columns, at least two.
-        label: name of the label column: integer classes 0..C-1.
+        modalities: names of the input columns, at least two. A null says that a row lacks the modality.
+        label: name of the label column.
         id: name of a column that identifies rows for people; optional, must be unique.
         extra: columns that are only carried into the scores file, e.g. a truth to compare with.
+        task: what labels are. `multiclass`: an integer 0..C-1 a row; `multilabel`: a tensor (C,) of 0 and 1 a row;
+            `regression`: a finite number or a tensor (D,) of them a row.
 
     Raises:
-        DataError: fewer than two modalities, a column with two roles, or a reserved name.
+        DataError: fewer than two modalities, a column with two roles, a reserved name, or an unknown task.
     """
 
     modalities: tuple[str, ...]
     label: str = "label"
     id: str | None = None
     extra: tuple[str, ...] = ()
+    task: Task = "multiclass"
 
     def __post_init__(self) -> None:
         # YAML and JSON bring lists.
         object.__setattr__(self, "modalities", tuple(self.modalities))
         object.__setattr__(self, "extra", tuple(self.extra))
+        if self.task not in TASKS:
+            raise DataError(f"unknown task {self.task!r}; {nearest(self.task, TASKS)}")
         if len(self.modalities) < 2:
             raise DataError(
                 "balance is measured between modalities: name at least two input columns; "
@@ -42,16 +57,28 @@ class Columns:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise DataError(f"each column has one role; {twice} are named more than once")
-        taken = sorted(set(names) & set(RESERVED))
-        if taken:
-            raise DataError(f"the names {list(RESERVED)} are used by batches and score files; rename {taken}")
+        _refuse_taken(names, RESERVED, "used by batches and score files")
+        added = [make(name) for name in self.modalities for make in (presence_column, loss_column)]
+        _refuse_taken(names, added, "made of the modalities' names in batches and score files")
+        _refuse_taken(self.modalities, (FUSED, FEATURES), "used by the outputs of models")
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What a batch holds beside `row_id`: modalities and label."""
+        """What every row brings to a batch: modalities and label. All that batches hold: `Shards.features`."""
         return (*self.modalities, self.label)
 
     @property
     def all(self) -> tuple[str, ...]:
         """All columns that are read."""
         return (*self.inputs, *(() if self.id is None else (self.id,)), *self.extra)
+
+
+def _refuse_taken(names: Sequence[str], taken: Sequence[str], why: str) -> None:
+    """Refuse names that mean something else already.
+
+    Raises:
+        DataError: says which, and why.
+    """
+    both = sorted(set(names) & set(taken))
+    if both:
+        raise DataError(f"the names {list(taken)} are {why}; rename {both}")

@@ -13,7 +13,8 @@ from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Store
 
 # Version of what stores keep on disk; part of every name, so that other versions are not found.
-FORMAT = 1
+# 2: every shard says which rows have which modality; labels have a task.
+FORMAT = 2
 
 
 def to_manifest(shards: Shards) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class Shards:
     Attributes:
         columns: roles of the columns.
         parts: shards in the order of their rows.
-        features: shape and dtype of each column that a batch holds (modalities and label).
-        num_classes: C; labels lie in 0..C-1.
+        features: shape and dtype of each column that a batch holds: modalities, label, and `has_<modality>` for each
+            modality that some row lacks.
+        num_classes: values that a head returns: classes C, or the D numbers of a regression.
         fingerprint: digest of rows, schema and content.
         store: where the rows are.
     """
@@ -95,7 +96,7 @@ class Shards:
 
         Args:
             row_ids: (n,) int64, in any order.
-            columns: names; None for the modalities and the label.
+            columns: names; None for all that a batch holds (`features`).
             out: arrays `{column: (n, ...)}` to fill instead of fresh ones, one for each name.
 
         Returns:
@@ -111,7 +112,7 @@ class Shards:
         if strays.any():
             raise IndexError(f"no shard holds row {row_ids[strays][0]} ({strays.sum()} of {len(row_ids)} rows)")
         if out is None:
-            out = self._empty(self.columns.inputs if columns is None else columns, shards)
+            out = self._empty(tuple(self.features) if columns is None else columns, shards)
         self.store.take(shards, rows, out)
         return out
 

@@ -22,6 +22,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import optional_import
+from bss_ray.names import presence_column
 from bss_ray.testing.processes import in_another_process
 
 pytest: Any = optional_import("pytest", extra="testing", needed_for="the suite of tests for stores")
@@ -32,6 +33,7 @@ T = TypeVar("T")
 ROWS = 41
 CUTS = (0, 7, 8, 29, 41)  # one shard of a single row
 ROLES = Columns(modalities=("audio", "image"), id="name", extra=("truth",))
+INPUTS = (*ROLES.inputs, presence_column("audio"))  # what a batch holds: some rows have no audio
 
 # Row ids that a batch may be asked for.
 WANTED: dict[str, list[int]] = {
@@ -52,13 +54,15 @@ WANTED: dict[str, list[int]] = {
 def make_columns() -> Arrays:
     """Columns of several dtypes and shapes, among them text that is wider in some shards than in others."""
     rng = np.random.default_rng(0)
+    has_audio = np.arange(ROWS) % 4 != 1
     names = [f"row {row}" + "é" * (row // 10) for row in range(ROWS)]
     return {
-        "audio": rng.normal(size=(ROWS, 6)).astype(np.float32),
+        "audio": rng.normal(size=(ROWS, 6)).astype(np.float32) * has_audio[:, None],
         "image": rng.integers(0, 256, size=(ROWS, 3, 4, 2), dtype=np.uint8),
         "label": rng.integers(0, 5, size=ROWS),
         "name": np.array(names),
         "truth": rng.random(ROWS) < 0.5,
+        presence_column("audio"): has_audio,
     }
 
 
@@ -76,7 +80,7 @@ def shards_over(store: Store, columns: Arrays, cuts: Sequence[int] = CUTS) -> Sh
     return Shards(
         columns=ROLES,
         parts=tuple(Shard(start, stop - start, "") for start, stop in itertools.pairwise(cuts)),
-        features={name: Feature(columns[name].shape[1:], columns[name].dtype.str) for name in ROLES.inputs},
+        features={name: Feature(columns[name].shape[1:], columns[name].dtype.str) for name in INPUTS},
         num_classes=5,
         fingerprint="",
         store=store,
@@ -121,7 +125,7 @@ class StoreContract(abc.ABC):
         if not self.views:
             pytest.skip(f"{type(self).__name__}.views is False")
         store = self._store()
-        for name in ROLES.inputs:
+        for name in INPUTS:
             assert np.shares_memory(store.read(2)[name], store.read(2)[name]), f"column {name!r} is a copy"
 
     # ---- batches ------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ class StoreContract(abc.ABC):
         columns, shards = make_columns(), self._shards()
         for case, rows in WANTED.items():
             ids = np.array(rows, dtype=np.int64)
-            _check_equal(shards.gather(ids), _rows(columns, ids, ROLES.inputs), case)
+            _check_equal(shards.gather(ids), _rows(columns, ids, INPUTS), case)
 
     def test_text_is_as_wide_as_it_needs_to_be(self) -> None:
         columns, shards = make_columns(), self._shards()
@@ -144,25 +148,25 @@ class StoreContract(abc.ABC):
         columns, shards = make_columns(), self._shards()
         for case, rows in WANTED.items():
             ids = np.array(rows, dtype=np.int64)
-            expected = _rows(columns, ids, ROLES.inputs)
+            expected = _rows(columns, ids, INPUTS)
             out = {name: np.zeros_like(values) for name, values in expected.items()}
             batch = shards.gather(ids, out=out)
             _check_equal(out, expected, case)
-            assert all(batch[name] is out[name] for name in ROLES.inputs), f"{case}: other arrays came back"
+            assert all(batch[name] is out[name] for name in INPUTS), f"{case}: other arrays came back"
 
     def test_writing_into_a_batch_changes_nothing_stored(self) -> None:
         columns, shards = make_columns(), self._shards()
         ids = np.arange(ROWS)
         for rows in (ids, ids[::-1].copy(), ids[10:12]):
             batch = shards.gather(rows)
-            for name in ROLES.inputs:
+            for name in INPUTS:
                 batch[name][...] = 1
-            _check_equal(shards.gather(ids), _rows(columns, ids, ROLES.inputs), "after writing into a batch")
+            _check_equal(shards.gather(ids), _rows(columns, ids, INPUTS), "after writing into a batch")
 
     def test_batches_share_no_memory(self) -> None:
         shards = self._shards()
         first, second = shards.gather(np.array([9, 10])), shards.gather(np.array([9, 10]))
-        assert not any(np.shares_memory(first[name], second[name]) for name in ROLES.inputs)
+        assert not any(np.shares_memory(first[name], second[name]) for name in INPUTS)
 
     def test_rows_that_do_not_exist_are_refused(self) -> None:
         shards = self._shards()
@@ -193,9 +197,9 @@ class StoreContract(abc.ABC):
         columns, shards = make_columns(), self._shards()
         some = shards.only([1, 3])
         ids = np.array([40, 7, 29, 33, 7])
-        _check_equal(some.gather(ids), _rows(columns, ids, ROLES.inputs), "shards 1 and 3")
+        _check_equal(some.gather(ids), _rows(columns, ids, INPUTS), "shards 1 and 3")
         _check_equal(some.read(1), cut_columns(columns)[3], "shard 3, now number 1")
-        _check_equal(self.elsewhere(_gather, some, ids, ROLES.inputs), some.gather(ids), "in another process")
+        _check_equal(self.elsewhere(_gather, some, ids, INPUTS), some.gather(ids), "in another process")
 
     def test_rows_of_shards_left_out_are_refused(self) -> None:
         some = self._shards().only([1, 2])  # rows 7..28
@@ -211,7 +215,7 @@ class StoreContract(abc.ABC):
         wanted = [rng.integers(0, ROWS, size) for size in rng.integers(1, 60, 200)]
         with ThreadPoolExecutor(8) as threads:
             for ids, batch in zip(wanted, threads.map(shards.gather, wanted), strict=True):
-                _check_equal(batch, _rows(columns, ids, ROLES.inputs), "in eight threads")
+                _check_equal(batch, _rows(columns, ids, INPUTS), "in eight threads")
 
     # ---- helpers ------------------------------------------------------------------------------
 

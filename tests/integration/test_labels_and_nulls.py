@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
+import torch
 
 from bss_ray.data import build
 from bss_ray.data.build import build_shards, build_split
@@ -18,6 +19,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import DataError
+from bss_ray.sample.loader import Loader
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -127,6 +129,11 @@ def test_only_what_lacks_rows_is_marked(tmp_path: Path) -> None:
     whole = build_shards(in_blocks(zeros), ROLES, min_shards=3, store=store_in(tmp_path, "disk"))
     assert_rows(whole, zeros)
     assert whole.fingerprint != marked.fingerprint
+    # The loader's batches say it, also of rows that another node sends.
+    loader = Loader(marked, rank=0, rank_nodes=["another node"], device=torch.device("cpu"))
+    batches = list(loader.rows(50))
+    assert torch.cat([batch["has_audio"] for batch in batches]).tolist() == there.tolist()
+    assert batches[0]["has_audio"].dtype == torch.bool
     # Splits may differ in it.
     assert build_split("test", in_blocks(holed), ROLES, train=whole).features == marked.features
 

@@ -1,0 +1,114 @@
+"""The blocks of a Ray Dataset, in order, and which of their rows make a shard."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import ray.data
+
+from bss_ray.data.columns import Columns
+from bss_ray.errors import DataError, nearest
+
+
+class Block(NamedTuple):
+    """Rows of a block: `rows` from its row `offset` on are rows `first_row` and following of the data set."""
+
+    ref: Any
+    first_row: int
+    rows: int
+    offset: int
+    size_bytes: int
+
+
+class Cut(NamedTuple):
+    """Rows [start, stop) of the data set, and blocks that hold them."""
+
+    start: int
+    stop: int
+    blocks: list[Block]
+
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        """Which rows of each of the blocks."""
+        return [
+            (
+                block.offset + max(self.start, block.first_row) - block.first_row,
+                block.offset + min(self.stop, block.first_row + block.rows) - block.first_row,
+            )
+            for block in self.blocks
+        ]
+
+
+def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, None, None]:
+    """Run the data set and yield its blocks in order, as they are made.
+
+    Raises:
+        DataError: it has no rows, or lacks a column.
+    """
+    try:
+        schema = dataset.schema()
+    except ValueError:
+        # Ray Data has no type for a column of tensors in some blocks and of tensors and nulls in others, and asks for
+        # one where blocks are there already. Of those still to be made it looks at the first.
+        dataset = dataset.map_batches(lambda block: block, batch_size=None, batch_format="pyarrow")
+        schema = dataset.schema()
+    if schema is None:
+        raise DataError("the data set has no rows and no columns. Check the path, or the filter that left none")
+    for name in columns.all:
+        if name not in schema.names:
+            raise DataError(f"the data set has no column {name!r}; {nearest(name, schema.names)}")
+    dataset = dataset.select_columns(list(columns.all))
+    dataset.context.execution_options.preserve_order = True  # row ids are positions
+    first_row = 0
+    # The only use of Ray Data's developer API: references to blocks without moving them.
+    for bundle in dataset.iter_internal_ref_bundles():
+        for entry, cut in zip(bundle.blocks, bundle.slices, strict=True):
+            all_rows, size = entry.metadata.num_rows, entry.metadata.size_bytes or 0
+            offset, rows = (0, all_rows) if cut is None else (cut.start_offset, cut.num_rows)
+            if rows:
+                yield Block(entry.ref, first_row, rows, offset, size * rows // all_rows)
+                first_row += rows
+
+
+def take_until(blocks: Iterator[Block], limit: float) -> tuple[deque[Block], bool]:
+    """Blocks of up to `limit` bytes and the one that goes beyond it; whether they are all there are."""
+    held: deque[Block] = deque()
+    size = 0
+    for block in blocks:
+        held.append(block)
+        size += block.size_bytes
+        if size > limit:
+            return held, False
+    return held, True
+
+
+def drain(held: deque[Block]) -> Iterator[Block]:
+    """The blocks, let go one by one: a block lives as long as a reference to it does."""
+    while held:
+        yield held.popleft()
+
+
+def cut_as_they_come(blocks: Iterable[Block], shard_bytes: int) -> Iterator[Cut]:
+    """Cuts of about `shard_bytes`, as the blocks come; a larger block makes several."""
+    group: list[Block] = []
+    size = 0
+    for block in blocks:
+        group.append(block)
+        size += block.size_bytes
+        if size >= shard_bytes:
+            yield from cut_evenly(group, round(size / shard_bytes))
+            group, size = [], 0
+    if group:
+        yield from cut_evenly(group, 1)
+
+
+def cut_evenly(blocks: list[Block], count: int) -> Iterator[Cut]:
+    """So many cuts of the blocks' rows, equal to within one row; fewer where there are fewer rows."""
+    first, rows = blocks[0].first_row, sum(block.rows for block in blocks)
+    count = min(count, rows)
+    for index in range(count):
+        start, stop = first + rows * index // count, first + rows * (index + 1) // count
+        parts = [block for block in blocks if block.first_row < stop and block.first_row + block.rows > start]
+        yield Cut(start, stop, parts)
