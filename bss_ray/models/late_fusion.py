@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bss_ray.errors import ConfigError
+from bss_ray.names import FEATURES, FUSED, presence_column
 
 
 class LateFusion(nn.Module):
@@ -20,7 +22,7 @@ class LateFusion(nn.Module):
 
     Args:
         shapes: shape of one row of each modality: (D,) vectors, (L, D) sequences, (H, W) or (C, H, W) maps.
-        num_classes: C.
+        num_classes: C, the values each head returns: logits of classes, or the numbers of a regression.
         width: features of each encoder, and base of its channels.
         dropout: on the features, before the heads.
 
@@ -37,12 +39,26 @@ class LateFusion(nn.Module):
         self.fused = nn.Linear(width * len(shapes), num_classes)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits (B, C) of every modality and `fused`; other columns of the batch are passed over."""
-        features = {name: self.dropout(encode(batch[name].float())) for name, encode in self.encoders.items()}
-        outputs = {name: self.heads[name](feature) for name, feature in features.items()}
-        outputs["fused"] = self.fused(torch.cat(list(features.values()), dim=-1))
-        return outputs
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Outputs of all heads for a batch; columns that it has no use for are passed over.
+
+        Where `has_<modality>` (B,) of the batch says that a row lacks a modality, its features are zeros. Its input,
+        zeros too, still takes part in the statistics of batch norm.
+
+        Returns:
+            `{modality: (B, C), ..., "fused": (B, C)}`, and under `features` what each head was given, after dropout:
+            `{modality: (B, width), ..., "fused": (B, width * M)}`.
+        """
+        features = {name: self._features(name, batch) for name in self.encoders}
+        outputs: dict[str, Any] = {name: self.heads[name](feature) for name, feature in features.items()}
+        features[FUSED] = torch.cat(list(features.values()), dim=-1)
+        outputs[FUSED] = self.fused(features[FUSED])
+        return {**outputs, FEATURES: features}
+
+    def _features(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
+        features: Tensor = self.dropout(self.encoders[name](batch[name].float()))
+        present = batch.get(presence_column(name))
+        return features if present is None else features * present.unsqueeze(-1).to(features.dtype)
 
 
 def _encoder(name: str, shape: tuple[int, ...], width: int) -> nn.Module:
