@@ -11,7 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-_PREFIX = "val_accuracy_"
+# Metrics that are shares, and shown in per cent; a regression's are plain numbers.
+_SHARES = ("accuracy", "map", "f1")
+# What an epoch's line shows of each head: whichever of them there is.
+_PREFIXES = ("val_accuracy_", "val_r2_")
 
 
 class Display:
@@ -89,12 +92,24 @@ def epoch_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "epoch": str(row["epoch"]),
         "rows": str(row["rows"]),
         "eff. size": f"{row['effective_sample_size']:.0f}",
-        "loss": f"{row['train_information']:.4f}" if "train_information" in row else "-",
+        "loss": f"{row['train_loss']:.4f}" if "train_loss" in row else "-",
     }
-    heads = [name.removeprefix(_PREFIX) for name in row if name.startswith(_PREFIX)]
-    cells |= {f"val {head}": f"{row[_PREFIX + head]:.2%}" for head in heads}
+    for prefix in _PREFIXES:
+        heads = [name.removeprefix(prefix) for name in row if name.startswith(prefix)]
+        cells |= {_column_name(prefix, head): _shown(prefix, row[prefix + head]) for head in heads}
     cells |= {f"{name} s": f"{row[f'seconds_{name}']:.2f}" for name in ("scoring", "planning", "training")}
     return cells
+
+
+def _column_name(prefix: str, head: str) -> str:
+    """`val fused`, and where it is no accuracy `val r2 fused`."""
+    split, metric, _ = prefix.split("_")
+    return f"{split} {head}" if metric == "accuracy" else f"{split} {metric} {head}"
+
+
+def _shown(name: str, value: float) -> str:
+    """The value of a metric `split_metric_head` for people."""
+    return f"{value:.2%}" if name.split("_")[1] in _SHARES else f"{value:.4g}"
 
 
 def result_table(result: Mapping[str, Any], folder: Path) -> Table:
@@ -107,8 +122,8 @@ def result_table(result: Mapping[str, Any], folder: Path) -> Table:
     for split, metric in columns:
         table.add_column(f"{split} {metric}", justify="right")
     for head in dict.fromkeys(head for _, _, head in names):
-        values = [figures.get(f"{split}_{metric}_{head}") for split, metric in columns]
-        table.add_row(head, *("-" if value is None else f"{value:.2%}" for value in values))
+        cells = [f"{split}_{metric}_{head}" for split, metric in columns]
+        table.add_row(head, *(_shown(cell, figures[cell]) if cell in figures else "-" for cell in cells))
     paths = ("config.yaml", "metrics.csv", "scores.parquet", "result.json", "report.html", "tensorboard")
     notes = [f"  {folder / name}" for name in paths if (folder / name).exists()]
     for name, area in result.get("score_roc_area", {}).items():

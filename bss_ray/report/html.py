@@ -27,7 +27,7 @@ def write_report(folder: Path) -> Path:
     """
     go = optional_import("plotly.graph_objects", extra="report", needed_for="report.html")
     figures = [
-        _figure(go, "Validation accuracy by head", _series(folder, "val_accuracy_"), "epoch", "accuracy"),
+        _validation_figure(go, folder),
         _figure(go, "Training measures", _series(folder, "train_"), "epoch", "mean over the rows seen"),
         _figure(go, "Rows and effective sample size", _sizes(folder), "epoch", "rows"),
         _figure(go, "Seconds of an epoch", _series(folder, "seconds_"), "epoch", "seconds"),
@@ -45,6 +45,13 @@ def write_report(folder: Path) -> Path:
         f"<h1>Run {folder.name}</h1>" + "\n".join(parts)
     )
     return path
+
+
+def _validation_figure(go: Any, folder: Path) -> Any:
+    """Accuracy by head; R² where labels are numbers."""
+    numbers = _series(folder, "val_r2_")
+    name, series = ("R²", numbers) if numbers else ("accuracy", _series(folder, "val_accuracy_"))
+    return _figure(go, f"Validation {name} by head", series, "epoch", name)
 
 
 def _history(folder: Path) -> list[dict[str, str]]:
