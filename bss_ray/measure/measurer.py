@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,12 @@ class Measurer:
                 f"the measurer is for task={self.task!r} and the data's columns say task={task!r}; leave the "
                 "measurer's out"
             )
-        return replace(self, task=task)
+        # A copy, not a new one: another process does not know the criteria that were registered in this one.
+        settled = copy.copy(self)
+        object.__setattr__(settled, "task", task)
+        if self.loss_function is None:
+            object.__setattr__(settled, "_loss", TASKS[task].loss)
+        return settled
 
     def loss(self, outputs: Outputs, labels: Tensor, *, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         """The training loss of each row, with this measurer's weights: (B,) with gradients.
@@ -219,7 +225,7 @@ def _resolve(kind: str, name: str, registry: Mapping[str, Any]) -> Any:
     if name in registry:
         return registry[name]
     if ":" not in name:
-        known = f"{nearest(name, registry)}; or" if registry else "Write"
+        known = f"{nearest(name, registry)}; or" if registry else "write"
         raise ConfigError(f"unknown {kind} {name!r}; {known} module:function")
     found = import_name(name)
     if not callable(found):

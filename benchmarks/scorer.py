@@ -1,0 +1,252 @@
+"""One scorer, two scorers, and how the released code scores, against a bare forward loop.
+
+    python benchmarks/scorer.py [--rows 4096] [--batch-size 128] [--repeats 9]
+
+Model: the project's LateFusion for the rows of AV-Digits (audio 1x32x32, image 1x8x8, width 64, 10 classes).
+
+* bare loop: the model in eval and inference mode over batches of resident tensors, nothing else.
+* scorer: `Scorer.measure` over the same rows as NumPy arrays: copies, measures, checks.
+* released: a straight re-implementation of how the paper's released code scores, from its description in
+  docs/method.md: train mode, graph kept, batches made of rows that are copied one by one, Python lists of floats.
+* two scorers: real actors with one torch thread each share the shards, against one of them.
+
+Prints medians and ratios. On a machine with a GPU it also measures two ResNet-18 on 224x224 inputs in bf16.
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import ray
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from bss_ray import Columns, Measurer, Scoring
+from bss_ray.data.shards import Feature, Shard, Shards
+from bss_ray.data.store import ObjectStore
+from bss_ray.measure.forward import Forward, evaluating
+from bss_ray.measure.snapshot import pack_model
+from bss_ray.models import LateFusion
+from bss_ray.sample.actors import ScoringJob, scorer_names, start_coordinator, start_holders, start_scorers
+from bss_ray.sample.pool import ScorerPool
+from bss_ray.sample.scorer import Scorer
+from bss_ray.schedule import Uniform
+
+SHAPES = {"audio": (1, 32, 32), "image": (1, 8, 8)}
+CLASSES = 10
+
+
+def make_rows(rows: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    columns = {name: rng.standard_normal((rows, *shape), dtype=np.float32) for name, shape in SHAPES.items()}
+    return {**columns, "label": rng.integers(0, CLASSES, rows)}
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return LateFusion(SHAPES, CLASSES)
+
+
+def median_seconds(*works: Callable[[], object], repeats: int) -> list[float]:
+    """Of each, in turn: all of them see the same state of the machine."""
+    times: list[list[float]] = [[] for _ in works]
+    for repeat in range(repeats + 1):
+        for work, spent in zip(works, times, strict=True):
+            started = time.perf_counter()
+            work()
+            if repeat:  # the first is for warming up
+                spent.append(time.perf_counter() - started)
+    return [statistics.median(spent) for spent in times]
+
+
+# ---- the peers ------------------------------------------------------------------------------------
+
+
+def bare_loop(model: nn.Module, tensors: dict[str, torch.Tensor], batch_size: int) -> None:
+    """Forward passes over resident tensors and nothing else."""
+    with evaluating(model):
+        for start in range(0, len(tensors["label"]), batch_size):
+            model({name: values[start : start + batch_size] for name, values in tensors.items()})
+
+
+def released_way(model: nn.Module, columns: dict[str, np.ndarray], batch_size: int) -> list[float]:
+    """As the released code scores: train mode, with a graph, rows copied one by one, lists of Python floats."""
+    model.train()
+    similarities: list[float] = []
+    losses: list[float] = []
+    for start in range(0, len(columns["label"]), batch_size):
+        rows = range(start, min(start + batch_size, len(columns["label"])))
+        batch = {name: torch.stack([torch.tensor(values[row]) for row in rows]) for name, values in columns.items()}
+        outputs = model(batch)
+        a, b = (outputs[name].softmax(-1) for name in SHAPES)
+        similarity = F.cosine_similarity(a, b, dim=-1)
+        loss = 0.1 * F.cross_entropy(outputs["fused"], batch["label"], reduction="none")
+        for name in SHAPES:
+            loss = loss + 0.9 * F.cross_entropy(outputs[name], batch["label"], reduction="none")
+        for row in range(len(rows)):
+            similarities.append(similarity[row].item())
+            losses.append(loss[row].item())
+    low, high = min(similarities), max(similarities)
+    least, most = min(losses), max(losses)
+    return [
+        (similarity - low) / (high - low) - (loss - least) / (most - least)
+        for similarity, loss in zip(similarities, losses, strict=True)
+    ]
+
+
+# ---- measurements ---------------------------------------------------------------------------------
+
+
+def one_scorer(columns: dict[str, np.ndarray], batch_size: int, repeats: int) -> None:
+    model = make_model()
+    tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
+    scorer = Scorer(Measurer(), "label", forward=Forward(batch_size=batch_size), model=model)
+    bare, scored, released = median_seconds(
+        lambda: bare_loop(model, tensors, batch_size),
+        lambda: scorer.measure(columns),
+        lambda: released_way(model, columns, batch_size),
+        repeats=repeats,
+    )
+    rows = len(columns["label"])
+    print(f"bare forward loop   {rows / bare:>10,.0f} rows/s")
+    print(
+        f"one scorer          {rows / scored:>10,.0f} rows/s   {scored / bare:.3f} of the bare loop's time (goal 1.10)"
+    )
+    faster = released / scored
+    print(f"the released way    {rows / released:>10,.0f} rows/s   a scorer is {faster:.2f}x as fast (goal 1.8)")
+
+
+def two_scorers(columns: dict[str, np.ndarray], batch_size: int, repeats: int) -> None:
+    """Through the pool: shards of the object store, deliveries to a holder."""
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    rows, count = len(columns["label"]), 16
+    edges = [rows * index // count for index in range(count + 1)]
+    node = ray.get_runtime_context().get_node_id()
+    parts = tuple(Shard(start, stop - start, node) for start, stop in itertools.pairwise(edges))
+    refs = [
+        ray.put({name: values[part.first_row : part.first_row + part.rows] for name, values in columns.items()})
+        for part in parts
+    ]
+    features = {name: Feature(values.shape[1:], str(values.dtype)) for name, values in columns.items()}
+    shards = Shards(Columns(modalities=tuple(SHAPES)), parts, features, CLASSES, "benchmark", ObjectStore(refs))
+    scoring = Scoring(engine="actors", num_scorers=2, num_holders=1, batch_size=batch_size)
+    holders, handles = start_holders(shards, scoring)
+    handles += start_scorers(shards, Measurer(), scoring, holders)
+    names = scorer_names(holders, scoring)
+    coordinator = start_coordinator(
+        holders, rows=rows, scheduler=Uniform(), scoring=scoring, seed=0, batch_size=64, tail="keep"
+    )
+    job = ScoringJob(ray.put(pack_model(make_model())), shards, 0, ray.get(coordinator.reset.remote()))
+    homes = [part.node for part in parts]
+    one, two = median_seconds(
+        lambda: ScorerPool(names[:1], 60).run(job, homes),
+        lambda: ScorerPool(names, 60).run(job, homes),
+        repeats=repeats,
+    )
+    print(f"one scorer actor    {rows / one:>10,.0f} rows/s")
+    print(f"two scorer actors   {rows / two:>10,.0f} rows/s   {one / two:.2f}x one (goal 1.7)")
+    ray.shutdown()
+
+
+# ---- a GPU ----------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A basic residual block."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+        )
+        self.second = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or channels != out:
+            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.second(self.first(x)) + self.skip(x), inplace=True)
+
+
+def resnet18(channels: int) -> nn.Sequential:
+    """ResNet-18 up to its features (B, 512)."""
+    stem = [nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+    sizes = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
+    sizes += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
+    return nn.Sequential(
+        *stem, nn.MaxPool2d(3, 2, 1), *(Block(*size) for size in sizes), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+class TwoResNets(nn.Module):
+    """Two ResNet-18 encoders and late fusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({name: resnet18(3) for name in SHAPES})
+        self.heads = nn.ModuleDict({name: nn.Linear(512, CLASSES) for name in SHAPES})
+        self.fused = nn.Linear(1024, CLASSES)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        features = {name: encode(batch[name]) for name, encode in self.encoders.items()}
+        logits = {name: self.heads[name](feature) for name, feature in features.items()}
+        return {**logits, "fused": self.fused(torch.cat(list(features.values()), dim=-1))}
+
+
+def on_gpu(batch_size: int, repeats: int) -> None:
+    rows, device = 4096, torch.device("cuda")
+    rng = np.random.default_rng(0)
+    columns = {name: rng.standard_normal((rows, 3, 224, 224), dtype=np.float32) for name in SHAPES}
+    columns["label"] = rng.integers(0, CLASSES, rows)
+    torch.manual_seed(0)
+    model = TwoResNets().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    resident = {
+        name: torch.from_numpy(values[:batch_size]).to(device, memory_format=torch.channels_last)
+        if values.ndim == 4
+        else torch.from_numpy(values[:batch_size]).to(device)
+        for name, values in columns.items()
+    }
+
+    def bare() -> None:
+        with evaluating(model), torch.autocast("cuda", dtype=torch.bfloat16):
+            for _ in range(rows // batch_size):
+                model(resident)
+        torch.cuda.synchronize()
+
+    forward = Forward(batch_size=batch_size, precision="bf16", channels_last=True)
+    scorer = Scorer(Measurer(), "label", forward=forward, device=device, model=model)
+    bare_s, scored_s = median_seconds(bare, lambda: scorer.measure(columns), repeats=repeats)
+    print(f"{torch.cuda.get_device_name()}: two ResNet-18, 224x224, bf16, channels last, batches of {batch_size}")
+    print(f"bare loop, resident batch {rows / bare_s:>10,.0f} rows/s")
+    print(f"scorer, rows from host    {rows / scored_s:>10,.0f} rows/s   {bare_s / scored_s:.2f} of it (goal 0.95)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch "
+        f"threads; torch {torch.__version__}, ray {ray.__version__}; {options.rows:,} rows, batches of "
+        f"{options.batch_size}"
+    )
+    columns = make_rows(options.rows)
+    one_scorer(columns, options.batch_size, options.repeats)
+    two_scorers(columns, options.batch_size, options.repeats)
+    if torch.cuda.is_available():
+        on_gpu(options.batch_size, options.repeats)
+    else:
+        print("no GPU here: the figures of two ResNet-18 were not measured")
+
+
+if __name__ == "__main__":
+    main()
