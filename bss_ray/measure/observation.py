@@ -192,10 +192,10 @@ def check_outputs(outputs: Outputs, labels: Tensor) -> None:
             "balance is measured between modalities: a model must return the logits of at least two beside "
             f"'fused'; received the keys {sorted(outputs)}"
         )
-    if not isinstance(outputs.get(FEATURES, {}), Mapping):
+    features = outputs.get(FEATURES)
+    if features is not None and not isinstance(features, Mapping):
         raise ModelOutputError(
-            f"what a model returns under 'features' must be a dict {{head: (B, D)}}; received "
-            f"{type(outputs[FEATURES]).__name__}"
+            f"what a model returns under 'features' must be a dict {{head: (B, D)}}; received {type(features).__name__}"
         )
     shapes = {name: _shape(outputs[name]) for name in (*modalities_of(outputs), FUSED)}
     if len(set(shapes.values())) > 1 or len(shapes[FUSED]) != 2 or shapes[FUSED][0] != len(labels):
