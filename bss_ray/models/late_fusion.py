@@ -59,10 +59,9 @@ class LateFusion(nn.Module):
         return {**outputs, FEATURES: features}
 
     def _features(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = batch[name].float()
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.dropout(self.encoders[name](inputs))
+        # Inputs may have any layout: what a convolution returns has that of its weights. Under `torch.func.vmap`, which
+        # makes the gradients of rows, it could not be changed.
+        features: Tensor = self.dropout(self.encoders[name](batch[name].float()))
         present = batch.get(presence_column(name))
         return features if present is None else features * present.unsqueeze(-1).to(features.dtype)
 
