@@ -45,7 +45,8 @@ class Bounds:
         """Bounds of (n,) values, NaN left out; of no values, bounds that any others replace."""
         if len(values) == 0 or (low := np.fmin.reduce(values)) != low:
             return Bounds(math.inf, -math.inf)
-        return Bounds(float(low), float(np.fmax.reduce(values)))
+        # + 0: of -0.0 and 0.0 either may come out as the smallest, and `apply` would pass its sign on.
+        return Bounds(float(low) + 0.0, float(np.fmax.reduce(values)) + 0.0)
 
     @staticmethod
     def union(parts: Sequence[Bounds]) -> Bounds:
