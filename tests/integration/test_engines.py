@@ -1,0 +1,276 @@
+"""Actors, workers and online: the same scores for the same weights, each at its own time."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.train
+import torch
+
+import bss_ray
+from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError
+from bss_ray.sample.scorer import Scorer
+from bss_ray.sample.state import PartState
+from bss_ray.train.engines import ActorsEngine, OnlineEngine, WorkersEngine
+from bss_ray.train.sampler import Sampler
+from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def shards(ray_session: None) -> Shards:
+    return make_shards(3)
+
+
+def fit(
+    folder: Path, shards: Shards, loop: Any, scoring: bss_ray.Scoring, *, workers: int = 0, **settings: Any
+) -> list[dict[str, Any]]:
+    """Run a loop; 0 workers: in this process, beside real actors. Returns the run's messages."""
+    messages: list[dict[str, Any]] = []
+    settings = {"scheduler": bss_ray.Learning(temperature=0.3), **settings}
+    bss_ray.BalancedTrainer(
+        loop,
+        dataset=shards,
+        scoring=scoring,
+        batch_size=BATCH,
+        seed=7,
+        scaling_config=ray.train.ScalingConfig(num_workers=workers),
+        run_config=ray.train.RunConfig(name="run", storage_path=str(folder)),
+        on_message=messages.append,
+        **settings,
+    ).fit()
+    return messages
+
+
+def notices(messages: list[dict[str, Any]]) -> list[str]:
+    return [message["text"] for message in messages if message["kind"] == "notice"]
+
+
+def state_of(sampler: Sampler, version: int) -> PartState:
+    """Scores of all rows, in one part."""
+    held = ray.get(ray.get(sampler._context.coordinator.parts.remote(version)))
+    parts = sorted((part for parts in held for part in parts), key=lambda part: part.first_row)
+    arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return PartState(0, **arrays)
+
+
+def new_model(seed: int = 0) -> TwoHeads:
+    torch.manual_seed(seed)
+    return TwoHeads(0.0)
+
+
+def measured_by_hand(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    found = Scorer(bss_ray.Measurer(), "label", model=model).measure(make_columns())
+    return found.similarity, found.information
+
+
+# ---- the same scores ------------------------------------------------------------------------------
+
+
+def compare_engines(folder: Path) -> None:
+    """One epoch, without a step; then each engine publishes a version of the same weights."""
+    sampler = bss_ray.get_sampler()
+    model = ray.train.torch.prepare_model(new_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in sampler.epochs(1):
+        for batch in sampler.batches():
+            sampler.observe(batch, model(batch))  # online: the engine of this run
+        sampler.report({}, model=model, optimizer=optimizer)
+    assert isinstance(sampler._engine, OnlineEngine)
+    for engine, version in ((WorkersEngine(sampler._engine._context), 1), (_actors(sampler), 2)):
+        publication = engine.update(0, version, model)
+        assert publication is not None
+        assert (publication.version, publication.measured, publication.failure) == (version + 1, ROWS, "")
+        if ray.train.get_context().get_world_rank() == 0:
+            state = state_of(sampler, version + 1)
+            np.savez(folder / f"{type(engine).__name__}.npz", **state.arrays)
+        sampler._ranks.barrier()
+
+
+def _actors(sampler: Sampler) -> ActorsEngine:
+    context = sampler._engine._context
+    return ActorsEngine(dataclasses.replace(context, scoring=bss_ray.Scoring(engine="actors")))
+
+
+def test_same_weights_same_scores(shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A run of the engine online, with scorers all the same.
+    import bss_ray.train.trainer as trainer
+
+    real = trainer.start_holders
+    scorers = []
+
+    def with_scorers(shards: Shards, scoring: bss_ray.Scoring) -> Any:
+        holders, handles = real(shards, scoring)
+        scorers.extend(trainer.start_scorers(shards, bss_ray.Measurer(), scoring, holders))
+        return holders, [*handles, *scorers]
+
+    monkeypatch.setattr(trainer, "start_holders", with_scorers)
+    fit(tmp_path, shards, compare_engines, bss_ray.Scoring(engine="online"), workers=2, train_loop_config=tmp_path)
+    similarity, information = measured_by_hand(new_model())
+    by_hand = bss_ray.balance_scores(similarity, information)
+    for name in ("WorkersEngine", "ActorsEngine"):
+        state = np.load(tmp_path / f"{name}.npz")
+        np.testing.assert_allclose(state["similarity"], similarity, atol=1e-6)
+        np.testing.assert_allclose(state["information"], information, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state["score"], by_hand, atol=5e-6)
+
+
+# ---- online ---------------------------------------------------------------------------------------
+
+
+def online_loop(config: dict[str, Any]) -> None:
+    sampler = bss_ray.get_sampler()
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.get("lr", 0.0))
+    for epoch in sampler.epochs(config["epochs"]):
+        drawn: list[int] = []
+        for batch in sampler.batches():
+            outputs = model(batch)
+            if config.get("observe", True):
+                sampler.observe(batch, outputs)
+            optimizer.zero_grad()
+            sampler.loss(batch, outputs).mean().backward()
+            optimizer.step()
+            drawn += batch["row_id"].tolist()
+        sampler.report({}, model=model, optimizer=optimizer)
+        config["after"](epoch, sampler, model, drawn)
+
+
+def test_online_rows_that_were_not_seen_keep_score_and_age(shards: Shards, tmp_path: Path) -> None:
+    states: list[PartState] = []
+
+    def after(epoch: int, sampler: Sampler, _model: Any, drawn: list[int]) -> None:
+        state = state_of(sampler, sampler.position.version)
+        seen = np.isin(np.arange(ROWS), drawn)
+        if epoch == 0:  # burn-in: all rows, and the weights never change
+            similarity, information = measured_by_hand(new_model())
+            assert seen.all()
+            np.testing.assert_allclose(state.similarity, similarity, atol=1e-6)
+            np.testing.assert_allclose(state.score, bss_ray.balance_scores(similarity, information), atol=5e-6)
+        elif sampler.position.version % 3:
+            assert 0 < seen.sum() < ROWS
+            assert (state.score[~seen] == states[-1].score[~seen]).all()
+            assert (state.last_measured[~seen] == states[-1].last_measured[~seen]).all()
+            assert set(state.last_measured[seen].tolist()) == {sampler.position.version}
+        else:  # the third update is a sweep
+            assert set(state.last_measured.tolist()) == {3}
+        states.append(state)
+
+    config = {"epochs": 5, "after": after}
+    scheduler = bss_ray.Learning(temperature=0.3, fraction=0.5)
+    scoring = bss_ray.Scoring(engine="online", sweep_every=3)
+    messages = fit(tmp_path, shards, online_loop, scoring, train_loop_config=config, scheduler=scheduler)
+    rows = [message["row"] for message in messages if message["kind"] == "epoch"]
+    assert len(states) == len(rows) == 5
+    assert [row["unscored_rows"] for row in rows] == [ROWS, 0, 0, 0, 0]
+    # Half of the rows are measured for version 2, all for version 3.
+    assert [row["oldest_score"] for row in rows] == [0, 0, 1, 0, 1]
+    assert rows[2]["score_age"] == pytest.approx(np.mean(2 - states[1].last_measured.astype(int)))
+
+
+def test_online_without_observations_says_what_is_missing(shards: Shards, tmp_path: Path) -> None:
+    config = {"epochs": 2, "after": lambda *_: None, "observe": False}
+    with pytest.raises(ConfigError, match=r"Call it in the loop"):
+        fit(tmp_path, shards, online_loop, bss_ray.Scoring(engine="online"), train_loop_config=config)
+
+
+# ---- overlapped -----------------------------------------------------------------------------------
+
+
+def test_overlapped_scores_are_one_version_behind(shards: Shards, tmp_path: Path) -> None:
+    models: list[TwoHeads] = []
+    versions: list[int] = []
+
+    def after(_epoch: int, sampler: Sampler, model: TwoHeads, _drawn: list[int]) -> None:
+        copy = new_model()
+        copy.load_state_dict(model.state_dict())
+        models.append(copy)
+        versions.append(sampler.position.version)
+        # Version 1 is waited for. Version v + 1 is published after the epoch that follows the model it is of.
+        lag = 0 if sampler.position.version == 1 else 1
+        if sampler.position.version != (versions[-2] if len(versions) > 1 else 0):
+            similarity, _ = measured_by_hand(models[-1 - lag])
+            np.testing.assert_allclose(state_of(sampler, versions[-1]).similarity, similarity, atol=1e-6)
+            newer, _ = measured_by_hand(models[-1])
+            assert lag == 0 or np.abs(newer - similarity).max() > 1e-3
+
+    config = {"epochs": 5, "after": after, "lr": 0.1}
+    fit(tmp_path, shards, online_loop, bss_ray.Scoring(engine="actors", overlap=True), train_loop_config=config)
+    assert versions == [1, 1, 2, 3, 4]
+
+
+# ---- initial scores -------------------------------------------------------------------------------
+
+
+def test_initial_scores_draw_the_first_epoch(shards: Shards, tmp_path: Path) -> None:
+    score = np.random.default_rng(0).uniform(-1, 1, ROWS).astype(np.float32)
+    order = np.random.default_rng(1).permutation(ROWS)
+    pq.write_table(pa.table({"row_id": order, "score": score[order]}), tmp_path / "scores.parquet")
+    drawn: list[int] = []
+
+    def after(epoch: int, sampler: Sampler, _model: Any, rows: list[int]) -> None:
+        drawn.extend(rows)
+        assert sampler.position.version == 2
+        assert sampler.plan.version == 1
+
+    scheduler = bss_ray.Learning(temperature=0.3, fraction=0.6)  # its burn-in is left out
+    fit(
+        tmp_path,
+        shards,
+        online_loop,
+        bss_ray.Scoring(engine="workers"),
+        train_loop_config={"epochs": 1, "after": after},
+        scheduler=scheduler,
+        initial_scores=str(tmp_path / "scores.parquet"),
+    )
+    size = scheduler.epoch_size(1, ROWS)
+    expected = bss_ray.weighted_permutation(scheduler.weights(score), seed=7, epoch=0, size=size)
+    assert drawn == expected.tolist()
+
+
+# ---- bad rows -------------------------------------------------------------------------------------
+
+
+class Broken(TwoHeads):
+    """NaN for two rows, in scoring passes."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = super().forward(batch)
+        if not self.training:
+            bad = (batch["row_id"] == 5) | (batch["row_id"] == 150)
+            outputs = {name: torch.where(bad[:, None], torch.nan, logits) for name, logits in outputs.items()}
+        return outputs
+
+
+def broken_loop(config: dict[str, Any]) -> None:
+    sampler = bss_ray.get_sampler()
+    torch.manual_seed(0)
+    model = Broken(0.0).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in sampler.epochs(2):
+        for batch in sampler.batches():
+            sampler.observe(batch, model(batch))
+        sampler.report({}, model=model, optimizer=optimizer)
+    state = state_of(sampler, 2)
+    assert np.flatnonzero(state.last_measured == 0).tolist() == [5, 150]
+    assert state.score[[5, 150]].tolist() == [0, 0]
+    assert np.isfinite(state.score).all()
+
+
+@pytest.mark.parametrize("engine", ["workers", "actors"])
+def test_rows_of_nan_keep_their_score(engine: Any, shards: Shards, tmp_path: Path) -> None:
+    scoring = bss_ray.Scoring(engine=engine, bad_rows="keep")
+    messages = fit(tmp_path, shards, broken_loop, scoring, train_loop_config={})
+    assert any("2 rows (first row ids 5, 150): they keep their score" in text for text in notices(messages))
+    with pytest.raises(bss_ray.BssRayError, match="2 rows; first row ids 5, 150"):
+        fit(tmp_path / "error", shards, broken_loop, bss_ray.Scoring(engine=engine), train_loop_config={})
