@@ -152,6 +152,7 @@ def run(
     *,
     workers: int = 2,
     scoring: bss_ray.Scoring | None = None,
+    update_interval: int = 2,
     failures: int = 0,
     **audit: object,
 ) -> Outcome:
@@ -161,7 +162,7 @@ def run(
         audited_loop,
         dataset=shards,
         # Every second epoch: between two updates only a check can tell that an actor lost its scores.
-        scheduler=bss_ray.Learning(temperature=0.3, fraction=0.9, update_interval=2),
+        scheduler=bss_ray.Learning(temperature=0.3, fraction=0.9, update_interval=update_interval),
         scoring=scoring or bss_ray.Scoring(engine="actors", momentum=0.5),
         batch_size=BATCH,
         seed=7,

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import ray.train
 
+from bss_ray import Scoring
 from bss_ray.data.shards import Shards
 from bss_ray.errors import StorageError
 from bss_ray.testing import Fault, FullDisk, KillActor, KillRank
 from bss_ray.train.checkpoint import SavedCheckpoint
-from tests.runs import Faults, Outcome, make_shards, run
+from tests.runs import Faults, make_shards, run
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("ray_session")]
 
@@ -20,30 +21,36 @@ def shards(ray_session: None) -> Shards:
     return make_shards(3)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return run(tmp_path_factory.mktemp("undisturbed"), shards)
+# Each with the engine whose state is the hardest to bring back: measures of the unfinished epoch are on the ranks and
+# the holders, or scores are being made beside it.
+ONLINE = Scoring(engine="online", momentum=0.5)
+OVERLAPPED = Scoring(engine="actors", overlap=True, momentum=0.5)
 
-
-# (what happens, epoch, global batch)
-FAULTS: dict[str, list[tuple[Callable[[], None], int, int]]] = {
-    "killed rank": [(KillRank(), 1, 5)],
+# (engine, what happens: action, epoch, global batch)
+FAULTS: dict[str, tuple[Scoring, list[tuple[Callable[[], None], int, int]]]] = {
+    "killed rank": (ONLINE, [(KillRank(), 1, 5)]),
     # A holder comes back without its scores, the coordinator without a score version: both must be noticed, and neither
-    # is an error of the user's.
-    "killed holder, then coordinator": [(KillActor("holder-0"), 1, 5), (KillActor("coordinator"), 2, 4)],
+    # is an error of the user's. In epoch 2 scores of the model after epoch 1 are being made.
+    "killed holder, then coordinator": (
+        OVERLAPPED,
+        [(KillActor("holder-0"), 2, 5), (KillActor("coordinator"), 3, 4)],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, undisturbed: Outcome, tmp_path: Path) -> None:
+def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, tmp_path: Path) -> None:
+    scoring, actions = FAULTS[name]
+    settings = {"scoring": scoring, "update_interval": 1, "epochs": 4}
+    undisturbed = run(tmp_path / "undisturbed", shards, **settings)  # type: ignore[arg-type]
     faults = Faults(
         tuple(
             Fault(action, marker=tmp_path / f"fault-{epoch}", epoch=epoch, batch=batch)
-            for action, epoch, batch in FAULTS[name]
+            for action, epoch, batch in actions
         )
     )
     # A checkpoint every 3 batches: the run resumes in the middle of an epoch.
-    outcome = run(tmp_path, shards, failures=3, checkpoint_every=3, fault=faults)
+    outcome = run(tmp_path, shards, failures=3, checkpoint_every=3, fault=faults, **settings)  # type: ignore[arg-type]
     assert faults.happened(), "a fault was never injected"
     assert outcome.resumed
     assert outcome.batches == undisturbed.batches

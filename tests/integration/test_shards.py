@@ -16,7 +16,7 @@ from bss_ray.data.sources import load_splits
 from bss_ray.errors import ConfigError, DataError, ResourceError
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.scoring import Scoring
-from bss_ray.train.trainer import check_resources
+from bss_ray.train.resources import check_resources, settle_engine
 from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -132,5 +132,17 @@ def test_impossible_resources_are_refused_at_once() -> None:
         check_resources(ray.train.ScalingConfig(num_workers=100), Scoring())
     with pytest.raises(ResourceError, match=r"needs 1 GPU .*the cluster has 0"):
         check_resources(ray.train.ScalingConfig(num_workers=1, use_gpu=True), Scoring())
-    with pytest.raises(ResourceError, match=r"2 holders x 0\.5\); the cluster has 0"):
-        check_resources(ray.train.ScalingConfig(num_workers=1), Scoring(gpus_per_scorer=0.5))
+    with pytest.raises(ResourceError, match=r"needs 1 GPU \(2 scorers x 0\.5\); the cluster has 0"):
+        check_resources(ray.train.ScalingConfig(num_workers=1), Scoring(engine="actors", gpus_per_scorer=0.5))
+
+
+def test_the_engine_follows_from_what_the_ranks_leave() -> None:
+    def settled(workers: int, **settings: Any) -> tuple[str, str]:
+        scoring, why = settle_engine(ray.train.ScalingConfig(num_workers=workers), Scoring(**settings))
+        return scoring.engine, why
+
+    assert settled(4) == ("actors", "the ranks leave 2 CPUs for 2 scorers")
+    assert settled(5) == ("workers", "the ranks leave 1 CPUs, too few for 2 scorers beside them")
+    assert settled(5, num_scorers=1)[0] == "actors"
+    assert settled(6, overlap=True)[0] == "actors"
+    assert settled(1, engine="online") == ("online", "as set")

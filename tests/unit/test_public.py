@@ -21,6 +21,8 @@ def test_names() -> None:
         "Uniform",
         "balance_scores",
         "get_sampler",
+        "register_information",
+        "register_similarity",
         "weighted_permutation",
     }
     for name in bss_ray.__all__:
