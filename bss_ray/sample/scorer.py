@@ -134,8 +134,8 @@ class Scorer:
                         measured.append(found)
                         start += len(part["row_id"])
             # One transfer at the end: none of the batches waits for the device.
-            names = measured[0] if measured else ("row_id", "similarity", "information")
-            columns = {name: _to_numpy([batch[name] for batch in measured]) for name in names}
+            measured = measured or [_nothing()]
+            columns = {name: _to_numpy([batch[name] for batch in measured]) for name in measured[0]}
         return _report(columns, notices)
 
     def _measure_if_it_fits(self, batch: Tensors) -> dict[str, Tensor] | None:
@@ -232,10 +232,13 @@ def not_finite(similarity: np.ndarray, information: np.ndarray, unpaired: np.nda
     return np.asarray(~(sound & np.isfinite(information)))
 
 
+def _nothing() -> dict[str, Tensor]:
+    """Measures of no rows."""
+    return {"row_id": torch.empty(0, dtype=torch.int64), "similarity": torch.empty(0), "information": torch.empty(0)}
+
+
 def _to_numpy(parts: list[Tensor]) -> np.ndarray:
     """(n,) of the batches' parts; floats as float32."""
-    if not parts:
-        return np.empty(0, np.float32)
     joined = torch.cat(parts)
     array: np.ndarray = (joined.float() if joined.is_floating_point() else joined).cpu().numpy()
     return array
