@@ -1,4 +1,4 @@
-"""The command line: `bss-ray train`.
+"""The command line: `bss-ray train` and, in `bss_ray.score.command`, `bss-ray score`.
 
 Settings come from YAML files (`--config`), dotted options (`--scheduler.temperature 0.25`) and classes
 by import path (`--model.class_path my.Model`); jsonargparse reads them from the dataclasses' own
@@ -30,13 +30,13 @@ SCHEDULERS: dict[str, type[Scheduler]] = {kind.__name__: kind for kind in (Unifo
 # The demo's own setting: what a prototype on AV-Digits found good (docs/method.md).
 _DEMO_SCHEDULER = {"temperature": 0.25, "fraction": 0.7}
 
-_MODEL_HELP = (
+MODEL_HELP = (
     "Import path of a torch.nn.Module that maps a batch to {modality: logits, ..., 'fused': logits}; its arguments as "
     "--model.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they are "
     "given."
 )
 
-_STOPPED = 130  # what shells expect after ctrl-C
+STOPPED = 130  # what shells expect after ctrl-C
 
 
 class Parser(ArgumentParser):
@@ -44,7 +44,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())
-        print(f"bss-ray: {text}{self._nearest(text)}\nFor all options: bss-ray train --help", file=sys.stderr)
+        print(f"bss-ray: {text}{self._nearest(text)}\nFor all options: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
@@ -63,7 +63,9 @@ class Parser(ArgumentParser):
             choices: Sequence[str] = list(SCHEDULERS)
         else:
             names = [action.dest for action in self._actions]
-            choices = [*names, *(f"scheduler.{f.name}" for kind in SCHEDULERS.values() for f in fields(kind))]
+            choices = [*names]
+            if "scheduler" in names:
+                choices += [f"scheduler.{f.name}" for kind in SCHEDULERS.values() for f in fields(kind)]
             if option:
                 choices = [name.rpartition(".")[2] for name in choices]
         close = difflib.get_close_matches(scheduler or option or argument, choices, n=1, cutoff=0.5)
@@ -91,7 +93,7 @@ def train_parser(argv: Sequence[str]) -> ArgumentParser:
     parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
     # Built on the ranks, which alone know the shapes of the rows: parsed and checked here, not made.
     parser.add_subclass_arguments(
-        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help=_MODEL_HELP
+        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help=MODEL_HELP
     )
     parser.set_defaults({"model": {"class_path": "bss_ray.models.LateFusion"}})
     kind, settings = _chosen_scheduler(argv)
@@ -146,13 +148,13 @@ def train_command(argv: Sequence[str]) -> int:
         result = folder.result()
         if result is None:
             try:
-                _start_ray(config, display)
+                start_ray(config, display)
                 result = train(config, folder, display.on_message)
                 _write_report(folder.path, display)
             except (KeyboardInterrupt, SystemExit):
                 # Ray Train turns ctrl-C into SystemExit(0) once its controller has stopped.
                 display.say("stopped. The same command goes on from the last checkpoint")
-                return _STOPPED
+                return STOPPED
         else:
             display.say("this run is complete. Choose another --name for a new one")
     display.console.print(result_table(result, folder.path))
@@ -189,7 +191,7 @@ def _write_report(folder: Path, display: Any) -> None:
         display.say(f"no report.html: {error}")
 
 
-def _start_ray(config: Any, display: Any) -> None:
+def start_ray(config: Any, display: Any) -> None:
     """Connect to the cluster that is named, or start Ray here, quietly."""
     # Reports are barriers that take one poll of the controller; epochs here can be a second long.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -215,7 +217,14 @@ def _start_ray(config: Any, display: Any) -> None:
         logging.getLogger(name).setLevel(level)
 
 
-COMMANDS = {"train": train_command}
+def score_command(argv: Sequence[str]) -> int:
+    """`bss-ray score`; returns the exit code."""
+    from bss_ray.score import command  # which needs this module's parser
+
+    return command.score_command(argv)
+
+
+COMMANDS = {"train": train_command, "score": score_command}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,12 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return _STOPPED
+        return STOPPED
 
 
 _USAGE = """usage: bss-ray COMMAND [options]
 
   train    train a multi-modal model with balance-aware sampling; without options, a demo
+  score    score the rows of any data set with a model and its weights; without options, the demo's
 
 bss-ray COMMAND --help shows a command's options. Settings come from YAML (--config FILE) and dotted
 options (--scheduler.temperature 0.25); --print_config prints all of them. A run that was stopped goes

@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from tensorboardX import SummaryWriter
 
 from bss_ray.errors import CheckpointError, ConfigError, StorageError
 
-# What may differ between two commands of one run: where and how it is shown, not what is computed.
+# What may differ between two commands of one training run: where and how it is shown, not what is computed.
 # Another number of ranks changes nothing but the rounding of gradients.
-_MAY_CHANGE = {"num_workers", "use_gpu", "max_failures", "store", "verbose", "ray_address"}
+_MAY_CHANGE = frozenset({"num_workers", "use_gpu", "max_failures", "store", "verbose", "ray_address"})
 
 
 class RunFolder:
@@ -33,13 +34,24 @@ class RunFolder:
     Args:
         storage_path: folder of all runs, on a file system that all nodes share.
         name: of the run.
+        may_change: settings that may differ between two commands of one run.
+        result_file: name of the file that is written last.
 
     Raises:
         StorageError: the folder cannot be made or written.
         ConfigError: a URI, or a name that is no folder name.
     """
 
-    def __init__(self, storage_path: str, name: str) -> None:
+    def __init__(
+        self,
+        storage_path: str,
+        name: str,
+        *,
+        may_change: Collection[str] = _MAY_CHANGE,
+        result_file: str = "result.json",
+    ) -> None:
+        self._may_change = may_change
+        self._result_file = result_file
         if "://" in storage_path:
             raise ConfigError(
                 f"storage_path must be a folder that all nodes share; received the URI {storage_path}. Mount it, or "
@@ -81,7 +93,7 @@ class RunFolder:
         changed = [
             f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"
             for key in sorted({*there, *here})
-            if key.split(".")[0] not in _MAY_CHANGE and there.get(key) != here.get(key)
+            if key.split(".")[0] not in self._may_change and there.get(key) != here.get(key)
         ]
         if changed:
             raise ConfigError(
@@ -112,7 +124,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The result of a complete run; None while it is not."""
-        path = self.path / "result.json"
+        path = self.path / self._result_file
         if not path.exists():
             return None
         try:
@@ -123,7 +135,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as complete."""
-        _replace(self.path / "result.json", json.dumps(result, indent=1))
+        _replace(self.path / self._result_file, json.dumps(result, indent=1))
 
 
 def _replace(path: Path, text: str) -> None:

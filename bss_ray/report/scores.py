@@ -1,0 +1,206 @@
+"""What people see of a scoring job: progress, tables, and `report.html`."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bss_ray.errors import optional_import
+from bss_ray.report.console import Display
+
+# Off a terminal a line of progress comes so often.
+_LINE_S = 10.0
+
+# Classes that a table on the terminal shows: those of lowest mean score.
+_SHOWN_CLASSES = 12
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class ScoreDisplay(Display):
+    """Shows the messages of a scoring job: on a terminal a bar of rows, elsewhere a line every ten seconds."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._last_line = time.monotonic()
+
+    def on_message(self, message: Mapping[str, Any]) -> None:
+        """A message of the job (see `bss_ray.score.job.score`)."""
+        if message["kind"] != "rows":
+            super().on_message(message)
+            return
+        text = progress_text(message["done"], message["of"], message["rows_per_second"])
+        if self.console.is_terminal:
+            self._progress.update(self._task, description=text, completed=message["done"], total=message["of"])
+        elif time.monotonic() - self._last_line >= _LINE_S or message["done"] == message["of"]:
+            self._last_line = time.monotonic()
+            self.status(f"{message['done']} of {message['of']} rows, {text}")
+
+
+def progress_text(done: int, rows: int, speed: float) -> str:
+    """`measuring, 1,234 rows/s, 12 s left`."""
+    seconds = round((rows - done) / speed) if speed else 0
+    left = f"{seconds // 3600} h {seconds % 3600 // 60} min" if seconds >= 3600 else _minutes(seconds)
+    return f"measuring, {speed:,.0f} rows/s, {left} left"
+
+
+def _minutes(seconds: int) -> str:
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+
+
+# ---- terminal -------------------------------------------------------------------------------------
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
+    """The end of a job: all rows, modalities, classes, lowest and highest rows, and where everything lies."""
+    console.print(_all_rows(summary))
+    for title, rows in _tables(summary, _SHOWN_CLASSES):
+        console.print(_table(title, rows))
+    names = ("scores.parquet", "summary.json", "report.html", "config.yaml")
+    for name in names:
+        if (folder / name).exists():
+            console.print(f"  {folder / name}", markup=False)
+
+
+def _all_rows(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="scores", title_justify="left", show_header=False)
+    speed = summary["rows_per_second"]
+    measured = f" ({speed:,.0f} rows/s)" if speed else ""
+    table.add_row("rows", f"{summary['rows']:,}{measured}")
+    for name in ("similarity", "information", "score"):
+        table.add_row(f"mean {name}", _text(summary[name]))
+    table.add_row("score, -1 to 1", f"|{sparkline(summary['histogram']['rows'])}|")
+    for name, area in summary["score_roc_area"].items():
+        table.add_row(f"finds {name!r} rows", f"area under the ROC curve {area:.3f} (0.5 is chance)")
+    for name in ("unpaired_rows", "bad_rows"):
+        if summary[name]:
+            table.add_row(name.replace("_", " "), f"{summary[name]:,}")
+    return table
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """A histogram in one line of text; every bin that is not empty can be seen."""
+    most = max([*counts, 1])
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
+
+
+def _tables(summary: Mapping[str, Any], classes: int | None) -> Iterable[tuple[str, Rows]]:
+    """Title and rows of each table that has any."""
+    lowest = sorted(summary["classes"], key=lambda row: (row["score"] is None, row["score"], row["label"]))
+    shown = lowest if classes is None else lowest[:classes]
+    more = f" (the {len(shown)} of {len(lowest)} with the lowest mean score)" if len(shown) < len(lowest) else ""
+    tables = {
+        "modalities: a row's weaker one has the larger loss": summary["modalities"],
+        f"classes{more}": shown,
+        "rows of lowest score": summary["lowest"],
+        "rows of highest score": summary["highest"],
+    }
+    return [(title, rows) for title, rows in tables.items() if rows]
+
+
+def _table(title: str, rows: Rows) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(_heading(name), justify="right")
+    for row in rows:
+        table.add_row(*(_text(value, share=name.endswith("_share")) for name, value in row.items()))
+    return table
+
+
+def _heading(name: str) -> str:
+    return name if name == "row_id" else name.removesuffix("_share").replace("_", " ")
+
+
+def _text(value: Any, *, share: bool = False) -> str:
+    """A cell."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1%}" if share else f"{value:.4f}"
+    return f"{value}"
+
+
+# ---- HTML -----------------------------------------------------------------------------------------
+
+_STYLE = (
+    "body{font-family:sans-serif;max-width:960px;margin:2em auto;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0 2em}caption{text-align:left;font-weight:bold;padding:.3em 0}"
+    "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}"
+)
+
+
+def write_scores_report(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """Draw a job's summary, in one file that opens without a network.
+
+    Returns:
+        Path of `report.html`.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    go = optional_import("plotly.graph_objects", extra="report", needed_for="report.html")
+    figures = [_histogram(go, summary), *_bars_of_classes(go, summary["classes"])]
+    parts = [_facts(summary)]
+    parts += [
+        figure.to_html(full_html=False, include_plotlyjs=index == 0, default_height="360px")
+        for index, figure in enumerate(figures)
+    ]
+    parts += [_html_table(title, rows) for title, rows in _tables(summary, None)]
+    title = html.escape(folder.name)
+    path = folder / "report.html"
+    path.write_text(
+        f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
+        f"<h1>Scores {title}</h1>" + "\n".join(parts)
+    )
+    return path
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    """What was scored, in a sentence or two."""
+    what = (
+        f"{summary['rows']:,} {summary['split']} rows of {summary['data']}, with the weights of {summary['checkpoint']}"
+    )
+    counts = [f"{summary[name]:,} {name.replace('_', ' ')}" for name in ("unpaired_rows", "bad_rows") if summary[name]]
+    return f"<p>{html.escape(what)}.{' ' + html.escape(', '.join(counts)) + '.' if counts else ''}</p>"
+
+
+def _histogram(go: Any, summary: Mapping[str, Any]) -> Any:
+    found = summary["histogram"]
+    width = (found["high"] - found["low"]) / len(found["rows"])
+    middles = [found["low"] + width * (place + 0.5) for place in range(len(found["rows"]))]
+    figure = go.Figure(go.Bar(x=middles, y=found["rows"], width=width, name="rows"))
+    return _layout(figure, "Balance scores", "score", "rows")
+
+
+def _bars_of_classes(go: Any, classes: Rows) -> list[Any]:
+    """Mean measures of the classes, where there are classes."""
+    if not classes:
+        return []
+    figure = go.Figure()
+    for name in ("score", "similarity"):
+        figure.add_bar(x=[str(row["label"]) for row in classes], y=[row[name] for row in classes], name=name)
+    figure.update_xaxes(type="category")
+    return [_layout(figure, "Means by class", "class", "mean")]
+
+
+def _layout(figure: Any, title: str, x: str, y: str) -> Any:
+    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+
+
+def _html_table(title: str, rows: Rows) -> str:
+    head = "".join(f"<th>{html.escape(_heading(name))}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(_text(value, share=name.endswith('_share')))}</td>" for name, value in row.items())
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption><tr>{head}</tr>{body}</table>"

@@ -1,0 +1,124 @@
+"""`bss-ray score`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from bss_ray.cli import MODEL_HELP, STOPPED, Parser, start_ray
+from bss_ray.errors import BssRayError, MissingDependencyError
+
+_DESCRIPTION = (
+    "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
+    "read by tasks and measured by a pool of actors; measures go to files, piece by piece, so that the same command "
+    "goes on after a stop. A second pass normalises them over all rows. It leaves scores.parquet, summary.json and "
+    "report.html in the job's folder; `bss-ray train --initial-scores` takes the scores. Without arguments: the "
+    "training rows of the run `demo`, with the weights of its chosen epoch."
+)
+
+
+def score_parser() -> ArgumentParser:
+    """The parser of `bss-ray score`."""
+    from torch import nn
+
+    from bss_ray.score.config import ScoreConfig
+
+    parser = Parser(prog="bss-ray score", description=_DESCRIPTION)
+    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
+    parser.add_class_arguments(ScoreConfig, as_group=False, skip={"model"})
+    # Built where the shapes of the rows are known: parsed and checked here, not made.
+    parser.add_subclass_arguments(
+        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help=MODEL_HELP
+    )
+    return parser
+
+
+def score_command(argv: Sequence[str]) -> int:
+    """`bss-ray score`; returns the exit code."""
+    parser = score_parser()
+    settings = parser.parse_args(list(argv))
+    from bss_ray.report.scores import ScoreDisplay, print_summary
+    from bss_ray.score.checkpoint import read_weights
+    from bss_ray.score.config import MAY_CHANGE, resolve
+    from bss_ray.score.job import SUMMARY_FILE, score
+    from bss_ray.train.folder import RunFolder
+
+    config = _instantiate(parser, settings)
+    job = resolve(config, read_weights(config.checkpoint, config.storage_path))
+    folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
+    resumed = folder.claim(job.to_yaml())
+    with ScoreDisplay() as display:
+        display.say(f"job {folder.path}{' (goes on)' if resumed else ''}: {job.config.split} rows of {job.data}")
+        display.say(f"weights: {job.weights.source}")
+        summary = folder.result()
+        if summary is None:
+            try:
+                _start_ray(config, display)
+                summary = score(job, folder, display.on_message)
+                _write_report(folder.path, summary, display)
+            except KeyboardInterrupt:
+                display.say("stopped. The same command goes on; rows that are measured are not measured again")
+                return STOPPED
+        else:
+            display.say("this job is complete. Choose another --name for a new one")
+    print_summary(display.console, summary, folder.path)
+    return 0
+
+
+def _start_ray(config: Any, display: Any) -> None:
+    if config.verbose:
+        start_ray(config, display)
+        return
+    # Ray's core writes a line of level error for every pool of actors, and one to say that it will not.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with _without_stderr():
+        start_ray(config, display)
+    # Errors of rows and model arrive as exceptions; Ray Data would print them, with its own traceback, before.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """What this process's C++ code writes there goes nowhere; exceptions pass."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _instantiate(parser: ArgumentParser, settings: Namespace) -> Any:
+    from bss_ray.score.config import ModelSpec, ScoreConfig
+
+    try:
+        made = parser.instantiate(settings)
+    except ValueError as error:
+        # An optional setting's own error comes wrapped into one about its union type.
+        raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
+    model = None
+    if made.get("model") is not None:
+        init_args = made.model.get("init_args")
+        model = ModelSpec(class_path=made.model.class_path, init_args=init_args.as_dict() if init_args else {})
+    return ScoreConfig(model=model, **{one.name: made[one.name] for one in fields(ScoreConfig) if one.name != "model"})
+
+
+def _write_report(folder: Path, summary: dict[str, Any], display: Any) -> None:
+    from bss_ray.report.scores import write_scores_report
+
+    try:
+        write_scores_report(folder, summary)
+    except MissingDependencyError as error:
+        display.say(f"no report.html: {error}")

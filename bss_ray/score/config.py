@@ -1,0 +1,256 @@
+"""The settings of `bss-ray score`, and what a checkpoint's run fills in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from torch import nn
+
+from bss_ray.data.columns import Columns
+from bss_ray.data.shards import Feature
+from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS
+from bss_ray.errors import ConfigError, DataError, nearest
+from bss_ray.imports import import_name
+from bss_ray.measure.forward import Forward
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.normalise import Normalise
+from bss_ray.measure.score import Accumulation, Unpaired
+from bss_ray.models.weights import classes_of_weights, load_weights
+from bss_ray.sample.scoring import BadRows
+from bss_ray.score.checkpoint import Weights
+from bss_ray.score.measuring import Measuring
+from bss_ray.score.pieces import PIECE_ROWS
+from bss_ray.score.pool import Pool
+from bss_ray.train.loop import ModelSpec as ModelSpec  # for the command, too
+
+Split = Literal["train", "validation", "test"]
+
+# What may differ between two commands of one job: how and where it works. A batch size and the like change no more
+# than the rounding of floats. A job that has met bad rows may go on with another policy: pieces with such rows are
+# not kept under `error`.
+MAY_CHANGE = frozenset(
+    {
+        "bad_rows",
+        "batch_size",
+        "channels_last",
+        "compile",
+        "min_actors",
+        "max_actors",
+        "cpus_per_actor",
+        "gpus_per_actor",
+        "piece_rows",
+        "ray_address",
+        "verbose",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """Settings of `bss-ray score`.
+
+    Args:
+        checkpoint: the weights: a .pt file with a state dict, a checkpoint folder, or the folder of a run of `bss-ray
+            train` (the epoch it has chosen; model, data, columns and measurer are then the run's, where they are not
+            given here). null takes the run `demo`.
+        data: what is scored: `av-digits`, a Parquet file or folder (or one with the sub-folders train, validation,
+            test), or `module:function`; see `bss-ray train --help`.
+        split: of the data: train, validation or test.
+        columns: which columns are modalities, label, id and extras: --columns.modalities '[audio, image]' and so on.
+        num_classes: values that the model's heads return; null takes it from the shapes of the weights.
+        mispaired: share of av-digits' training rows that is paired wrongly.
+        seed: of that pairing.
+        model: class by import path, and its arguments.
+        measurer: how the balance of a row is measured.
+        normalise: `minmax` (the paper's) or `rank`, over all rows of the split.
+        unpaired: rows with fewer than two modalities count as `neutral`, as `lowest`, or are an `error`.
+        bad_rows: rows whose outputs are NaN or infinite are an `error`, or are written without measures (`keep`).
+        batch_size: rows of a forward pass; halved, with a message, where they do not fit into memory.
+        precision: `fp32`, `bf16` or `fp16` (autocast).
+        channels_last: memory layout of images and model.
+        compile: run the model through `torch.compile`.
+        min_actors: scoring actors from the start.
+        max_actors: most scoring actors; null takes as many as the cluster has room for, with a CPU left to read.
+        cpus_per_actor: logical CPUs of an actor; null takes 1, or 0 where the cluster has one CPU.
+        gpus_per_actor: share of a GPU of an actor; null takes 1 where the cluster has GPUs.
+        piece_rows: most rows whose measures make a file; a stop loses no more than the pieces being made.
+        name: of the job; the same name and settings: it goes on where it stopped.
+        storage_path: folder of all runs, on a file system that all nodes share.
+        ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
+        verbose: show what Ray prints.
+    """
+
+    checkpoint: str | None = None
+    data: str | None = None
+    split: Split = "train"
+    columns: Columns | None = None
+    num_classes: int | None = None
+    mispaired: float | None = None
+    seed: int | None = None
+    model: ModelSpec | None = None
+    measurer: Measurer | None = None
+    normalise: Normalise = "minmax"
+    unpaired: Unpaired = "neutral"
+    bad_rows: BadRows = "error"
+    batch_size: int = 256
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    min_actors: int = 1
+    max_actors: int | None = None
+    cpus_per_actor: float | None = None
+    gpus_per_actor: float | None = None
+    piece_rows: int = PIECE_ROWS
+    name: str = "scores"
+    storage_path: str = "runs"
+    ray_address: str | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.pool, self.forward  # they check their own settings
+        Accumulation(normalise=self.normalise, unpaired=self.unpaired)
+        if self.split not in get_args(Split):
+            raise ConfigError(f"unknown split {self.split!r}; {nearest(self.split, get_args(Split))}")
+        if self.bad_rows not in get_args(BadRows):
+            raise ConfigError(f"unknown bad_rows {self.bad_rows!r}; {nearest(self.bad_rows, get_args(BadRows))}")
+        for name in ("num_classes", "piece_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; received {value}")
+
+    @property
+    def pool(self) -> Pool:
+        """Actors that score."""
+        return Pool(
+            min_actors=self.min_actors,
+            max_actors=self.max_actors,
+            cpus=self.cpus_per_actor,
+            gpus=self.gpus_per_actor,
+        )
+
+    @property
+    def forward(self) -> Forward:
+        """How the model runs."""
+        return Forward(
+            batch_size=self.batch_size,
+            precision=self.precision,
+            channels_last=self.channels_last,
+            compile=self.compile,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job with all its settings, the model's weights among them.
+
+    Attributes:
+        config: as given, and what was null and the checkpoint's run or a default tells.
+        weights: of the model.
+    """
+
+    config: ScoreConfig
+    weights: Weights = field(repr=False)
+
+    @property
+    def columns(self) -> Columns:
+        """Roles of the columns."""
+        assert self.config.columns is not None
+        return self.config.columns
+
+    @property
+    def data(self) -> str:
+        """Where the rows are."""
+        assert self.config.data is not None
+        return self.config.data
+
+    @property
+    def measuring(self) -> Measuring:
+        """How rows are measured."""
+        config = self.config
+        return Measuring(
+            columns=self.columns,
+            measurer=config.measurer or Measurer(),
+            forward=config.forward,
+            bad_rows=config.bad_rows,
+        )
+
+    def model(self, features: dict[str, Feature]) -> nn.Module:
+        """The model with its weights, for rows of these shapes.
+
+        Raises:
+            CheckpointError: the weights do not fit it, or do not tell the number of classes.
+            ConfigError: it cannot be built.
+        """
+        spec, source = self.config.model or ModelSpec(), self.weights.source
+        shapes = {name: features[name].shape for name in self.columns.modalities}
+        build = functools.partial(spec.build, shapes)
+        classes = self.config.num_classes
+        if classes is None and _asks_classes(spec):
+            classes = classes_of_weights(build, self.weights.state, source)
+        model = build(classes or 0)
+        load_weights(model, self.weights.state, source)
+        return model
+
+    def to_yaml(self) -> str:
+        """All settings, as `--config` reads them."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self.config)), sort_keys=False)
+
+
+def resolve(config: ScoreConfig, weights: Weights) -> Job:
+    """Fill in what was not given: from the run that made the weights, or the defaults.
+
+    Raises:
+        DataError: nobody says which columns to read.
+    """
+    known = weights.settings
+    data = config.data or known.get("data") or AV_DIGITS
+    same_data = known.get("data") == data
+    columns = config.columns or _made(Columns, known.get("columns"))
+    if columns is None and data == AV_DIGITS:
+        columns = AV_DIGITS_COLUMNS
+    if columns is None:
+        raise DataError(f"name the columns of {data}: --columns.modalities '[audio, image]' --columns.label label")
+    filled = {
+        # An absolute path: the same command from another folder is another one.
+        "checkpoint": str(Path(weights.source).absolute()),
+        "data": data,
+        "columns": columns,
+        "model": config.model or _made(ModelSpec, known.get("model")) or ModelSpec(),
+        "measurer": config.measurer or _made(Measurer, known.get("measurer")) or Measurer(),
+        "mispaired": _first(config.mispaired, known.get("mispaired") if same_data else None, 0.0),
+        "seed": _first(config.seed, known.get("seed") if same_data else None, 0),
+        "num_classes": _first(config.num_classes, known.get("num_classes")),
+    }
+    return Job(config=dataclasses.replace(config, **filled), weights=weights)
+
+
+def _asks_classes(spec: ModelSpec) -> bool:
+    """Whether the model is told the number of classes, and not by its own settings."""
+    kind = import_name(spec.class_path)
+    return "num_classes" in inspect.signature(kind).parameters and "num_classes" not in spec.init_args
+
+
+def _made(kind: type[Any], settings: Any) -> Any:
+    """An instance from a run's settings, as far as this version knows them; None without settings."""
+    if not settings:
+        return None
+    names = {one.name for one in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in dict(settings).items() if name in names and value is not None})
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+def _plain(tree: Any) -> Any:
+    """Only what YAML can write: lists for tuples."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree

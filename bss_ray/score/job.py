@@ -1,0 +1,243 @@
+"""One whole job, as `bss-ray score` does it: measure what is missing, score all rows, write the folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from bss_ray.data.build import build_split
+from bss_ray.data.columns import Columns
+from bss_ray.data.shards import Feature
+from bss_ray.data.sources import files_key, load_splits, parquet_paths
+from bss_ray.errors import CheckpointError, DataError
+from bss_ray.measure.snapshot import pack_model
+from bss_ray.score.config import Job
+from bss_ray.score.first_pass import Pass, PieceReport, measure_rows
+from bss_ray.score.measuring import kept_notice
+from bss_ray.score.pieces import find_pieces, missing_rows
+from bss_ray.score.pool import Room, get
+from bss_ray.score.second_pass import SecondPass, score_rows
+from bss_ray.score.units import Unit, known_features, parquet_units, shard_units
+from bss_ray.train.folder import RunFolder
+from bss_ray.train.scores import roc_areas
+
+Message = dict[str, Any]
+OnMessage = Callable[[Message], None]
+
+SUMMARY_FILE = "summary.json"
+
+# The area under a ROC curve is made of all rows at once, here.
+_MOST_ROC_ROWS = 1 << 23
+
+# Shards that an actor gets on average, so that none waits long for the others at the end.
+_SHARDS_PER_ACTOR = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a job.
+
+    Attributes:
+        units: what tasks read.
+        features: shape and dtype of the modalities.
+        key: names the content.
+    """
+
+    units: Sequence[Unit]
+    features: Mapping[str, Feature]
+    key: str
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.units[-1].first_row + self.units[-1].rows
+
+
+def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
+    """Score all rows, and write the folder. Ray must be running. A job that was stopped goes on.
+
+    Args:
+        job: all settings, and the weights.
+        folder: claimed for them.
+        on_message: called with what happens: `{"kind": "status" | "notice", "text"}`, `{"kind": "shards", "split",
+            "done", "of"}`, `{"kind": "rows", "done", "of", "rows_per_second"}`.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        BssRayError: a setting, the weights, the data or the model is to blame; what is done stays.
+    """
+    room = job.config.pool.on_cluster()
+    on_message({"kind": "status", "text": f"looking at the {job.config.split} rows of {job.data}"})
+    source = open_source(job, room, on_message)
+    _claim_plan(folder.path / "plan.json", job, source)
+    measures = folder.path / "measures"
+    measures.mkdir(exist_ok=True)
+    figures = _measure(job, source, measures, room, on_message)
+    on_message({"kind": "status", "text": "scoring: second pass, over the measures"})
+    settings = SecondPass(measures, job.columns, job.config.normalise, job.config.unpaired, job.config.bad_rows)
+    found = score_rows(settings, folder.path / "scores.parquet")
+    result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
+    folder.write_result(result)
+    shutil.rmtree(measures, ignore_errors=True)  # all of it is in the scores, too
+    return result
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """What was scored, and with what."""
+    return {
+        "data": job.data,
+        "split": job.config.split,
+        "checkpoint": job.weights.source,
+        "weights": job.weights.digest,
+        "normalise": job.config.normalise,
+    }
+
+
+def _roc_areas(job: Job, folder: Path, found: Mapping[str, Any]) -> dict[str, float]:
+    """How well the score finds rows that a boolean extra column marks."""
+    if found["bad_rows"] or found["rows"] > _MOST_ROC_ROWS:
+        return {}
+    return roc_areas(folder / "scores.parquet", job.columns.extra)
+
+
+# ---- the rows -------------------------------------------------------------------------------------
+
+
+def open_source(job: Job, room: Room, on_message: OnMessage) -> Source:
+    """The rows of the job: Parquet is read in place, anything else becomes shards first.
+
+    Raises:
+        DataError: there is no such split, or its rows break a rule.
+    """
+    config, columns = job.config, job.columns
+    path = parquet_paths(job.data)[config.split]
+    if path is not None:
+        units = parquet_units(path, columns)
+        features = get(_known_features.remote(units, columns))
+        return Source(units, features, files_key(path) or "")
+    dataset = load_splits(job.data, mispaired=config.mispaired or 0.0, seed=config.seed or 0)[config.split]
+    if dataset is None:
+        raise DataError(f"{job.data} has no split {config.split!r}. Choose another --split, or name its files: --data")
+    on_message({"kind": "status", "text": f"building shards of the {config.split} rows"})
+    shards = build_split(
+        config.split,
+        dataset,
+        columns,
+        min_shards=_SHARDS_PER_ACTOR * room.max_actors,
+        on_progress=lambda done, of: on_message({"kind": "shards", "split": config.split, "done": done, "of": of}),
+        on_notice=lambda text: on_message({"kind": "notice", "text": text}),
+    )
+    return Source(shard_units(shards), shards.features, shards.fingerprint)
+
+
+@ray.remote
+def _known_features(units: Sequence[Unit], columns: Columns) -> dict[str, Feature]:
+    """A task: the nodes that read the rows look at them, not the driver."""
+    return known_features(units, columns)
+
+
+def _claim_plan(path: Path, job: Job, source: Source) -> None:
+    """Write down which rows and weights this job is of, or compare them with what is there.
+
+    Raises:
+        CheckpointError: they are others; names both.
+    """
+    plan = {"rows": source.rows, "data": source.key, "weights": job.weights.digest}
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(plan))
+        temporary.replace(path)
+        return
+    try:
+        there = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Choose another --name") from error
+    changed = [f"{key}: {there.get(key)!r} there, {value!r} now" for key, value in plan.items() if there[key] != value]
+    if changed:
+        raise CheckpointError(
+            f"{path.parent} holds measures of other rows or weights than these, although they have the same names; the "
+            "two cannot be mixed.\n  " + "\n  ".join(changed) + "\nChoose another --name"
+        )
+
+
+# ---- first pass -----------------------------------------------------------------------------------
+
+
+def _measure(job: Job, source: Source, folder: Path, room: Room, on_message: OnMessage) -> dict[str, Any]:
+    """Measure the rows that no piece holds; figures of it."""
+    done = find_pieces(folder)
+    runs = missing_rows(done, source.rows)
+    already = sum(piece.rows for piece in done)
+    if already:
+        text = f"{already} of {source.rows} rows are measured already"
+        on_message({"kind": "notice", "text": text})
+    model = job.model(dict(source.features))  # also if nothing is missing: the weights must fit
+    progress = _Progress(already, source.rows, on_message)
+    if runs:
+        snapshot = ray.put(pack_model(model))  # alive until all rows are measured
+        task = Pass(job.measuring, source.features, folder, job.config.piece_rows)
+        on_message({"kind": "status", "text": f"measuring with {_actors(room)}"})
+        for report in measure_rows(source.units, runs, snapshot, task, room):
+            progress.add(report)
+    return progress.finish()
+
+
+def _actors(room: Room) -> str:
+    bounds = f"{room.min_actors} to {room.max_actors}" if room.max_actors > room.min_actors else str(room.min_actors)
+    return f"{bounds} actor{'' if bounds == '1' else 's'}, {room.cpus:g} CPU and {room.gpus:g} GPU each"
+
+
+class _Progress:
+    """Counts rows and time, and passes notices on, each once."""
+
+    def __init__(self, already: int, rows: int, on_message: OnMessage) -> None:
+        self._already = self._done = already
+        self._rows = rows
+        self._on_message = on_message
+        self._started = time.monotonic()
+        self._warm: tuple[float, int] | None = None  # when the first piece was there, and rows done then
+        self._said: set[str] = set()
+        self._bad_rows, self._bad_ids = 0, list[int]()
+
+    def add(self, report: PieceReport) -> None:
+        """A piece is done."""
+        self._done += report.piece.rows
+        self._warm = self._warm or (time.monotonic(), self._done)
+        self._bad_rows += report.bad_rows
+        self._bad_ids += report.bad_ids
+        for text in report.notices:
+            if text not in self._said:
+                self._on_message({"kind": "notice", "text": text})
+                self._said.add(text)
+        message = {"kind": "rows", "done": self._done, "of": self._rows, "rows_per_second": self._speed}
+        self._on_message(message)
+
+    @property
+    def _speed(self) -> float:
+        """Rows a second of this command; without the start of its actors, where there is more than one piece."""
+        since, before = self._started, self._already
+        if self._warm is not None and self._warm[1] < self._done:
+            since, before = self._warm
+        return (self._done - before) / max(time.monotonic() - since, 1e-9)
+
+    def finish(self) -> dict[str, Any]:
+        """Figures of the pass, and a word on rows without measures."""
+        if self._bad_rows:
+            text = kept_notice(self._bad_rows, sorted(self._bad_ids))
+            self._on_message({"kind": "notice", "text": text})
+        seconds = time.monotonic() - self._started
+        return {
+            "measured_rows": self._done - self._already,
+            "measured_earlier": self._already,
+            "seconds": seconds,
+            "rows_per_second": self._speed if self._done > self._already else None,
+        }

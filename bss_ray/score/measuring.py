@@ -1,0 +1,178 @@
+"""What an actor of the scoring pool does with rows: forward them, measure them, make a small table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from bss_ray.data.checks import check_labels
+from bss_ray.data.columns import Columns
+from bss_ray.errors import ConfigError, Problem, nearest
+from bss_ray.measure.forward import Forward, autocast, evaluating, to_tensors
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.observation import check_outputs
+from bss_ray.measure.snapshot import ModelSnapshot, unpack_model
+from bss_ray.names import FUSED, loss_column, presence_column
+from bss_ray.sample.scorer import RowMeasures, Scorer
+from bss_ray.sample.scoring import BadRows
+
+SIMILARITY, INFORMATION, SCORE = "similarity", "information", "score"
+
+BAD_OUTPUTS = (
+    "logits must be finite: NaN or infinite measures. Look at these rows' inputs and at the weights, or have such rows "
+    "written without a score: bad_rows=keep"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """How rows are measured.
+
+    Args:
+        columns: roles of the columns.
+        measurer: criteria and weights of the loss.
+        forward: batch size, precision and the like.
+        bad_rows: rows whose outputs are NaN or infinite are an `error`, or kept without measures (`keep`).
+        num_classes: values that a head returns; None asks the model.
+
+    Raises:
+        ConfigError: unknown `bad_rows`, or a measurer that was made for another kind of label.
+    """
+
+    columns: Columns
+    measurer: Measurer = field(default_factory=Measurer)
+    forward: Forward = field(default_factory=Forward)
+    bad_rows: BadRows = "error"
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bad_rows not in get_args(BadRows):
+            raise ConfigError(f"unknown bad_rows {self.bad_rows!r}; {nearest(self.bad_rows, get_args(BadRows))}")
+        object.__setattr__(self, "measurer", self.measurer.for_task(self.columns.task))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measures of consecutive rows.
+
+    Attributes:
+        table: id, label and extra columns of one number or text a row; similarity, information, losses. A measure that
+            a row does not have is null.
+        problems: rules that rows break; with problems of the data there is no table.
+        sound_data: whether the problems are those of outputs, not of the data.
+        notices: what the user should read.
+    """
+
+    table: pa.Table | None
+    problems: list[Problem] = field(default_factory=list)
+    sound_data: bool = True
+    notices: list[str] = field(default_factory=list)
+
+
+class RowMeasurer:
+    """A model on a device that measures rows.
+
+    Args:
+        snapshot: the model.
+        measuring: how.
+        device: where.
+    """
+
+    def __init__(self, snapshot: ModelSnapshot, measuring: Measuring, device: torch.device | str = "cpu") -> None:
+        self._measuring = measuring
+        self._device = torch.device(device)
+        self._model = unpack_model(snapshot).to(self._device)
+        self._num_classes = measuring.num_classes
+        self._scorer = Scorer(
+            measuring.measurer,
+            measuring.columns.label,
+            forward=measuring.forward,
+            device=self._device,
+            model=self._model,
+            losses=True,
+        )
+
+    def measure(self, arrays: Mapping[str, np.ndarray], first_row: int) -> Measured:
+        """Measure consecutive rows, the columns of `read_rows`.
+
+        Raises:
+            ModelOutputError: the outputs break the contract.
+        """
+        columns = self._measuring.columns
+        inputs = {name: arrays[name] for name in (*columns.inputs, *_presence(arrays, columns))}
+        label = inputs[columns.label]
+        if self._num_classes is None:
+            self._num_classes = self._ask_model(inputs)
+        # A label beyond the heads would be an index error in the loss, on a GPU the end of the process.
+        everywhere = np.ones(len(label), dtype=bool)
+        problems = check_labels(label, everywhere, columns, first_row, self._num_classes)
+        if problems:
+            return Measured(None, problems, sound_data=False)
+        measures = self._scorer.measure(inputs, first_row)
+        notices = [text.replace("scoring.batch_size", "batch_size") for text in measures.notices]
+        problems = [replace(problem, rule=BAD_OUTPUTS) for problem in measures.problems]
+        return Measured(_table(arrays, columns, measures), problems, notices=notices)
+
+    def _ask_model(self, inputs: Mapping[str, np.ndarray]) -> int:
+        """How many values the heads return, by the first row."""
+        row = {name: np.array(values[:1]) for name, values in inputs.items()}
+        batch = to_tensors({**row, "row_id": np.array([-1])}, self._device)
+        with evaluating(self._model), autocast(self._device, self._measuring.forward.precision):
+            outputs = self._model(batch)
+            check_outputs(outputs, batch[self._measuring.columns.label])
+        return int(outputs[FUSED].shape[1])
+
+
+def actor_device() -> torch.device:
+    """The device that Ray gave this actor."""
+    return torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+
+
+def _presence(arrays: Mapping[str, np.ndarray], columns: Columns) -> list[str]:
+    return [name for name in map(presence_column, columns.modalities) if name in arrays]
+
+
+def _table(arrays: Mapping[str, np.ndarray], columns: Columns, measures: RowMeasures) -> pa.Table:
+    """What is kept of rows."""
+    bad = np.isnan(measures.information)
+    table = {name: to_arrow(arrays[name]) for name in carried_columns(columns) if arrays[name].ndim == 1}
+    table[SIMILARITY] = _with_nulls(measures.similarity, bad | np.isnan(measures.similarity))
+    table[INFORMATION] = _with_nulls(measures.information, bad)
+    for name, loss in measures.losses.items():
+        present = arrays.get(presence_column(name.removeprefix(loss_column(""))), ~bad)
+        table[name] = _with_nulls(loss, bad | ~present | ~np.isfinite(loss))
+    return pa.table(table)
+
+
+def carried_columns(columns: Columns) -> tuple[str, ...]:
+    """Columns of a data set that go with the measures."""
+    return (*(() if columns.id is None else (columns.id,)), columns.label, *columns.extra)
+
+
+def _with_nulls(values: np.ndarray, missing: np.ndarray) -> pa.Array:
+    return pa.array(values, pa.float32(), mask=missing)
+
+
+def to_arrow(values: np.ndarray) -> pa.Array:
+    """A column (n,) as Arrow; Ray Data hands on text as Python objects."""
+    return pa.array(values.tolist() if values.dtype.kind == "O" else values, from_pandas=True)
+
+
+def kept_notice(count: int, ids: list[int]) -> str:
+    """What to say of rows without a score."""
+    return (
+        f"Warning: the model's outputs are NaN or infinite for {count} {'row' if count == 1 else 'rows'} (first row "
+        f"ids {', '.join(map(str, ids[:5]))}): they are written without measures and score, as bad_rows=keep says"
+    )
+
+
+def snapshot_of(reference: Any) -> ModelSnapshot:
+    """The model behind a reference; Ray Data hands constructors' references on as they are."""
+    snapshot: ModelSnapshot = ray.get(reference)
+    return snapshot

@@ -1,0 +1,139 @@
+"""How many actors score, and what each has: refused at once where the cluster can never give it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+
+from bss_ray.errors import BssRayError, ConfigError, ResourceError
+
+# Ray Data would read inside of the scoring actors, where both have the same resources. The (empty) environment, that of
+# the job, tells them apart: rows are read by tasks of their own, beside the measuring of others.
+_OWN_STAGE: dict[str, Any] = {"runtime_env": {}}
+
+# Ray Data adds this, and advice for others than users, to the message of an error.
+_ADDED_BY_RAY = "\nFailed to apply UDF"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Actors that score.
+
+    Args:
+        min_actors: so many are there from the start.
+        max_actors: so many while there is work for them; None takes as many as the cluster has room for.
+        cpus: logical CPUs of each; None takes 1, or 0 where the cluster has one CPU.
+        gpus: share of a GPU of each; None takes 1 where the cluster has GPUs, else 0.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+
+    min_actors: int = 1
+    max_actors: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_actors < 1:
+            raise ConfigError(f"min_actors must be at least 1; received {self.min_actors}")
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ConfigError(f"max_actors must be at least min_actors={self.min_actors}; received {self.max_actors}")
+        for name in ("cpus", "gpus"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} of a scoring actor cannot be negative; received {value}")
+
+    def on_cluster(self) -> Room:
+        """This pool on the cluster at hand; see `fit`."""
+        return self.fit([node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+    def fit(self, nodes: Sequence[Mapping[str, float]]) -> Room:
+        """This pool on nodes with these resources.
+
+        Raises:
+            ResourceError: they can never run it.
+        """
+        there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        cpus = (1.0 if there["CPU"] >= 2 else 0.0) if self.cpus is None else self.cpus
+        gpus = (1.0 if there["GPU"] >= 1 else 0.0) if self.gpus is None else self.gpus
+        needs = {name: value for name, value in (("CPU", cpus), ("GPU", gpus)) if value}
+        seats = sum(_seats(node, needs) for node in nodes) if needs else self.max_actors or 1
+        if seats < self.min_actors:
+            asked = " and ".join(f"{value:g} {name}" for name, value in needs.items())
+            has = ", ".join(f"{value:g} {name}" for name, value in there.items())
+            raise ResourceError(
+                f"{self.min_actors} scoring actors with {asked} each do not fit: the cluster has {has} and room for "
+                f"{seats} of them. Lower --min_actors, --cpus_per_actor or --gpus_per_actor"
+            )
+        # Actors that hold every CPU would wait for rows that nobody can read.
+        spare = math.floor((there["CPU"] - 1) / cpus + 1e-9) if cpus else seats
+        if spare < self.min_actors:
+            raise ResourceError(
+                f"{self.min_actors} scoring actors with {cpus:g} CPU each leave none of {there['CPU']:g} CPU to read "
+                "rows with. Lower --min_actors or --cpus_per_actor"
+            )
+        most = min(seats, spare) if self.max_actors is None else self.max_actors
+        return Room(min_actors=self.min_actors, max_actors=most, cpus=cpus, gpus=gpus)
+
+
+def _seats(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many actors a node has room for."""
+    return min(math.floor(node.get(name, 0) / value + 1e-9) for name, value in needs.items())
+
+
+@dataclass(frozen=True)
+class Room:
+    """A pool with all its numbers.
+
+    Attributes:
+        min_actors: at least so many actors.
+        max_actors: at most so many.
+        cpus: of each.
+        gpus: of each.
+    """
+
+    min_actors: int
+    max_actors: int
+    cpus: float
+    gpus: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `Dataset.map_batches` is given."""
+        strategy = ray.data.ActorPoolStrategy(min_size=self.min_actors, max_size=self.max_actors)
+        return {"compute": strategy, "num_cpus": self.cpus, "num_gpus": self.gpus, **_OWN_STAGE}
+
+
+@contextlib.contextmanager
+def settings_of(dataset: ray.data.Dataset) -> Iterator[None]:
+    """Rows in their order and errors as they were raised, for now: data sets that are made of others share settings."""
+    context = dataset.context
+    before = context.execution_options.preserve_order, context.raise_original_map_exception
+    context.execution_options.preserve_order = context.raise_original_map_exception = True
+    try:
+        yield
+    finally:
+        context.execution_options.preserve_order, context.raise_original_map_exception = before
+
+
+def users_error(error: Exception) -> BssRayError | None:
+    """The user's error behind an error of Ray Data, which then must have been raised as it was; else None."""
+    cause = getattr(error, "cause", None)
+    if not isinstance(cause, BssRayError):
+        return None
+    return type(cause)(str(cause).partition(_ADDED_BY_RAY)[0])
+
+
+def get(references: Any) -> Any:
+    """`ray.get`, with a user's error as it was raised in the task."""
+    try:
+        return ray.get(references)
+    except ray.exceptions.RayTaskError as error:
+        raise users_error(error) or error from None

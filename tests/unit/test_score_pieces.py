@@ -1,0 +1,177 @@
+"""Pieces, units and the pool of a scoring job: planning without Ray."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bss_ray.data.columns import Columns
+from bss_ray.errors import CheckpointError, ConfigError, DataError, ResourceError, StorageError
+from bss_ray.score.first_pass import clear_marks, marked
+from bss_ray.score.pieces import (
+    Piece,
+    find_pieces,
+    group_pieces,
+    missing_rows,
+    read_piece,
+    within,
+    write_piece,
+)
+from bss_ray.score.pool import Pool
+from bss_ray.score.units import known_features, parquet_units
+from tests.scoring import COLUMNS, make_columns, make_table, write_folder
+
+
+def touch(folder: Path, *pieces: tuple[int, int]) -> None:
+    for piece in pieces:
+        write_piece(folder, Piece(*piece), pa.table({"row_id": np.arange(piece[0], piece[0] + piece[1])}))
+
+
+class TestPieces:
+    def test_finished_pieces_are_found_and_nothing_else(self, tmp_path: Path) -> None:
+        touch(tmp_path, (0, 4), (8, 2), (20, 5))
+        for name in (".measures-000000000004-000000004.parquet.77.tmp", "measures-4.parquet", "note.txt"):
+            (tmp_path / name).write_text("")
+        assert find_pieces(tmp_path) == [Piece(0, 4), Piece(8, 2), Piece(20, 5)]
+        assert missing_rows(find_pieces(tmp_path), 26) == [(4, 8), (10, 20), (25, 26)]
+
+    def test_of_pieces_that_overlap_one_counts(self, tmp_path: Path) -> None:
+        # Another --piece_rows, or a process that outlived its driver.
+        touch(tmp_path, (0, 4), (0, 8), (6, 4), (8, 4))
+        assert find_pieces(tmp_path) == [Piece(0, 8), Piece(8, 4)]
+
+    def test_a_damaged_piece_is_named_with_what_to_do(self, tmp_path: Path) -> None:
+        piece = Piece(0, 4)
+        with pytest.raises(CheckpointError, match=r"measures-000000000000-000000004.*Remove it"):
+            read_piece(tmp_path, piece)
+        write_piece(tmp_path, piece, pa.table({"row_id": [0, 1]}))
+        with pytest.raises(CheckpointError, match="holds 2 rows and not 4"):
+            read_piece(tmp_path, piece)
+        (tmp_path / piece.name).write_bytes(b"PAR1 no more")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_piece(tmp_path, piece)
+
+    def test_a_piece_that_cannot_be_written_leaves_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="cannot be written"):
+            write_piece(tmp_path / "gone", Piece(0, 1), pa.table({"row_id": [0]}))
+        assert find_pieces(tmp_path) == []
+
+    def test_groups_keep_the_order_and_reach_their_size(self) -> None:
+        pieces = [Piece(start, 10) for start in range(0, 70, 10)]
+        groups = group_pieces(pieces, 25)
+        assert [len(group) for group in groups] == [3, 3, 1]
+        assert [piece for group in groups for piece in group] == pieces
+
+    def test_runs_within_bounds(self) -> None:
+        assert within([(0, 5), (8, 12), (20, 30)], 4, 22) == [(4, 5), (8, 12), (20, 22)]
+        assert within([(0, 5)], 5, 9) == []
+
+
+class TestUnits:
+    def test_rows_of_all_files_are_numbered_in_order_and_read_as_asked(self, tmp_path: Path) -> None:
+        columns = make_columns(100)
+        write_folder(tmp_path / "rows", make_table(columns), [30, 65], row_group=12)
+        units = parquet_units(str(tmp_path / "rows"), COLUMNS)
+        assert [(unit.first_row, unit.rows) for unit in units] == [(0, 30), (30, 35), (65, 35)]
+        features = known_features(units, COLUMNS)
+        seen: list[int] = []
+        for unit in units:
+            for first_row, rows in unit.read(COLUMNS, features, [(10, 40), (64, 70)], finite=True):
+                assert rows.problems == []
+                here = slice(first_row, first_row + len(rows.arrays["label"]))
+                np.testing.assert_array_equal(rows.arrays["a"], columns["a"][here])
+                assert rows.arrays["name"].tolist() == columns["name"][here]
+                assert rows.arrays["has_a"].all()
+                seen += range(here.start, here.stop)
+        assert seen == [*range(10, 40), *range(64, 70)]
+
+    def test_large_row_groups_are_units_of_their_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("bss_ray.score.units._UNIT_BYTES", 1)
+        write_folder(tmp_path / "rows", make_table(make_columns(100)), [50], row_group=20)
+        units = parquet_units(str(tmp_path / "rows"), COLUMNS)
+        assert [unit.rows for unit in units] == [20, 20, 10, 20, 20, 10]
+
+    def test_shapes_come_from_the_first_row_that_has_them(self, tmp_path: Path) -> None:
+        gone = np.arange(100) < 70
+        table = make_table(make_columns(100), {"a": gone})
+        write_folder(tmp_path / "rows", table, [30, 65], row_group=12)
+        units = parquet_units(str(tmp_path / "rows"), COLUMNS)
+        features = known_features(units, COLUMNS)
+        assert {name: feature.shape for name, feature in features.items()} == {"a": (4,), "b": (4,)}
+        first, rows = next(iter(units[0].read(COLUMNS, features, [(0, 30)], finite=True)))
+        assert first == 0
+        assert rows.arrays["a"].shape == (len(rows.arrays["label"]), 4)
+        assert not rows.arrays["has_a"].any()
+        assert not rows.arrays["a"].any()
+
+    def test_what_is_wrong_is_named(self, tmp_path: Path) -> None:
+        table = make_table(make_columns(10))
+        write_folder(tmp_path / "rows", table, [], row_group=5)
+        with pytest.raises(DataError, match="has no column 'lable'; did you mean 'label'"):
+            parquet_units(str(tmp_path / "rows"), Columns(modalities=("a", "b"), label="lable"))
+        with pytest.raises(DataError, match="no such file"):
+            parquet_units(str(tmp_path / "nowhere"), COLUMNS)
+        (tmp_path / "rows" / "9.parquet").write_text("not Parquet")
+        with pytest.raises(DataError, match=r"cannot read Parquet from .*9\.parquet"):
+            parquet_units(str(tmp_path / "rows"), COLUMNS)
+        write_folder(tmp_path / "nulls", make_table(make_columns(10), {"b": np.ones(10, bool)}), [], row_group=5)
+        with pytest.raises(DataError, match="modality 'b' is null in all rows"):
+            known_features(parquet_units(str(tmp_path / "nulls"), COLUMNS), COLUMNS)
+
+
+class TestPool:
+    def test_a_cpu_is_left_to_read_with(self) -> None:
+        room = Pool().fit([{"CPU": 2}])
+        assert (room.min_actors, room.max_actors, room.cpus, room.gpus) == (1, 1, 1.0, 0.0)
+        assert Pool().fit([{"CPU": 4}, {"CPU": 4}]).max_actors == 7
+        assert Pool().fit([{"CPU": 1}]).cpus == 0
+
+    def test_gpus_are_used_where_there_are_any_also_in_shares(self) -> None:
+        nodes = [{"CPU": 16, "GPU": 2}, {"CPU": 16}]
+        assert (Pool().fit(nodes).max_actors, Pool().fit(nodes).gpus) == (2, 1.0)
+        assert Pool(gpus=0.25).fit(nodes).max_actors == 8
+        assert Pool(gpus=0).fit(nodes).max_actors == 31
+
+    @pytest.mark.parametrize(
+        ("pool", "said"),
+        [
+            (Pool(gpus=1), "1 scoring actors with 1 CPU and 1 GPU each do not fit: the cluster has 4 CPU, 0 GPU"),
+            (Pool(cpus=3), "do not fit"),  # 4 CPUs, but no node has 3
+            (Pool(min_actors=5), "room for 4 of them"),
+            (Pool(min_actors=4), "leave none of 4 CPU to read rows with"),
+        ],
+    )
+    def test_what_the_cluster_can_never_give_is_refused(self, pool: Pool, said: str) -> None:
+        with pytest.raises(ResourceError, match=said):
+            pool.fit([{"CPU": 2}, {"CPU": 2}])
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"min_actors": 0}, "at least 1; received 0"),
+            ({"min_actors": 3, "max_actors": 2}, "at least min_actors=3; received 2"),
+            ({"gpus": -1.0}, "gpus of a scoring actor cannot be negative"),
+        ],
+    )
+    def test_impossible_numbers(self, settings: dict[str, float], said: str) -> None:
+        with pytest.raises(ConfigError, match=said):
+            Pool(**settings)  # type: ignore[arg-type]
+
+
+def test_rows_that_end_their_actors_are_not_tried_for_ever(tmp_path: Path) -> None:
+    piece, other = Piece(64, 32), Piece(6, 4)
+    for _ in range(3):
+        with marked(tmp_path, piece):  # leaves no mark: it ends well
+            pass
+        (tmp_path / ".begun" / f"64-{_}").touch()  # as a killed process leaves it
+    with (
+        pytest.raises(ResourceError, match=r"3 actors were lost while they scored rows 64\.\.95"),
+        marked(tmp_path, piece),
+    ):
+        pass
+    with marked(tmp_path, other):
+        pass
+    clear_marks(tmp_path)
+    with marked(tmp_path, piece):
+        pass
