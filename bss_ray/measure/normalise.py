@@ -115,7 +115,7 @@ class Ranks:
     def _places(self, bits: np.ndarray) -> np.ndarray:
         """(n,) the bin of each value; of one that was not counted, any."""
         if self._table is not None:
-            return self._table[bits]
+            return np.asarray(self._table[bits])
         return np.minimum(np.searchsorted(self.bins, bits), len(self.bins) - 1)
 
     @cached_property

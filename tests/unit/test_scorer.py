@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -430,7 +429,7 @@ class TestLoad:
 
 class TestForward:
     @pytest.fixture
-    def layouts(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
+    def layouts(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
         """Whether images, and what the convolution makes of them, are in channels last."""
         seen: list[tuple[bool, bool]] = []
         real = nn.Conv2d.forward
@@ -441,7 +440,7 @@ class TestForward:
             return maps
 
         monkeypatch.setattr(nn.Conv2d, "forward", forward)
-        yield seen
+        return seen
 
     def test_channels_last(self, layouts: list[tuple[bool, bool]]) -> None:
         model, columns = make_model(17), make_columns()
