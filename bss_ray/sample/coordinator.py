@@ -7,6 +7,7 @@ scores of all rows. `Coordinator` is a plain class; `bss_ray.sample.actors` puts
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 import secrets
 from collections.abc import Sequence
@@ -15,7 +16,15 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bss_ray.errors import CheckpointError, ConfigError, ScheduleError, WeightError, nearest, raise_first_problem
+from bss_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ScheduleError,
+    WeightError,
+    nearest,
+    raise_first_problem,
+)
 from bss_ray.measure.normalise import join
 from bss_ray.measure.score import Accumulation
 from bss_ray.sample.draw import Draw, Keys, Moments
@@ -169,22 +178,26 @@ class Coordinator:
 
         Args:
             version: the next one. Any other is refused, and counted: it is stale, or comes twice.
-            expected: rows that must have been measured; None: any number. The others keep their score.
+            expected: so many rows, at least, must have been measured; None: any number. The others keep their score.
 
         Raises:
+            DataError: rows have fewer than two modalities, and that is an error.
             LostStateError: measures, or the scores before, are gone with a holder that was restarted.
         """
         if version != self._version + 1:
             self._refused += 1
             return Publication(self._version, refused=self._refused)
-        similarity, information, measured, refused = zip(
+        similarity, information, measured, unpaired, refused = zip(
             *self._holders.map("summary", self._accumulation.normalise), strict=True
         )
         found = sum(measured)
         if found == 0:
             return Publication(self._version, failure="no rows have been measured")
-        if expected is not None and found != expected:
+        if expected is not None and found < expected:
             raise LostStateError(f"{found} of {expected} measures for score version {version} have arrived")
+        if self._accumulation.unpaired == "error":
+            problems = sorted(itertools.chain.from_iterable(unpaired), key=lambda problem: problem.first_ids[0])
+            raise_first_problem(problems, DataError)
         norms = join(similarity), join(information)
         self._holders.map("publish", version, norms, self._accumulation)
         self._replace(version)

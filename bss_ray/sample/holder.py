@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bss_ray.errors import WeightError
+from bss_ray.errors import Problem, WeightError, find_problem
 from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise
 from bss_ray.measure.score import Accumulation, accumulate_scores, current_scores
 from bss_ray.sample.draw import Draw, Keys, Moments
@@ -33,6 +33,11 @@ _CHUNK_ROWS = 1 << 17
 # Rows of one window: 2^24 keys and ids are 256 MiB.
 WINDOW_ROWS = 1 << 24
 
+_NO_PAIR = (
+    "a row needs two modalities for a similarity, as unpaired=error says. Let such rows count as unpaired=neutral or "
+    "lowest, or filter them out"
+)
+
 # `last_drawn` and `last_measured` count from 1 (0: never) and stop at the largest uint16.
 _LAST_COUNT = (1 << 16) - 1
 
@@ -44,12 +49,14 @@ class HolderSummary(NamedTuple):
         similarity: what its normalisation needs to know of the own rows.
         information: likewise.
         measured: rows with a measure of the next version.
+        unpaired: those of them that have no similarity.
         refused: deliveries that were refused so far.
     """
 
     similarity: Norm
     information: Norm
     measured: int
+    unpaired: list[Problem]
     refused: int
 
 
@@ -117,6 +124,8 @@ class Holder:
         if epoch > self._epoch:
             self._age_coming()
             self._epoch = epoch
+        elif epoch < self._epoch:  # a late one: its steps are not those of the epoch at hand
+            delivery = delivery._replace(step=np.minimum(delivery.step, 0))
         found = 0
         for index, run in enumerate(self._runs):
             own = delivery.within(run.first_row, run.stop_row)
@@ -143,17 +152,18 @@ class Holder:
         """What the normalisation over all rows needs to know of the own ones, by their latest measures."""
         kind = NORMALISATIONS[normalise]
         norms: list[list[Norm]] = [[], []]
-        measured = 0
+        measured, unpaired = 0, []
         for run in self._runs:
             known = run.last_measured > 0
             if run.coming is not None:
                 known |= run.coming.measured
                 measured += int(np.count_nonzero(run.coming.measured))
+                unpaired += find_problem(_NO_PAIR, np.isnan(run.coming.similarity) & run.coming.measured, run.first_row)
             for norm, name in zip(norms, ("similarity", "information"), strict=True):
                 values = _latest(run, name)
                 norm.append(kind.of(values if known.all() else values[known]))
         similarity, information = (kind.union(norm) for norm in norms)  # type: ignore[arg-type]
-        return HolderSummary(similarity, information, measured, self._refused)
+        return HolderSummary(similarity, information, measured, unpaired, self._refused)
 
     def publish(
         self,

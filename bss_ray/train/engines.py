@@ -33,6 +33,9 @@ from bss_ray.sample.state import Delivery
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.ranks import Ranks
 
+# Rows that are measured after an epoch have later measures than those that training has made in it.
+_AFTER_ALL_STEPS = int(np.iinfo(np.int32).max)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineContext:
@@ -189,6 +192,7 @@ class WorkersEngine(DeliveringEngine):
     """The ranks measure the rows of their own nodes with the model that they train."""
 
     _scorer: Scorer | None = None
+    _model: nn.Module | None = None
 
     def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
         if not self._context.scheduler.scores_due_after(epoch):
@@ -198,7 +202,8 @@ class WorkersEngine(DeliveringEngine):
     def sweep(self, epoch: int, version: int, model: nn.Module) -> Publication:
         """Measure all rows and publish."""
         context = self._context
-        if self._scorer is None:
+        if self._scorer is None or self._model is not model:  # a loop may hand over an averaged copy, now and then
+            self._model = model
             self._scorer = Scorer(
                 context.measurer,
                 context.shards.columns.label,
@@ -207,7 +212,7 @@ class WorkersEngine(DeliveringEngine):
                 model=model,
             )
         found = self._scorer.measure_batches(context.loader.rows(context.scoring.batch_size))
-        self._deliver(epoch, found)
+        self._deliver(epoch, found, _AFTER_ALL_STEPS)
         return self._publish(version + 1, found, whole=True)
 
 
