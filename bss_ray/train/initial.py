@@ -19,7 +19,8 @@ class ScoresFile:
     """A Parquet file or folder of scores, as `SavedScores`: each holder reads what overlaps its rows.
 
     Rows are matched by the data's id column where the file has it too, else by `row_id`. A row whose score is null
-    counts as not scored yet. Columns `similarity` and `information` are taken along.
+    counts as not scored yet. Columns `similarity` and `information` are taken along; without them rows have no measures
+    until they are measured again.
 
     Args:
         path: Parquet file or folder, or a URI; all nodes can read it.
@@ -54,7 +55,7 @@ class ScoresFile:
         """Scores of rows [start, stop).
 
         Raises:
-            DataError: a row has none, or more than one; or a score is no number in [-1, 1].
+            DataError: a row has none, or more than one; a score is no number in [-1, 1]; ids are of another kind.
         """
         if self._key == "row_id":
             wanted = pa.array(np.arange(start, stop))
@@ -63,7 +64,7 @@ class ScoresFile:
             wanted = pa.array(self._shards.gather(np.arange(start, stop), (self._key,))[self._key])
             keep = None
         table = self._open().to_table(columns=self._columns, filter=keep).combine_chunks()
-        keys = table[self._key].cast(wanted.type).combine_chunks()
+        keys = self._as_ids(table[self._key], wanted.type)
         self._refuse_twice(keys)
         places = pc.index_in(wanted, value_set=keys)
         if places.null_count:
@@ -71,11 +72,27 @@ class ScoresFile:
             raise DataError(f"initial scores: {self._path} has none for {missing}, matched by {self._key!r}")
         return [self._part(start, table.take(places))]
 
+    def _as_ids(self, keys: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+        """The file's keys as the data has them."""
+        try:
+            return keys.cast(kind).combine_chunks()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise DataError(
+                f"initial scores: column {self._key!r} of {self._path} holds {keys.type}, that of the data {kind}. "
+                "Write ids of one kind"
+            ) from error
+
     def _part(self, start: int, table: pa.Table) -> PartState:
         part = PartState.empty(start, len(table))
+        for values in (part.similarity, part.information):
+            values[:] = np.nan  # not in the file: no number that a normalisation over all rows would count
         for name in self._columns[1:]:
-            values = table[name].to_numpy().astype(np.float32)
-            getattr(part, name)[:] = values
+            try:
+                getattr(part, name)[:] = table[name].to_numpy().astype(np.float32)
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    f"initial scores: column {name!r} of {self._path} must hold numbers; it holds {table[name].type}"
+                ) from error
         unscored = np.isnan(part.score)
         bad = ~unscored & ~(np.abs(part.score) <= 1)
         if bad.any():
@@ -92,8 +109,9 @@ class ScoresFile:
             return
         counts = pc.value_counts(keys)
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
+        values = "1 value" if len(twice) == 1 else f"{len(twice)} values"
         raise DataError(
-            f"initial scores: {self._path} holds {len(twice)} values of {self._key!r} more than once, first "
+            f"initial scores: {self._path} holds {values} of {self._key!r} more than once, first "
             f"{twice[0]['values'].as_py()!r}"
         )
 
