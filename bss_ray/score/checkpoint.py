@@ -30,7 +30,7 @@ class Weights:
     Attributes:
         state: a state dict, on the CPU.
         source: where they are from, for people.
-        settings: of the run that made them (its `config.yaml`), if it is known.
+        settings: of the run that made them (its `config.yaml`, and the number of classes), as far as they are known.
     """
 
     state: Mapping[str, Any]
@@ -110,7 +110,7 @@ def _of_checkpoint(path: Path, run: Path) -> Weights:
     """Weights of a checkpoint of a run, whose digests are checked."""
     saved = SavedCheckpoint(ray.train.Checkpoint.from_directory(str(path.absolute())))
     settings = _settings(run / "config.yaml") if (run / "config.yaml").exists() else {}
-    return Weights(saved.state("model"), str(path), settings)
+    return Weights(saved.state("model"), str(path), {**settings, "num_classes": saved.manifest().num_classes})
 
 
 def _choose(run: Path) -> Path:
