@@ -30,7 +30,7 @@ class Forward:
         ConfigError: a setting is unknown or out of its range.
     """
 
-    batch_size: int = 128
+    batch_size: int = 256
     precision: str = "fp32"
     channels_last: bool = False
     compile: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,6 +63,25 @@ def modalities_of(outputs: Outputs) -> list[str]:
     return [name for name in outputs if name not in (FUSED, FEATURES)]
 
 
+class _WhenAsked(Mapping[str, Tensor]):
+    """What a function makes of each head's logits, once, when it is asked for."""
+
+    def __init__(self, logits: Mapping[str, Tensor], make: Callable[[Tensor], Tensor]) -> None:
+        self._logits, self._make = logits, make
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, head: str) -> Tensor:
+        if head not in self._made:
+            self._made[head] = self._make(self._logits[head])
+        return self._made[head]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._logits)
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observation:
     """A batch's rows as a model sees them. Criteria map it to one number a row.
@@ -95,9 +114,9 @@ class Observation:
         return modalities_of(self.outputs)
 
     @cached_property
-    def predictions(self) -> dict[str, Tensor]:
-        """What each head predicts, (B, C): probabilities, or the values of a regression."""
-        return {name: TASKS[self.task].predict(logits) for name, logits in self.outputs.items()}
+    def predictions(self) -> Mapping[str, Tensor]:
+        """What each head predicts, (B, C): probabilities, or the values of a regression; made when it is looked at."""
+        return _WhenAsked(self.outputs, TASKS[self.task].predict)
 
     @cached_property
     def present(self) -> Tensor | None:

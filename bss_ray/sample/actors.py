@@ -22,6 +22,7 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.sample.coordinator import Coordinator, Publication, Review
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
+from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.plan import Plan, Tail
 from bss_ray.sample.pool import ScorerPool, ScoringFailedError, ShardReport
 from bss_ray.sample.scorer import Scorer
@@ -130,27 +131,40 @@ class ScorerActor:
     """A `Scorer` that measures shards and delivers what it found to the holders."""
 
     def __init__(self, label: str, measurer: Measurer, scoring: Scoring, holders: ActorHolders) -> None:
+        keep_freed_memory()
         device = "cuda" if scoring.gpus_per_scorer > 0 else "cpu"
         self._scorer = Scorer(measurer, label, forward=scoring.forward, device=device)
         self._holders = holders
-        self._model: Any = None
+        self._ref: Any = None
+        self._job: ScoringJob | None = None
 
     def node(self) -> str:
         """Id of the node it runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def measure(self, job: ScoringJob, shard: int) -> ShardReport:
-        """Measure one shard, model and rows from the store."""
-        if self._model != job.model:
-            snapshot: ModelSnapshot = ray.get(job.model)
-            self._scorer.load(snapshot)
-            self._model = job.model
+    def measure(self, job_ref: list[Any], shard: int) -> ShardReport:
+        """Measure one shard of a job, with model and rows from the store.
+
+        Args:
+            job_ref: reference to the `ScoringJob`, in a list so that it arrives as such: a job is taken once, and not
+                with all its references once for each shard.
+            shard: index of the shard.
+        """
+        job = self._take(job_ref[0])
         arrays, shards = job.shards.read(shard), job.shards
         columns = {name: arrays[name] for name in shards.features}
         found = self._scorer.measure(columns, shards.parts[shard].first_row)
         delivery = Delivery.of(found.rows, found.similarity, found.information).sound()
         self._holders.deliver(delivery, epoch=job.epoch, attempt=job.attempt)
         return ShardReport(len(found.rows), found.problems, found.notices)
+
+    def _take(self, ref: Any) -> ScoringJob:
+        if self._job is None or ref != self._ref:
+            job: ScoringJob = ray.get(ref)
+            snapshot: ModelSnapshot = ray.get(job.model)
+            self._scorer.load(snapshot)
+            self._ref, self._job = ref, job
+        return self._job
 
 
 class CoordinatorActor:

@@ -138,7 +138,7 @@ class _Run:
     def __init__(self, queue: ShardQueue, scorers: Sequence[str], job: Any, timeout_s: float) -> None:
         self._queue = queue
         self._actors: dict[str, Any] = {}
-        self._job = job
+        self._job = ray.put(job)
         self._timeout_s = timeout_s
         self._nodes: dict[str, str] = {}  # of those present
         self._measuring: dict[Any, tuple[str, int]] = {}
@@ -213,7 +213,7 @@ class _Run:
     def _next(self, name: str) -> None:
         shard = self._queue.take(self._nodes[name])
         if shard is not None:
-            ref = self._actors[name].measure.options(name=f"measure shard {shard}").remote(self._job, shard)
+            ref = self._actors[name].measure.options(name=f"measure shard {shard}").remote([self._job], shard)
             self._measuring[ref] = (name, shard)
 
 

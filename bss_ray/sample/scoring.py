@@ -63,7 +63,7 @@ class Scoring:
     bad_rows: BadRows = "error"
     max_failed_updates: int = 3
     restart_timeout_s: float = 60.0
-    batch_size: int = 128
+    batch_size: int = 256
     precision: str = "fp32"
     channels_last: bool = False
     compile: bool = False

@@ -71,7 +71,7 @@ class KillActor:
     """Kill -9 an actor of this run, from inside its train loop; Ray restarts it empty.
 
     Attributes:
-        role: `coordinator`, or `holder-0`, `holder-1`, ...
+        role: `coordinator`, `holder-0`, ..., or `scorer-0`, ... of the engine `actors`.
     """
 
     role: str

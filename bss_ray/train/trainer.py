@@ -23,6 +23,7 @@ from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
 from bss_ray.sample.actors import start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
@@ -206,6 +207,7 @@ def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: A
     """What every rank runs: the user's loop, with the sampler at hand."""
     if _fatal_error(context.coordinator) is not None:
         return None  # a user error: another attempt would only fail again. The trainer raises it
+    keep_freed_memory()
     try:
         set_sampler(Sampler(context))
         return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
