@@ -25,6 +25,7 @@ from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError, Scori
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import Observation, Outputs
 from bss_ray.measure.snapshot import unwrap_model
+from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
 from bss_ray.sample.actors import ActorHolders, SavedScores
 from bss_ray.sample.coordinator import Publication, Review
@@ -152,7 +153,8 @@ class Sampler:
         self._model = model
         if self._saved is None:
             return False
-        for name, part in {"model": unwrap_model(model), **stateful}.items():
+        load_weights(unwrap_model(model), self._saved.state("model", map_location=self.device), "the last checkpoint")
+        for name, part in stateful.items():
             try:
                 part.load_state_dict(self._saved.state(name, map_location=self.device))
             except CheckpointError:

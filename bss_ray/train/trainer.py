@@ -130,7 +130,9 @@ class BalancedTrainer:
         measurer = self._measurer.for_task(train.columns.task)
         initial = None if self._initial_scores is None else ScoresFile(self._initial_scores, train)
 
-        self._on_message({"kind": "status", "text": f"starting ranks; scoring engine: {scoring.engine} ({why})"})
+        if self._scoring.engine == "auto":
+            self._on_message({"kind": "notice", "text": f"scoring engine: {scoring.engine}; {why}"})
+        self._on_message({"kind": "status", "text": "starting holders and ranks"})
         holders, actors = start_holders(train, scoring)
         coordinator = start_coordinator(
             holders,
