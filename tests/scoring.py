@@ -32,31 +32,41 @@ class Recorder(nn.Module):
         num_classes: of the heads.
         log: folder of those files.
         pause: seconds that a batch takes.
-        kill_at: kill -9 of the process that sees this row, once.
+        kill_at: kill -9 of the process that sees this row.
+        kills: so often.
     """
 
-    def __init__(self, num_classes: int, log: str = "", pause: float = 0.0, kill_at: int = -1) -> None:
+    def __init__(self, num_classes: int, log: str = "", pause: float = 0.0, kill_at: int = -1, kills: int = 1) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(4, num_classes) for name in ("a", "b")})
-        self.log, self.pause, self.kill_at = log, pause, kill_at
+        self.log, self.pause, self.kill_at, self.kills = log, pause, kill_at, kills
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows = batch["row_id"].tolist()
         if self.log and rows != [-1]:
             self._record(rows)
-        logits = {name: head(batch[name].float()) for name, head in self.heads.items()}
+        logits = {name: self._logits(name, batch[name].float()) for name in self.heads}
         return {**logits, "fused": logits["a"] + logits["b"]}
+
+    def _logits(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Logits of a head; not finite for huge inputs, which are finite themselves."""
+        logits: torch.Tensor = self.heads[name](values)
+        return logits.masked_fill(values.abs().amax(1, keepdim=True) > 1e30, torch.nan)
 
     def _record(self, rows: list[int]) -> None:
         time.sleep(self.pause)
-        marker = Path(self.log, "killed")
-        if self.kill_at in rows and not marker.exists():
-            marker.touch()
+        if self.kill_at in rows and len(kills_in(Path(self.log))) < self.kills:
+            Path(self.log, f"killed-{uuid.uuid4().hex}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if not hasattr(self, "_name"):
             self._name = f"{os.getpid()}-{uuid.uuid4().hex}.log"
         with Path(self.log, self._name).open("a") as file:
             file.write("".join(f"{row}\n" for row in rows))
+
+
+def kills_in(log: Path) -> list[Path]:
+    """A file for each process that a model has killed."""
+    return sorted(log.glob("killed-*"))
 
 
 def forwarded(log: Path, leave_out: set[Path] = frozenset()) -> list[int]:  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,9 @@ def _roc_areas(job: Job, folder: Path, found: Mapping[str, Any]) -> dict[str, fl
     """How well the score finds rows that a boolean extra column marks."""
     if found["bad_rows"] or found["rows"] > _MOST_ROC_ROWS:
         return {}
-    return roc_areas(folder / "scores.parquet", job.columns.extra)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # columns are only read
+        return roc_areas(folder / "scores.parquet", job.columns.extra)
 
 
 # ---- the rows -------------------------------------------------------------------------------------
