@@ -51,7 +51,7 @@ def main() -> None:
         for start in range(0, options.rows, _PART):
             rows = np.arange(start, min(start + _PART, options.rows))
             similarity, information = (rng.random(len(rows), dtype=np.float32) for _ in range(2))
-            holders.deliver(Delivery.of(rows, similarity, information), epoch=version, attempt=attempt)
+            holders.deliver(Delivery.of(rows, similarity, information), epoch=version, version=version, attempt=attempt)
         delivered = time.perf_counter()
         publication = ray.get(coordinator.publish.remote(version, options.rows))
         assert (publication.version, publication.measured) == (version, options.rows)

@@ -1,6 +1,6 @@
 """One scorer, two scorers, and how the released code scores, against a bare forward loop.
 
-    python benchmarks/scorer.py [--rows 4096] [--batch-size 256] [--repeats 9]
+    python benchmarks/scorer.py [--rows 16384] [--batch-size 256] [--repeats 9]
 
 Model: the project's LateFusion for the rows of AV-Digits (audio 1x32x32, image 1x8x8, width 64, 10 classes).
 
@@ -154,7 +154,7 @@ def two_scorers(columns: dict[str, np.ndarray], batch_size: int, repeats: int) -
     coordinator = start_coordinator(
         holders, rows=rows, scheduler=Uniform(), scoring=scoring, seed=0, batch_size=64, tail="keep"
     )
-    job = ScoringJob(ray.put(pack_model(make_model())), shards, 0, ray.get(coordinator.reset.remote()))
+    job = ScoringJob(ray.put(pack_model(make_model())), shards, 0, 1, ray.get(coordinator.reset.remote()))
     homes = [part.node for part in parts]
     one, two = median_seconds(
         lambda: ScorerPool(names[:1], 60).run(job, homes),
@@ -241,7 +241,7 @@ def on_gpu(batch_size: int, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=16384)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()

@@ -167,8 +167,13 @@ def full_gradient_norm(rows: Observation) -> Tensor:
             gradients = torch.func.grad(row_loss)(parameters, batch, label)
             return torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
 
+        if not parameters:
+            raise ModelOutputError(
+                "information='full_gradient_norm' is of the model's parameters, and none of them requires a gradient. "
+                "Use information='gradient_norm' or 'loss'"
+            )
         items = sum(value.numel() for value in parameters.values())
-        chunk = max(1, _GRADIENT_ITEMS // max(items, 1))
+        chunk = max(1, _GRADIENT_ITEMS // items)
         norms: Tensor = torch.func.vmap(norm, chunk_size=min(chunk, len(labels)))(batch, labels)
     return norms
 

@@ -45,6 +45,7 @@ class ScoringJob:
         model: reference to a `ModelSnapshot`; one transfer a node.
         shards: all rows.
         epoch: after which the model is measured.
+        version: that the scores are to become.
         attempt: of the ranks, see `Coordinator.attempt`.
         bad_rows: what is done with rows whose outputs are not finite.
     """
@@ -52,6 +53,7 @@ class ScoringJob:
     model: Any
     shards: Shards
     epoch: int
+    version: int
     attempt: str
     bad_rows: BadRows = "error"
 
@@ -110,7 +112,7 @@ class ActorHolders:
     def map(self, method: str, *args: Any) -> list[Any]:
         return list(ray.get(self.start(method, *args)))
 
-    def deliver(self, delivery: Delivery, *, epoch: int, attempt: str) -> None:
+    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
         """Bring measures to those who hold their rows; returns when they have them.
 
         Raises:
@@ -118,7 +120,7 @@ class ActorHolders:
         """
         edges = itertools.pairwise([*self._first_rows, np.iinfo(np.int64).max])
         parts = [delivery.within(*edge) for edge in edges]
-        call = {"epoch": epoch, "attempt": attempt}
+        call = {"epoch": epoch, "version": version, "attempt": attempt}
         sent = [
             actor.call.options(name="holder.receive").remote("receive", part, **call)
             for actor, part in zip(self._actors, parts, strict=True)
@@ -155,7 +157,7 @@ class ScorerActor:
         columns = {name: arrays[name] for name in shards.features}
         found = self._scorer.measure(columns, shards.parts[shard].first_row)
         delivery = Delivery.of(found.rows, found.similarity, found.information).sound()
-        self._holders.deliver(delivery, epoch=job.epoch, attempt=job.attempt)
+        self._holders.deliver(delivery, epoch=job.epoch, version=job.version, attempt=job.attempt)
         return ShardReport(len(found.rows), found.problems, found.notices)
 
     def _take(self, ref: Any) -> ScoringJob:

@@ -62,10 +62,10 @@ class LocalHolders:
     def map(self, method: str, *args: Any) -> list[Any]:
         return [getattr(holder, method)(*args) for holder in self._holders]
 
-    def deliver(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "") -> None:
+    def deliver(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
         """Bring measures to those who hold their rows."""
         for holder in self._holders:
-            holder.receive(delivery, epoch=epoch, attempt=attempt)
+            holder.receive(delivery, epoch=epoch, attempt=attempt, version=version)
 
 
 class Review(NamedTuple):

@@ -107,18 +107,19 @@ class Holder:
         self._attempt = attempt
         self._replace([PartState.empty(run.first_row, len(run.score)) for run in self._runs], 0)
 
-    def receive(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "") -> int:
+    def receive(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> int:
         """Keep measures until they are published; the scores stay as they are. Rows of others are passed over.
 
         Args:
             delivery: the measures.
             epoch: in which they were made; those of a later epoch replace those of an earlier one.
             attempt: of the ranks, as told by `reset` or `load`; what another attempt sends is refused.
+            version: that the measures are for; those for another than the next are refused. None: for the next.
 
         Returns:
             How many own rows it had; 0 if it was refused.
         """
-        if attempt != self._attempt:
+        if attempt != self._attempt or version not in (None, self._version + 1):
             self._refused += 1
             return 0
         if epoch > self._epoch:

@@ -91,6 +91,11 @@ class Scoring:
             raise ConfigError(f"scoring.overlap is for engine=actors; engine={self.engine} has no use for it")
         if self.sweep_every and self.engine != "online":
             raise ConfigError(f"scoring.sweep_every is for engine=online; engine={self.engine} scores all rows anyway")
+        if self.accumulate == "sum" and self.bad_rows == "keep":
+            raise ConfigError(
+                "accumulate='sum' is the mean of all updates of a row, and bad_rows='keep' leaves rows out of some. "
+                "Use accumulate='ema' with a momentum, or bad_rows='error'"
+            )
         if self.accumulate == "sum" and self.engine == "online":
             raise ConfigError(
                 "accumulate='sum' is the mean of all updates of a row, and engine=online does not update all rows "
@@ -137,5 +142,10 @@ def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ran
             )
         return "workers", "the ranks hold all GPUs: they score their own rows, without a second copy of the model"
     if spare_cpus >= scoring.num_scorers:
-        return "actors", f"the ranks leave {spare_cpus:g} CPUs for {scoring.num_scorers} scorers"
-    return "workers", f"the ranks leave {spare_cpus:g} CPUs, too few for {scoring.num_scorers} scorers beside them"
+        return "actors", f"the ranks leave {_count(spare_cpus, 'CPU')} for {_count(scoring.num_scorers, 'scorer')}"
+    few = f"{_count(spare_cpus, 'CPU')}, too few for {_count(scoring.num_scorers, 'scorer')} beside them"
+    return "workers", f"the ranks leave {few}"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"

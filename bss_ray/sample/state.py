@@ -67,8 +67,9 @@ STATE_COLUMNS = ("score", "similarity", "information", "last_drawn", "last_measu
 class ComingMeasures:
     """Measures of some rows, not yet published.
 
-    A row that is measured again keeps the later measure: that of the higher step, then of the higher information.
-    So neither the order in which measures arrive nor one that arrives twice changes anything.
+    A row that is measured again keeps the later measure: that of the higher step, then of the higher information. So
+    within an epoch neither the order in which measures arrive nor one that arrives twice changes anything. Ranks meet
+    between epochs, so those of one epoch are all there before the next one's.
 
     Attributes:
         similarity: (n,) float32.

@@ -84,8 +84,8 @@ class Engine(abc.ABC):
             similarity: (b,) of them.
         """
 
-    def hand_over(self, epoch: int) -> None:  # noqa: B027 - likewise
-        """Deliver what has been observed so far, so that a checkpoint holds it."""
+    def hand_over(self, epoch: int, version: int) -> None:  # noqa: B027 - likewise
+        """Deliver what has been observed so far, so that a checkpoint holds it; `version` is in force."""
 
     @abc.abstractmethod
     def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
@@ -117,13 +117,13 @@ class ActorsEngine(Engine):
         publication = None
         if context.ranks.rank == 0:
             if at_once and not overlapped:
-                self._start(epoch, model)
+                self._start(epoch, version, model)
             publication = ray.get(context.coordinator.finish_scoring.remote(version + 1))
         return context.ranks.from_first(publication)
 
     def go_on(self, epoch: int, version: int, model: nn.Module) -> None:
         if self._context.ranks.rank == 0 and self._in_flight(epoch, version):
-            self._start(epoch - 1, model)
+            self._start(epoch - 1, version, model)
 
     def _in_flight(self, epoch: int, version: int) -> bool:
         """Whether scores are being made beside `epoch`: of the model after the epoch before it.
@@ -138,18 +138,26 @@ class ActorsEngine(Engine):
             and scheduler.scores_due_after(epoch - 1)
         )
 
-    def _start(self, epoch: int, model: nn.Module) -> None:
+    def _start(self, epoch: int, version: int, model: nn.Module) -> None:
         context = self._context
-        job = ScoringJob(ray.put(pack_model(model)), context.shards, epoch, context.attempt, context.scoring.bad_rows)
+        job = ScoringJob(
+            model=ray.put(pack_model(model)),
+            shards=context.shards,
+            epoch=epoch,
+            version=version + 1,
+            attempt=context.attempt,
+            bad_rows=context.scoring.bad_rows,
+        )
         ray.get(context.coordinator.start_scoring.remote(job))
 
 
 class DeliveringEngine(Engine):
     """Ranks deliver measures themselves."""
 
-    def _deliver(self, epoch: int, found: RowMeasures, step: np.ndarray | int = 0) -> None:
+    def _deliver(self, epoch: int, version: int, found: RowMeasures, step: np.ndarray | int = 0) -> None:
         delivery = Delivery.of(found.rows, found.similarity, found.information, step).sound()
-        self._context.holders.deliver(delivery, epoch=epoch, attempt=self._context.attempt)
+        context = self._context
+        context.holders.deliver(delivery, epoch=epoch, version=version, attempt=context.attempt)
 
     def _publish(self, version: int, found: RowMeasures, *, whole: bool) -> Publication:
         """Publish what all ranks have delivered.
@@ -212,7 +220,7 @@ class WorkersEngine(DeliveringEngine):
                 model=model,
             )
         found = self._scorer.measure_batches(context.loader.rows(context.scoring.batch_size))
-        self._deliver(epoch, found, _AFTER_ALL_STEPS)
+        self._deliver(epoch, version + 1, found, _AFTER_ALL_STEPS)
         return self._publish(version + 1, found, whole=True)
 
 
@@ -235,7 +243,7 @@ class OnlineEngine(DeliveringEngine):
         unpaired = torch.zeros_like(row_ids, dtype=torch.bool) if rows.unpaired is None else rows.unpaired
         self._seen.append((row_ids, similarity, information, unpaired, torch.full_like(row_ids, step)))
 
-    def hand_over(self, epoch: int) -> None:
+    def hand_over(self, epoch: int, version: int) -> None:
         if not self._seen:
             return
         rows, similarity, information, unpaired, step = (
@@ -247,18 +255,18 @@ class OnlineEngine(DeliveringEngine):
         bad = not_finite(similarity, information, unpaired)
         information[bad] = np.nan
         found = RowMeasures(rows, similarity, information, problems=bad_row_problems(rows, bad))
-        self._deliver(epoch, found, step[own].astype(np.int32))
+        self._deliver(epoch, version + 1, found, step[own].astype(np.int32))
         self._observed.problems.extend(found.problems)
 
     def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
-        self.hand_over(epoch)
+        self.hand_over(epoch, version)
         context = self._context
         if not context.scheduler.scores_due_after(epoch):
             return None
         every = context.scoring.sweep_every
+        observed, self._observed = self._observed, _nothing()
         if epoch < 0 or (every and (version + 1) % every == 0):
             return self._sweeper.sweep(epoch, version, model)
-        observed, self._observed = self._observed, _nothing()
         publication = self._publish(version + 1, observed, whole=False)
         if publication.failure:
             raise ConfigError(

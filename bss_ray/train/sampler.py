@@ -318,7 +318,7 @@ class Sampler:
         """
         if not self._ended:
             row = {"epoch": self._position.epoch, "batch": self._position.batch, **metrics}
-            self._engine.hand_over(self._position.epoch)
+            self._engine.hand_over(self._position.epoch, self._position.version)
             self._save(row, self._position, self._ranks.sum(self._sums), model, stateful)
             return row
         epoch, plan = self._position.epoch, self.plan

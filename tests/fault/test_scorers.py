@@ -79,7 +79,7 @@ class Actors:
         self.attempt = ray.get(self.coordinator.reset.remote())
 
     def score(self, model: torch.nn.Module, version: int) -> Publication:
-        job = ScoringJob(ray.put(pack_model(model)), self.shards, version, self.attempt)
+        job = ScoringJob(ray.put(pack_model(model)), self.shards, version - 1, version, self.attempt)
         ray.get(self.coordinator.start_scoring.remote(job))
         publication: Publication = ray.get(self.coordinator.finish_scoring.remote(version))
         return publication

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bss_ray.errors import DataError
 from bss_ray.measure import Measurer, balance_scores
+from bss_ray.measure.normalise import Bounds
 from bss_ray.measure.score import Accumulation
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
@@ -210,6 +211,16 @@ class TestReceive:
         # A refused epoch has not begun.
         holder.receive(at(2, value=4, step=7), epoch=1, attempt="second")
         assert coming([holder], "step")[2] == 7
+
+    def test_measures_for_another_version_are_refused_and_counted(self) -> None:
+        """Of a scorer that was taken for lost, say, and delivers when its version is out."""
+        holder = Holder([(0, ROWS)])
+        assert holder.receive(at(*range(ROWS)), version=1) == ROWS
+        holder.publish(1, (Bounds(0, 1), Bounds(0, 1)), Accumulation())
+        assert holder.receive(at(0, value=9), version=1) == 0
+        assert holder.receive(at(0, value=9), version=3) == 0
+        assert holder.summary("minmax").refused == 2
+        assert holder.receive(at(0, value=9), version=2) == 1
 
     def test_load_names_the_attempt_too(self) -> None:
         holder = Holder([(0, ROWS)])

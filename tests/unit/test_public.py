@@ -23,6 +23,7 @@ def test_names() -> None:
         "get_sampler",
         "register_information",
         "register_similarity",
+        "score_dataset",
         "weighted_permutation",
     }
     for name in bss_ray.__all__:

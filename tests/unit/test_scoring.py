@@ -41,6 +41,10 @@ class TestSettings:
             ({"sweep_every": 3}, "scoring.sweep_every is for engine=online; engine=auto scores all rows anyway"),
             ({"sweep_every": 3, "engine": "actors"}, "scoring.sweep_every is for engine=online; engine=actors scores"),
             (
+                {"accumulate": "sum", "bad_rows": "keep"},
+                "accumulate='sum' is the mean of all.*bad_rows='error'",
+            ),
+            (
                 {"accumulate": "sum", "engine": "online"},
                 "accumulate='sum' is the mean of all.*accumulate='ema'",
             ),
@@ -111,7 +115,7 @@ class TestChooseEngine:
                 "workers",
                 "the ranks leave 2.5 CPUs, too few for 3 scorers",
             ),
-            ({"num_scorers": 1}, 0, 4, False, "workers", "the ranks leave 0 CPUs, too few for 1 scorers beside them"),
+            ({"num_scorers": 1}, 0, 4, False, "workers", "the ranks leave 0 CPUs, too few for 1 scorer beside them"),
         ],
     )
     def test_what_auto_stands_for(

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 
-from bss_ray.measure.score import check_accumulation
+from bss_ray.measure.score import Accumulation
 from bss_ray.schedule import Heuristic, Learning, Scheduler
 from tune_spaces import heuristic as heuristic_space
 from tune_spaces import learning as learning_space
@@ -59,7 +59,7 @@ def test_every_setting_is_valid(name: str) -> None:
         scheduler = scheduler_of(settings)
         assert type(scheduler) is kind
         assert all(1 <= scheduler.epoch_size(epoch, ROWS) <= ROWS for epoch in range(scheduler.burn_in, 80))
-        check_accumulation(settings["scoring.momentum"], "ema")
+        Accumulation(momentum=settings["scoring.momentum"])
         assert {key for key in settings if not key.startswith("scheduler.")} == {"scoring.momentum"}
 
 
