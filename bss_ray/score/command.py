@@ -46,7 +46,7 @@ def score_command(argv: Sequence[str]) -> int:
     parser = score_parser()
     settings = parser.parse_args(list(argv))
     from bss_ray.report.scores import ScoreDisplay, print_summary
-    from bss_ray.score.checkpoint import read_weights
+    from bss_ray.train.weights import read_weights
     from bss_ray.score.config import MAY_CHANGE, resolve
     from bss_ray.score.job import SUMMARY_FILE, score
     from bss_ray.train.folder import RunFolder

@@ -17,8 +17,10 @@ from bss_ray.errors import ConfigError, ModelOutputError, nearest
 from bss_ray.imports import import_name
 from bss_ray.measure.forward import PRECISIONS, autocast
 from bss_ray.measure.snapshot import unwrap_model
+from bss_ray.models.weights import load_weights
 from bss_ray.train.metrics import HeadMetrics, evaluate
 from bss_ray.train.sampler import Sampler, Stateful, get_sampler
+from bss_ray.train.weights import read_weights
 
 OptimizerName = Literal["adamw", "sgd"]
 LrSchedule = Literal["cosine", "constant", "step"]
@@ -120,6 +122,7 @@ class LoopArgs:
     loop: LoopConfig
     model: ModelSpec
     seed: int
+    initial_checkpoint: str | None = None
 
 
 def default_loop(args: LoopArgs) -> None:
@@ -139,7 +142,8 @@ def default_loop(args: LoopArgs) -> None:
     columns = sampler.shards.columns
     metrics = HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
 
-    for epoch in sampler.epochs(config.epochs, model=model):
+    first = model if args.initial_checkpoint is None else _pretrained(args, args.initial_checkpoint, sampler)
+    for epoch in sampler.epochs(config.epochs, model=first):
         model.train()
         for batch in sampler.batches():
             _seed_step(args.seed, sampler)
@@ -174,6 +178,13 @@ def default_loop(args: LoopArgs) -> None:
                 precision=precision,
             )
         sampler.report(figures, model=model, **stateful)
+
+
+def _pretrained(args: LoopArgs, checkpoint: str, sampler: Sampler) -> nn.Module:
+    """The model that rows are scored with before the first epoch."""
+    model = build_model(args.model, sampler.shards).to(sampler.device)
+    load_weights(model, read_weights(checkpoint).state, checkpoint)
+    return model
 
 
 def build_model(spec: ModelSpec, shards: Shards) -> nn.Module:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from os.path import abspath
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_erro
 from bss_ray.train.resources import check_resources, settle_engine
 from bss_ray.train.scores import roc_areas, write_scores
 from bss_ray.train.trainer import BalancedTrainer, Message, OnMessage
+from bss_ray.train.weights import read_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,12 @@ class TrainConfig:
     ray_address: str | None = None
     verbose: bool = False
 
+    def __post_init__(self) -> None:
+        if self.initial_scores is not None and self.initial_checkpoint is not None:
+            raise ConfigError(
+                "initial_scores and initial_checkpoint both say what the first epoch is drawn from; give one of them"
+            )
+
 
 def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     """Train, choose the epoch on validation, read test once, and write the run folder.
@@ -116,6 +124,8 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     scaling = _scaling(config)
     check_resources(scaling, settle_engine(scaling, config.scoring)[0])
     splits = _load_shards(config, on_message)
+    if config.initial_checkpoint is not None:
+        read_weights(config.initial_checkpoint)  # before anything is started
     choose_by = check_choice(config.choose_by, splits["train"].columns)
     checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
     if splits["validation"] is not None:
@@ -130,13 +140,20 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
             default_loop,
             dataset=splits["train"],
             validation=splits["validation"],
-            scheduler=config.scheduler,
+            # Burn-in is for runs without scores.
+            scheduler=config.scheduler if config.initial_checkpoint is None else replace(config.scheduler, burn_in=0),
             measurer=config.measurer,
             scoring=config.scoring,
+            initial_scores=config.initial_scores,
             batch_size=config.batch_size,
             tail=config.tail,
             seed=config.seed,
-            train_loop_config=LoopArgs(loop=config.loop, model=config.model, seed=config.seed),
+            train_loop_config=LoopArgs(
+                loop=config.loop,
+                model=config.model,
+                seed=config.seed,
+                initial_checkpoint=None if config.initial_checkpoint is None else abspath(config.initial_checkpoint),
+            ),
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=folder.path.name,

@@ -17,7 +17,7 @@ import ray.data
 import torch
 
 from bss_ray.errors import ResourceError
-from bss_ray.score.checkpoint import Weights
+from bss_ray.train.weights import Weights
 from bss_ray.score.config import MAY_CHANGE, ModelSpec, ScoreConfig, resolve
 from bss_ray.score.dataset import score_dataset
 from bss_ray.score.job import SUMMARY_FILE, score

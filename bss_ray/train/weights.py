@@ -1,4 +1,4 @@
-"""Which weights a job scores with, and what is known of the run that made them."""
+"""Weights that were made elsewhere, and what is known of the run that made them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _bytes(value: Any) -> bytes:
     return repr(value).encode()
 
 
-def read_weights(checkpoint: str | None, storage_path: str) -> Weights:
+def read_weights(checkpoint: str | None, storage_path: str = "runs") -> Weights:
     """Weights of a file, a checkpoint or a run.
 
     Args:
