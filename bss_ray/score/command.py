@@ -46,10 +46,10 @@ def score_command(argv: Sequence[str]) -> int:
     parser = score_parser()
     settings = parser.parse_args(list(argv))
     from bss_ray.report.scores import ScoreDisplay, print_summary
-    from bss_ray.train.weights import read_weights
     from bss_ray.score.config import MAY_CHANGE, resolve
     from bss_ray.score.job import SUMMARY_FILE, score
     from bss_ray.train.folder import RunFolder
+    from bss_ray.train.weights import read_weights
 
     config = _instantiate(parser, settings)
     job = resolve(config, read_weights(config.checkpoint, config.storage_path))

@@ -23,11 +23,11 @@ from bss_ray.measure.normalise import Normalise
 from bss_ray.measure.score import Accumulation, Unpaired
 from bss_ray.models.weights import classes_of_weights, load_weights
 from bss_ray.sample.scoring import BadRows
-from bss_ray.train.weights import Weights
 from bss_ray.score.measuring import Measuring
 from bss_ray.score.pieces import PIECE_ROWS
 from bss_ray.score.pool import Pool
 from bss_ray.train.loop import ModelSpec as ModelSpec  # for the command, too
+from bss_ray.train.weights import Weights
 
 Split = Literal["train", "validation", "test"]
 

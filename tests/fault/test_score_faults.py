@@ -17,12 +17,12 @@ import ray.data
 import torch
 
 from bss_ray.errors import ResourceError
-from bss_ray.train.weights import Weights
 from bss_ray.score.config import MAY_CHANGE, ModelSpec, ScoreConfig, resolve
 from bss_ray.score.dataset import score_dataset
 from bss_ray.score.job import SUMMARY_FILE, score
 from bss_ray.score.pieces import find_pieces
 from bss_ray.train.folder import RunFolder
+from bss_ray.train.weights import Weights
 from tests.scoring import COLUMNS, forwarded, kills_in, make_columns, make_recorder, make_table, reference, write_folder
 
 pytestmark = [pytest.mark.fault]

@@ -14,10 +14,10 @@ from bss_ray.cli import main
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature
 from bss_ray.errors import BssRayError, CheckpointError, ConfigError, DataError
-from bss_ray.train.weights import Weights, read_weights
 from bss_ray.score.config import MAY_CHANGE, Job, ModelSpec, ScoreConfig, resolve
 from bss_ray.train.checkpoint import Manifest, Position, write_manifest, write_states
 from bss_ray.train.folder import RunFolder
+from bss_ray.train.weights import Weights, read_weights
 from tests.scoring import COLUMNS, make_recorder
 
 FEATURES = {name: Feature((4,), "float32") for name in ("a", "b")}
