@@ -27,6 +27,7 @@ _WHERE = {
     "get_sampler": "bss_ray.train.sampler",
     "register_information": "bss_ray.measure.criteria",
     "register_similarity": "bss_ray.measure.criteria",
+    "score_dataset": "bss_ray.score.dataset",
     "weighted_permutation": "bss_ray.sample.permutation",
 }
 
@@ -46,6 +47,7 @@ __all__ = [
     "get_sampler",
     "register_information",
     "register_similarity",
+    "score_dataset",
     "weighted_permutation",
 ]
 
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from bss_ray.sample.randomness import RowRandom
     from bss_ray.sample.scoring import Scoring
     from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
+    from bss_ray.score.dataset import score_dataset
     from bss_ray.train.sampler import get_sampler
     from bss_ray.train.trainer import BalancedTrainer
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -14,21 +11,18 @@ import ray.data
 from torch import nn
 
 from bss_ray.data.columns import Columns
-from bss_ray.errors import DataError, ModelOutputError, Problem, nearest, raise_first_problem
+from bss_ray.errors import DataError, nearest
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
 from bss_ray.measure.score import Accumulation, Unpaired
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.sample.scoring import BadRows
-from bss_ray.score.measuring import Measured, Measuring, RowMeasurer, actor_device, kept_notice, snapshot_of
+from bss_ray.score.collect import REPORT, Collector, with_report
+from bss_ray.score.measuring import Measured, Measuring, RowMeasurer, prepare_actor, snapshot_of
 from bss_ray.score.pool import Pool, settings_of, users_error
 from bss_ray.score.rows import read_rows
-from bss_ray.score.scores import Norms, check_pairs, with_row_ids, with_scores
-
-# What an actor has to say of a block; in the block's first row, since an actor does not know which rows it has, and
-# the driver does not see what an actor returns.
-_REPORT = "__report"
+from bss_ray.score.scores import Norms, with_row_ids, with_scores
 
 
 def score_dataset(
@@ -105,9 +99,11 @@ def score_dataset(
         fn_constructor_args=(snapshot, measuring),
         **room.options,
     )
+    collector = Collector(bad_rows, normalise, unpaired)
     with settings_of(measured):  # row ids are positions
-        blocks = _collect(measured, measuring, normalise, unpaired)
-    return ray.data.from_arrow_refs(blocks.score(unpaired))
+        _collect(measured, collector)
+    norms = ray.put(collector.norms)
+    return ray.data.from_arrow_refs([_score.remote(*block, norms, unpaired) for block in collector.blocks])
 
 
 class _MeasureBlock:
@@ -115,7 +111,7 @@ class _MeasureBlock:
 
     def __init__(self, snapshot: Any, measuring: Measuring) -> None:
         self._measuring = measuring
-        self._measurer = RowMeasurer(snapshot_of(snapshot), measuring, actor_device())
+        self._measurer = RowMeasurer(snapshot_of(snapshot), measuring, prepare_actor())
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Measures of a block's rows, and a report: row ids in it count from the block's first row."""
@@ -126,75 +122,21 @@ class _MeasureBlock:
             found = Measured(None, rows.problems, sound_data=False)
         else:
             found = self._measurer.measure(rows.arrays, 0)
-        report = pa.array([_to_report(found), *[None] * (len(block) - 1)], pa.string())
-        return pa.table({_REPORT: report}) if found.table is None else found.table.append_column(_REPORT, report)
+        return with_report(found, len(block))
 
 
-def _to_report(found: Measured) -> str | None:
-    """What is to be said, as text; None where there is nothing."""
-    if not found.problems and not found.notices:
-        return None
-    problems = [[problem.rule, problem.count, problem.first_ids] for problem in found.problems]
-    return json.dumps({"problems": problems, "sound_data": found.sound_data, "notices": found.notices})
-
-
-@dataclass
-class _Look:
-    """What the driver knows of a block."""
-
-    norms: Norms | None
-    data_problems: list[Problem] = field(default_factory=list)
-    output_problems: list[Problem] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Blocks:
-    """Blocks of measures.
-
-    Attributes:
-        refs: to the blocks.
-        first_rows: row id of each block's first row.
-        looks: references to what is in them.
-    """
-
-    refs: list[Any] = field(default_factory=list)
-    first_rows: list[int] = field(default_factory=list)
-    looks: list[Any] = field(default_factory=list)
-
-    def score(self, unpaired: Unpaired) -> list[Any]:
-        """References to tables of scores."""
-        norms = ray.put(Norms.union([look.norms for look in ray.get(self.looks)]))
-        return [
-            _score.remote(ref, first_row, norms, unpaired)
-            for ref, first_row in zip(self.refs, self.first_rows, strict=True)
-        ]
-
-
-def _collect(measured: ray.data.Dataset, measuring: Measuring, normalise: Normalise, unpaired: Unpaired) -> _Blocks:
-    """Run the first pass; the first block with a problem ends it.
+def _collect(measured: ray.data.Dataset, collector: Collector) -> None:
+    """Run the first pass; a block with a problem ends it.
 
     Raises:
         BssRayError: rows break a rule.
     """
-    blocks, seen, kept = _Blocks(), 0, _Kept()
     try:
         for ref, first_row in _execute(measured):
-            blocks.refs.append(ref)
-            blocks.first_rows.append(first_row)
-            # No CPU: Ray Data may hold all of them.
-            blocks.looks.append(_look.options(num_cpus=0).remote(ref, first_row, normalise, unpaired))
-            while seen < len(blocks.looks) and ray.wait([blocks.looks[seen]], timeout=0)[0]:
-                _judge(ray.get(blocks.looks[seen]), measuring, kept)
-                seen += 1
+            collector.add(ref, first_row)
     except ray.exceptions.RayError as error:
         raise users_error(error) or error from None
-    for look in ray.get(blocks.looks[seen:]):
-        _judge(look, measuring, kept)
-    if not blocks.refs:
-        raise DataError("the data set has no rows. Check the path, or the filter that left none")
-    kept.tell()
-    return blocks
+    collector.finish()
 
 
 def _execute(measured: ray.data.Dataset) -> Iterator[tuple[Any, int]]:
@@ -209,61 +151,10 @@ def _execute(measured: ray.data.Dataset) -> Iterator[tuple[Any, int]]:
                 first_row += entry.metadata.num_rows
 
 
-@dataclass
-class _Kept:
-    """Rows without measures, and what has been said already."""
-
-    count: int = 0
-    ids: list[int] = field(default_factory=list)
-    said: set[str] = field(default_factory=set)
-
-    def say(self, notice: str) -> None:
-        """Once."""
-        if notice not in self.said:
-            logging.getLogger("bss_ray").warning(notice)
-            self.said.add(notice)
-
-    def tell(self) -> None:
-        """How many rows there are."""
-        if self.count:
-            self.say(kept_notice(self.count, self.ids))
-
-
-def _judge(look: _Look, measuring: Measuring, kept: _Kept) -> None:
-    """Raise for what is an error, and remember what is not."""
-    for notice in look.notices:
-        kept.say(notice)
-    raise_first_problem(look.data_problems, DataError)
-    if measuring.bad_rows == "error":
-        raise_first_problem(look.output_problems, ModelOutputError)
-    for problem in look.output_problems:
-        kept.count += problem.count
-        kept.ids += problem.first_ids[: 5 - len(kept.ids)]
-
-
-@ray.remote
-def _look(table: pa.Table, first_row: int, normalise: Normalise, unpaired: Unpaired) -> _Look:
-    """Norms and reports of a block."""
-    look = _Look(None)
-    for place, text in enumerate(table[_REPORT].to_pylist()):
-        if text is None:
-            continue
-        said = json.loads(text)
-        problems = [
-            Problem(rule, count, [first_row + place + row for row in ids]) for rule, count, ids in said["problems"]
-        ]
-        (look.output_problems if said["sound_data"] else look.data_problems).extend(problems)
-        look.notices += said["notices"]
-    if not look.data_problems:
-        look.data_problems += check_pairs(table, first_row, unpaired)
-        look.norms = Norms.of(table, normalise)
-    return look
-
-
 @ray.remote
 def _score(table: pa.Table, first_row: int, norms: Norms, unpaired: Unpaired) -> pa.Table:
     """A block of scores."""
-    return with_scores(with_row_ids(table.drop_columns([_REPORT]), first_row), norms, unpaired)
+    return with_scores(with_row_ids(table.drop_columns([REPORT]), first_row), norms, unpaired)
 
 
 def _check_columns(dataset: ray.data.Dataset, columns: Columns) -> None:

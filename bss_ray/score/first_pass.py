@@ -17,7 +17,7 @@ import ray.data
 
 from bss_ray.data.shards import Feature
 from bss_ray.errors import DataError, ModelOutputError, ResourceError, raise_first_problem
-from bss_ray.score.measuring import INFORMATION, Measuring, RowMeasurer, actor_device, snapshot_of
+from bss_ray.score.measuring import INFORMATION, Measuring, RowMeasurer, prepare_actor, snapshot_of
 from bss_ray.score.pieces import Piece, cut_runs, read_piece, within, write_piece
 from bss_ray.score.pool import Room, settings_of, users_error
 from bss_ray.score.scores import column, with_row_ids
@@ -127,7 +127,7 @@ class _MeasurePieces:
 
     def __init__(self, snapshot: Any, task: Pass) -> None:
         self._task = task
-        self._measurer = RowMeasurer(snapshot_of(snapshot), task.measuring, actor_device())
+        self._measurer = RowMeasurer(snapshot_of(snapshot), task.measuring, prepare_actor())
 
     def __call__(self, batch: Batch) -> Iterator[dict[str, list[str]]]:
         """Measure rows, and write each piece that they make.

@@ -19,6 +19,7 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import check_outputs
 from bss_ray.measure.snapshot import ModelSnapshot, unpack_model
 from bss_ray.names import FUSED, loss_column, presence_column
+from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.scorer import RowMeasures, Scorer
 from bss_ray.sample.scoring import BadRows
 
@@ -129,8 +130,9 @@ class RowMeasurer:
         return int(outputs[FUSED].shape[1])
 
 
-def actor_device() -> torch.device:
-    """The device that Ray gave this actor."""
+def prepare_actor() -> torch.device:
+    """Settings of an actor's process; the device that Ray gave it."""
+    keep_freed_memory()
     return torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
 

@@ -1,0 +1,158 @@
+"""What comes out of the actors of `score_dataset`: blocks of measures, and in each a report on its rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from bss_ray.errors import DataError, ModelOutputError, Problem, raise_first_problem
+from bss_ray.measure.normalise import Normalise
+from bss_ray.measure.score import Unpaired
+from bss_ray.sample.scoring import BadRows
+from bss_ray.score.measuring import Measured, kept_notice
+from bss_ray.score.pool import get
+from bss_ray.score.scores import Norms, check_pairs
+
+# What an actor has to say of a block; in the block's first row, since an actor does not know which rows it has, and
+# the driver does not see what an actor returns.
+REPORT = "__report"
+
+# Blocks that a task looks at.
+_GROUP = 64
+
+# Bad rows that are named.
+_NAMED = 5
+
+
+def with_report(found: Measured, rows: int) -> pa.Table:
+    """The measures of a block of so many rows, and what is to be said of them. Row ids count from its first row."""
+    text = None
+    if found.problems or found.notices:
+        problems = [[problem.rule, problem.count, problem.first_ids] for problem in found.problems]
+        text = json.dumps({"problems": problems, "sound_data": found.sound_data, "notices": found.notices})
+    report = pa.array([text, *[None] * (rows - 1)], pa.string())
+    return pa.table({REPORT: report}) if found.table is None else found.table.append_column(REPORT, report)
+
+
+@dataclass
+class Look:
+    """What is in some blocks.
+
+    Attributes:
+        norms: of their measures.
+        data_problems: rules of the data that rows break.
+        output_problems: rows whose outputs are not finite.
+        notices: what the user should read.
+    """
+
+    norms: list[Norms] = field(default_factory=list)
+    data_problems: list[Problem] = field(default_factory=list)
+    output_problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def add(self, table: pa.Table, first_row: int, normalise: Normalise, unpaired: Unpaired) -> None:
+        """Look at one more block."""
+        sound = True
+        for place, text in enumerate(table[REPORT].to_pylist()):
+            if text is not None:
+                sound &= self._read(json.loads(text), first_row + place)
+        if sound:
+            self.data_problems += check_pairs(table, first_row, unpaired)
+            self.norms.append(Norms.of(table, normalise))
+
+    def _read(self, said: dict[str, Any], first_row: int) -> bool:
+        """Take a report in; whether the data are sound."""
+        sound: bool = said["sound_data"]
+        target = self.output_problems if sound else self.data_problems
+        target += [Problem(rule, count, [first_row + row for row in ids]) for rule, count, ids in said["problems"]]
+        self.notices += said["notices"]
+        return sound
+
+
+class Collector:
+    """Takes in the blocks of the first pass, and raises for the first problem while others are still measured.
+
+    One task at a time looks at the blocks that have come meanwhile: more of them would take CPUs from the measuring,
+    for starting processes alone.
+    """
+
+    def __init__(self, bad_rows: BadRows, normalise: Normalise, unpaired: Unpaired) -> None:
+        self.blocks: list[tuple[Any, int]] = []
+        self._bad_rows = bad_rows
+        self._settings = (normalise, unpaired)
+        self._begun = 0
+        self._running: Any = None
+        self._norms: list[Norms] = []
+        self._said: set[str] = set()
+        self._kept, self._kept_ids = 0, list[int]()
+
+    @property
+    def norms(self) -> Norms:
+        """Over all rows."""
+        return Norms.union(self._norms)
+
+    def add(self, ref: Any, first_row: int) -> None:
+        """The next block.
+
+        Raises:
+            BssRayError: rows of a block before it break a rule.
+        """
+        self.blocks.append((ref, first_row))
+        self._advance(wait=False)
+
+    def finish(self) -> None:
+        """All blocks are there.
+
+        Raises:
+            BssRayError: rows break a rule, or there are none.
+        """
+        if not self.blocks:
+            raise DataError("the data set has no rows. Check the path, or the filter that left none")
+        while self._running is not None or self._begun < len(self.blocks):
+            self._advance(wait=True)
+        if self._kept:
+            self._say(kept_notice(self._kept, self._kept_ids))
+
+    def _advance(self, *, wait: bool) -> None:
+        if self._running is not None and (wait or ray.wait([self._running], timeout=0)[0]):
+            look, self._running = get(self._running), None
+            self._judge(look)
+        if self._running is None and self._begun < len(self.blocks):
+            group = self.blocks[self._begun : self._begun + _GROUP]
+            self._begun += len(group)
+            first_rows = [first_row for _, first_row in group]
+            # No CPU: Ray Data may hold all of them.
+            self._running = _look.options(num_cpus=0).remote(first_rows, *self._settings, *(ref for ref, _ in group))
+
+    def _judge(self, look: Look) -> None:
+        """Raise for what is an error, and remember what is not."""
+        for notice in look.notices:
+            self._say(notice)
+        raise_first_problem(look.data_problems, DataError)
+        if self._bad_rows == "error":
+            raise_first_problem(look.output_problems, ModelOutputError)
+        for problem in look.output_problems:
+            self._kept += problem.count
+            self._kept_ids += problem.first_ids[: _NAMED - len(self._kept_ids)]
+        self._norms += look.norms
+
+    def _say(self, notice: str) -> None:
+        """Once."""
+        if notice not in self._said:
+            logging.getLogger("bss_ray").warning(notice)
+            self._said.add(notice)
+
+
+@ray.remote
+def _look(first_rows: list[int], normalise: Normalise, unpaired: Unpaired, *tables: pa.Table) -> Look:
+    """Norms and reports of blocks."""
+    look = Look()
+    for first_row, table in zip(first_rows, tables, strict=True):
+        look.add(table, first_row, normalise, unpaired)
+    look.norms = [Norms.union(look.norms)] if look.norms else []
+    return look
