@@ -89,6 +89,11 @@ class Scoring:
         """Refuse settings that the engine has no use for."""
         if self.overlap and self.engine not in ("actors", "auto"):
             raise ConfigError(f"scoring.overlap is for engine=actors; engine={self.engine} has no use for it")
+        if self.channels_last and self.engine not in ("actors", "auto"):
+            raise ConfigError(
+                f"scoring.channels_last is for the replicas of engine=actors; engine={self.engine} takes the model that is "
+                "trained as it is. Change its layout in the train loop"
+            )
         if self.sweep_every and self.engine != "online":
             raise ConfigError(f"scoring.sweep_every is for engine=online; engine={self.engine} scores all rows anyway")
         if self.accumulate == "sum" and self.bad_rows == "keep":

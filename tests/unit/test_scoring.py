@@ -41,6 +41,10 @@ class TestSettings:
             ({"sweep_every": 3}, "scoring.sweep_every is for engine=online; engine=auto scores all rows anyway"),
             ({"sweep_every": 3, "engine": "actors"}, "scoring.sweep_every is for engine=online; engine=actors scores"),
             (
+                {"channels_last": True, "engine": "workers"},
+                "channels_last is for the replicas of engine=actors; engine=w",
+            ),
+            (
                 {"accumulate": "sum", "bad_rows": "keep"},
                 "accumulate='sum' is the mean of all.*bad_rows='error'",
             ),
