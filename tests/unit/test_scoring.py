@@ -42,7 +42,7 @@ class TestSettings:
             ({"sweep_every": 3, "engine": "actors"}, "scoring.sweep_every is for engine=online; engine=actors scores"),
             (
                 {"channels_last": True, "engine": "workers"},
-                "channels_last is for the replicas of engine=actors; engine=w",
+                "channels_last is for the replicas of engine=actors",
             ),
             (
                 {"accumulate": "sum", "bad_rows": "keep"},
