@@ -20,7 +20,7 @@ _DESCRIPTION = (
     "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
     "read by tasks and measured by a pool of actors; measures go to files, piece by piece, so that the same command "
     "goes on after a stop. A second pass normalises them over all rows. It leaves scores.parquet, summary.json and "
-    "report.html in the job's folder; `bss-ray train --initial-scores` takes the scores. Without arguments: the "
+    "report.html in the job's folder; `bss-ray train --initial_scores` takes the scores. Without arguments: the "
     "training rows of the run `demo`, with the weights of its chosen epoch."
 )
 
@@ -47,7 +47,7 @@ def score_command(argv: Sequence[str]) -> int:
     settings = parser.parse_args(list(argv))
     from bss_ray.report.scores import ScoreDisplay, print_summary
     from bss_ray.score.config import MAY_CHANGE, resolve
-    from bss_ray.score.job import SUMMARY_FILE, score
+    from bss_ray.score.job import SUMMARY_FILE, forget_beginning, score
     from bss_ray.train.folder import RunFolder
     from bss_ray.train.weights import read_weights
 
@@ -64,6 +64,9 @@ def score_command(argv: Sequence[str]) -> int:
                 _start_ray(config, display)
                 summary = score(job, folder, display.on_message)
                 _write_report(folder.path, summary, display)
+            except BssRayError:
+                forget_beginning(folder.path)
+                raise
             except KeyboardInterrupt:
                 display.say("stopped. The same command goes on; rows that are measured are not measured again")
                 return STOPPED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
 from bss_ray.data.build import build_split
@@ -107,9 +110,31 @@ def _roc_areas(job: Job, folder: Path, found: Mapping[str, Any]) -> dict[str, fl
     """How well the score finds rows that a boolean extra column marks."""
     if found["bad_rows"] or found["rows"] > _MOST_ROC_ROWS:
         return {}
+    path = folder / "scores.parquet"
+    marks = tuple(name for name in job.columns.extra if _varies(path, name))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")  # columns are only read
-        return roc_areas(folder / "scores.parquet", job.columns.extra)
+        return roc_areas(path, marks)
+
+
+def _varies(path: Path, name: str) -> bool:
+    """Whether a column is boolean, and both values occur."""
+    if name not in pq.read_schema(next(path.glob("*.parquet"))).names:
+        return False
+    column = pq.read_table(path, columns=[name])[name]
+    return bool(pa.types.is_boolean(column.type)) and not column.null_count and len(column.unique()) == 2
+
+
+def forget_beginning(path: Path) -> None:
+    """Take back the claim of a job that has failed before anything was measured, so that its name is free again."""
+    measures = path / "measures"
+    if find_pieces(measures) or (path / SUMMARY_FILE).exists():
+        return
+    shutil.rmtree(measures, ignore_errors=True)
+    for name in ("plan.json", "config.yaml"):
+        (path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something of another's is in it
+        path.rmdir()
 
 
 # ---- the rows -------------------------------------------------------------------------------------

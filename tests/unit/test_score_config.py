@@ -227,7 +227,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "how balanced is each",
         "goes on after a stop",
-        "--initial-scores",
+        "--initial_scores",
         "--gpus_per_actor",
         "--model.NAME VALUE",
     ):

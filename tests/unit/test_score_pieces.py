@@ -9,6 +9,7 @@ import pytest
 from bss_ray.data.columns import Columns
 from bss_ray.errors import CheckpointError, ConfigError, DataError, ResourceError, StorageError
 from bss_ray.score.first_pass import clear_marks, marked
+from bss_ray.score.job import forget_beginning
 from bss_ray.score.pieces import (
     Piece,
     find_pieces,
@@ -157,6 +158,19 @@ class TestPool:
     def test_impossible_numbers(self, settings: dict[str, float], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
             Pool(**settings)  # type: ignore[arg-type]
+
+
+def test_a_job_that_fails_before_its_first_piece_leaves_its_name_free(tmp_path: Path) -> None:
+    folder = tmp_path / "scores"
+    (folder / "measures" / ".begun").mkdir(parents=True)
+    for name in ("plan.json", "config.yaml"):
+        (folder / name).write_text("")
+    touch(folder / "measures", (0, 4))
+    forget_beginning(folder)
+    assert (folder / "config.yaml").exists(), "what is measured stays claimed"
+    (folder / "measures" / Piece(0, 4).name).unlink()
+    forget_beginning(folder)
+    assert not folder.exists()
 
 
 def test_rows_that_end_their_actors_are_not_tried_for_ever(tmp_path: Path) -> None:
