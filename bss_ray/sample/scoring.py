@@ -91,8 +91,8 @@ class Scoring:
             raise ConfigError(f"scoring.overlap is for engine=actors; engine={self.engine} has no use for it")
         if self.channels_last and self.engine not in ("actors", "auto"):
             raise ConfigError(
-                f"scoring.channels_last is for the replicas of engine=actors; engine={self.engine} takes the model as it "
-                "is. Change its layout in the train loop"
+                f"scoring.channels_last is for the replicas of engine=actors, and engine={self.engine} has none. "
+                "Change the layout of the model itself"
             )
         if self.sweep_every and self.engine != "online":
             raise ConfigError(f"scoring.sweep_every is for engine=online; engine={self.engine} scores all rows anyway")
