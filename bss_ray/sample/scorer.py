@@ -68,7 +68,12 @@ class Scorer:
         device: where the model runs.
         model: the model; or let `load` unpack one.
         losses: measure the loss of each modality's head, too.
+
+    Attributes:
+        model: the module, as it is at the moment.
     """
+
+    model: nn.Module
 
     def __init__(
         self,
@@ -93,7 +98,7 @@ class Scorer:
 
     def load(self, snapshot: ModelSnapshot) -> None:
         """Take the model of a snapshot; only its weights, where it is the same model as before."""
-        if self._skeleton is None or not update_model(self._model, snapshot, self._skeleton):
+        if self._skeleton is None or not update_model(self.model, snapshot, self._skeleton):
             model = unpack_model(snapshot).to(self._device)
             if self._forward.channels_last:
                 model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,8 +106,8 @@ class Scorer:
         self._skeleton = snapshot.skeleton
 
     def _take(self, model: nn.Module) -> None:
-        self._model = unwrap_model(model)
-        self._run: Any = torch.compile(self._model) if self._forward.compile else self._model
+        self.model = unwrap_model(model)
+        self._run: Any = torch.compile(self.model) if self._forward.compile else self.model
 
     def measure(self, columns: Columns, first_row: int = 0) -> RowMeasures:
         """Measure consecutive rows.
@@ -122,7 +127,7 @@ class Scorer:
         """Measure the rows of batches on the device, `{column: (b, ...), "row_id": (b,)}`; errors as of `measure`."""
         measured: list[dict[str, Tensor]] = []
         notices: list[str] = []
-        with evaluating(self._model):
+        with evaluating(self.model):
             for batch in batches:
                 start, rows = 0, len(batch["row_id"])
                 while start < rows:
@@ -151,7 +156,7 @@ class Scorer:
         """(b,) measures, which rows have none by rights, and losses by modality where they are asked for."""
         with autocast(self._device, self._forward.precision):
             outputs = self._run(batch)
-        rows = self._measurer.observe(outputs, batch[self._label], batch=batch, model=self._model)
+        rows = self._measurer.observe(outputs, batch[self._label], batch=batch, model=self.model)
         found = {"row_id": batch["row_id"], **self._measurer.measures_of(rows)._asdict()}
         if rows.unpaired is not None:
             found["unpaired"] = rows.unpaired

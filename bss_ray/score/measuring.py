@@ -17,7 +17,7 @@ from bss_ray.errors import ConfigError, Problem, nearest
 from bss_ray.measure.forward import Forward, autocast, evaluating, to_tensors
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import check_outputs
-from bss_ray.measure.snapshot import ModelSnapshot, unpack_model
+from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.names import FUSED, loss_column, presence_column
 from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.scorer import RowMeasures, Scorer
@@ -88,16 +88,15 @@ class RowMeasurer:
     def __init__(self, snapshot: ModelSnapshot, measuring: Measuring, device: torch.device | str = "cpu") -> None:
         self._measuring = measuring
         self._device = torch.device(device)
-        self._model = unpack_model(snapshot).to(self._device)
         self._num_classes = measuring.num_classes
         self._scorer = Scorer(
             measuring.measurer,
             measuring.columns.label,
             forward=measuring.forward,
             device=self._device,
-            model=self._model,
             losses=True,
         )
+        self._scorer.load(snapshot)
 
     def measure(self, arrays: Mapping[str, np.ndarray], first_row: int) -> Measured:
         """Measure consecutive rows, the columns of `read_rows`.
@@ -124,8 +123,9 @@ class RowMeasurer:
         """How many values the heads return, by the first row."""
         row = {name: np.array(values[:1]) for name, values in inputs.items()}
         batch = to_tensors({**row, "row_id": np.array([-1])}, self._device)
-        with evaluating(self._model), autocast(self._device, self._measuring.forward.precision):
-            outputs = self._model(batch)
+        model = self._scorer.model
+        with evaluating(model), autocast(self._device, self._measuring.forward.precision):
+            outputs = model(batch)
             check_outputs(outputs, batch[self._measuring.columns.label])
         return int(outputs[FUSED].shape[1])
 

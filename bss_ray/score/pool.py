@@ -12,13 +12,11 @@ import ray
 import ray.data
 
 from bss_ray.errors import BssRayError, ConfigError, ResourceError
+from bss_ray.sample.memory import ONE_ARENA
 
-# Ray Data runs what an actor does in a thread. Threads have arenas of their own in glibc, which keep no freed memory,
-# whatever `keep_freed_memory` says: forward passes on a CPU take 1.4 times as long, for page faults alone (16 a row of
-# AV-Digits). With one arena there are none.
 # An environment of their own also has rows read by tasks, beside the measuring of others: Ray Data would read inside of
 # the actors, where both are alike.
-_OWN_STAGE: dict[str, Any] = {"runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "1"}}}
+_OWN_STAGE: dict[str, Any] = {"runtime_env": ONE_ARENA}
 
 # Ray Data adds this, and advice for others than users, to the message of an error.
 _ADDED_BY_RAY = "\nFailed to apply UDF"

@@ -22,7 +22,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError, ModelOutputError, Problem, raise_first_problem
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import Observation
-from bss_ray.measure.snapshot import pack_model
+from bss_ray.measure.snapshot import pack_model, unwrap_model
 from bss_ray.sample.actors import ActorHolders, ScoringJob
 from bss_ray.sample.coordinator import Publication
 from bss_ray.sample.loader import FILLER, Loader
@@ -200,7 +200,6 @@ class WorkersEngine(DeliveringEngine):
     """The ranks measure the rows of their own nodes with the model that they train."""
 
     _scorer: Scorer | None = None
-    _model: nn.Module | None = None
 
     def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
         if not self._context.scheduler.scores_due_after(epoch):
@@ -210,8 +209,8 @@ class WorkersEngine(DeliveringEngine):
     def sweep(self, epoch: int, version: int, model: nn.Module) -> Publication:
         """Measure all rows and publish."""
         context = self._context
-        if self._scorer is None or self._model is not model:  # a loop may hand over an averaged copy, now and then
-            self._model = model
+        # A loop may hand over an averaged copy, now and then.
+        if self._scorer is None or self._scorer.model is not unwrap_model(model):
             self._scorer = Scorer(
                 context.measurer,
                 context.shards.columns.label,

@@ -23,7 +23,7 @@ from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
 from bss_ray.sample.actors import start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
-from bss_ray.sample.memory import keep_freed_memory
+from bss_ray.sample.memory import ONE_ARENA, keep_freed_memory
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
@@ -160,7 +160,7 @@ class BalancedTrainer:
         trainer = ray.train.torch.TorchTrainer(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
             scaling_config=self._scaling_config,
-            run_config=self._run_config,
+            run_config=_with_one_arena(self._run_config),
         )
         try:
             with _watching(coordinator, self._on_message):
@@ -197,6 +197,11 @@ class BalancedTrainer:
             on_notice=lambda text: self._on_message({"kind": "notice", "text": text}),
             on_progress=lambda done, of: self._on_message({"kind": "shards", "split": split, "done": done, "of": of}),
         )
+
+
+def _with_one_arena(run_config: ray.train.RunConfig) -> ray.train.RunConfig:
+    """The ranks' processes with one malloc arena, unless the user has said something of their environment."""
+    return run_config if run_config.worker_runtime_env else replace(run_config, worker_runtime_env=ONE_ARENA)
 
 
 def _log_notice(message: Message) -> None:

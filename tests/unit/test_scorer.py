@@ -341,7 +341,7 @@ class TestBadRows:
 
 
 def tensors_of(one: Scorer) -> list[Tensor]:
-    return [*one._model.parameters(), *one._model.buffers()]
+    return [*one.model.parameters(), *one.model.buffers()]
 
 
 class TestLoad:
@@ -350,13 +350,13 @@ class TestLoad:
         one = scorer(batch_size=20)
         one.load(pack_model(model))
         check(one.measure(columns), direct(model, columns, Measurer()))
-        loaded, before = one._model, tensors_of(one)
+        loaded, before = one.model, tensors_of(one)
 
         with torch.no_grad():  # as training does: weights and statistics change, the module stays
             for tensor in [*model.parameters(), *model.buffers()]:
                 tensor.add_(1) if tensor.dtype == torch.int64 else tensor.mul_(1.5).add_(0.01)
         one.load(pack_model(model))
-        assert one._model is loaded
+        assert one.model is loaded
         assert all(a is b for a, b in zip(tensors_of(one), before, strict=True))
         assert all(
             torch.equal(a, b) for a, b in zip(tensors_of(one), [*model.parameters(), *model.buffers()], strict=True)
@@ -372,9 +372,9 @@ class TestLoad:
         columns, other = make_columns(), make_model(10, width=9)
         one = scorer(batch_size=20)
         one.load(pack_model(make_model(9)))
-        first = one._model
+        first = one.model
         one.load(pack_model(other))
-        assert one._model is not first
+        assert one.model is not first
         check(one.measure(columns), direct(other, columns, Measurer()))
         small = make_model(11)
         one.load(pack_model(small))
@@ -481,4 +481,4 @@ class TestForward:
         one.load(pack_model(model))
         check(one.measure(columns), direct(model, columns, Measurer()))
         assert len(compiled) == 1  # new weights are no reason to compile again
-        assert compiled[0] is one._model
+        assert compiled[0] is one.model
