@@ -63,7 +63,7 @@ class Manifest:
         num_classes: of the training data: values that each head returns.
         position: where training goes on.
         history: metrics of all finished epochs, in order.
-        observed: sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.sampler.Observed`.
+        observed: sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.observed.Sums`.
         digests: BLAKE2 of each state dict's file.
         scores: the files of scores.
         format: version of this layout.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -21,20 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError, ScoringError
+from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.measure.observation import Observation, Outputs
+from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
 from bss_ray.sample.actors import ActorHolders, SavedScores
-from bss_ray.sample.coordinator import Publication, Review
+from bss_ray.sample.coordinator import Review
 from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
-from bss_ray.sample.pool import ScoringFailedError
 from bss_ray.sample.score_files import ScoreFile, write_scores
 from bss_ray.sample.scoring import Scoring
-from bss_ray.sample.state import LostStateError
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.checkpoint import (
     Manifest,
@@ -44,7 +42,9 @@ from bss_ray.train.checkpoint import (
     write_states,
 )
 from bss_ray.train.engines import Engine, EngineContext, make_engine
+from bss_ray.train.observed import Observed, Sums
 from bss_ray.train.ranks import Ranks
+from bss_ray.train.updates import ScoreUpdates
 
 # Messages about batches, at most one in so many seconds: the board is for people.
 _POST_INTERVAL_S = 0.5
@@ -100,11 +100,11 @@ class Sampler:
         self._posted = 0.0
         self._warned: set[str] = set()
         self._seconds = {"scoring": 0.0, "planning": 0.0, "training": 0.0}
-        self._sums = torch.zeros(len(Observed._fields), dtype=torch.float64, device=self.device)
-        self._failed_updates = 0
+        self._observed = Observed(self.device)
         self._model: nn.Module | None = None
         attempt, self._saved = self._restore_scores()
         self._engine = self._make_engine(attempt)
+        self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._notice)
         self.resumed = self._saved is not None
         self._restored = False
 
@@ -265,9 +265,7 @@ class Sampler:
             self._check_width(outputs[FUSED].shape[1])
             similarity = self.measurer.similarity_of(rows)
             self._engine.observe(self._position.batch, batch["row_id"], rows, similarity)
-            own = batch["row_id"] != FILLER
-            figures = Observed.of(rows, similarity)
-            self._sums += torch.stack([(values * own).sum(dtype=torch.float64) for values in figures])
+            self._observed.add(rows, similarity, own=batch["row_id"] != FILLER)
 
     def _check_width(self, width: int) -> None:
         """The logits are as many as the labels need: for classes at least, else exactly."""
@@ -319,7 +317,7 @@ class Sampler:
         if not self._ended:
             row = {"epoch": self._position.epoch, "batch": self._position.batch, **metrics}
             self._engine.hand_over(self._position.epoch, self._position.version)
-            self._save(row, self._position, self._ranks.sum(self._sums), model, stateful)
+            self._save(row, self._position, self._observed.over(self._ranks), model, stateful)
             return row
         epoch, plan = self._position.epoch, self.plan
         review: Review = ray.get(self._context.coordinator.review.remote(epoch, plan.version))
@@ -329,19 +327,18 @@ class Sampler:
         row = {"epoch": epoch, **self._figures(plan), **self._score_figures(review), **metrics}
         self._history = [*self._history, row]
         following = Position(epoch + 1, 0, self._position.version)
-        self._save(row, following, [0.0] * len(Observed._fields), model, stateful)
+        self._save(row, following, Sums(), model, stateful)
         self._position = following
         self._post({"kind": "epoch", "row": row, "history": self._history})
         return row
 
     def _figures(self, plan: Plan) -> dict[str, Any]:
         """The sampler's own metrics of the epoch just ended; starts the next epoch's."""
-        observed = Observed(*self._ranks.sum(self._sums))
         figures: dict[str, Any] = {"rows": plan.rows, "score_version": plan.version, **plan.diagnostics}
         figures["moved_share"] = self._moved_share()
-        figures |= observed.means()
+        figures |= self._observed.over(self._ranks).means()
         figures |= {f"seconds_{name}": round(seconds, 3) for name, seconds in self._seconds.items()}
-        self._sums.zero_()
+        self._observed.reset()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return figures
 
@@ -362,55 +359,19 @@ class Sampler:
         return float(moved / max(read, 1))
 
     def _update_scores(self, epoch: int, model: nn.Module) -> None:
-        """New scores after `epoch`, if they are due.
-
-        Raises:
-            ScoringError: they failed too often in a row.
-            ScoringFailedError: they failed, and there are none to go on with.
-            LostStateError: the coordinator was restarted.
-        """
+        """New scores after `epoch`, if they are due; errors as of `ScoreUpdates.after`."""
         started = time.perf_counter()
         if self._context.scheduler.scores_due_after(epoch):
             self._post({"kind": "status", "text": "scoring"})
-        expected = self._position.version + 1
-        publication = self._engine.update(epoch, self._position.version, model)
+        version = self._updates.after(epoch, self._position.version, model)
+        self._position = replace(self._position, version=version)
         self._seconds["scoring"] += time.perf_counter() - started
-        if publication is None:
-            return
-        for text in publication.notices:
-            self._notice(text)
-        if publication.failure:
-            self._go_on_without(epoch, publication)
-            return
-        if publication.version != expected:
-            raise LostStateError(
-                f"the coordinator stands at score version {publication.version}, not {expected}: it was restarted"
-            )
-        self._failed_updates = 0
-        self._position = replace(self._position, version=publication.version)
-
-    def _go_on_without(self, epoch: int, publication: Publication) -> None:
-        """No new scores: the run goes on with those it has, for a while."""
-        self._failed_updates += 1
-        allowed = self._context.scoring.max_failed_updates
-        if self._position.version == 0:
-            raise ScoringFailedError(f"there are no first scores: {publication.failure}")
-        if self._failed_updates > allowed:
-            raise ScoringError(
-                f"scores could not be updated {self._failed_updates} times in a row, and scoring.max_failed_updates="
-                f"{allowed}: {publication.failure}. Look at the scorers' resources and logs; the same command goes on "
-                "from the last checkpoint"
-            )
-        self._notice(
-            f"Warning: no new scores after epoch {epoch}: {publication.failure}. The run goes on with score version "
-            f"{self._position.version} (failure {self._failed_updates} of {allowed} in a row)"
-        )
 
     def _save(
         self,
         row: dict[str, Any],
         position: Position,
-        observed: list[float],
+        observed: Sums,
         model: nn.Module,
         stateful: dict[str, Stateful],
     ) -> None:
@@ -433,7 +394,7 @@ class Sampler:
                     num_classes=self.shards.num_classes,
                     position=position,
                     history=self._history,
-                    observed=observed,
+                    observed=list(observed),
                     digests=digests,
                     scores=[file for own in everyones for file in own],
                 )
@@ -467,7 +428,7 @@ class Sampler:
         if manifest is not None:
             self._position, self._history = manifest.position, manifest.history
             if self._ranks.rank == 0:  # sums over all ranks: one of them carries them on
-                self._sums += torch.tensor(manifest.observed, dtype=torch.float64, device=self.device)
+                self._observed.restore(manifest.observed)
         elif initial is not None:
             self._position = Position(version=1)
         # No rank may plan before the holders stand where the checkpoint stands.
@@ -497,34 +458,6 @@ class Sampler:
     def _post(self, message: dict[str, Any]) -> None:
         if self._ranks.rank == 0:
             self._context.coordinator.post.remote(message)
-
-
-class Observed(NamedTuple):
-    """Running figures of the training steps of an epoch.
-
-    Attributes:
-        rows: seen.
-        loss: of them; the method's training loss.
-        paired: rows with at least two modalities.
-        similarity: of those.
-    """
-
-    rows: Any
-    loss: Any
-    paired: Any
-    similarity: Any
-
-    @staticmethod
-    def of(rows: Observation, similarity: Tensor) -> Observed:
-        """The figures of each row (b,)."""
-        paired = ~similarity.isnan()
-        return Observed(torch.ones_like(rows.loss), rows.loss, paired, similarity.nan_to_num())
-
-    def means(self) -> dict[str, float]:
-        """Means of sums; of no rows, none."""
-        if not self.rows:
-            return {}
-        return {"train_loss": self.loss / self.rows, "train_similarity": self.similarity / max(self.paired, 1)}
 
 
 _current: Sampler | None = None

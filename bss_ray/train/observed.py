@@ -1,0 +1,69 @@
+"""Running figures of the training steps of an epoch, on the rank's device until the epoch ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bss_ray.measure.observation import Observation
+from bss_ray.train.ranks import Ranks
+
+
+class Sums(NamedTuple):
+    """Sums over rows that were seen.
+
+    Attributes:
+        rows: how many.
+        loss: the method's training loss.
+        paired: rows with at least two modalities.
+        similarity: of those.
+    """
+
+    rows: float = 0.0
+    loss: float = 0.0
+    paired: float = 0.0
+    similarity: float = 0.0
+
+    def means(self) -> dict[str, float]:
+        """Metrics; of no rows, none."""
+        if not self.rows:
+            return {}
+        return {"train_loss": self.loss / self.rows, "train_similarity": self.similarity / max(self.paired, 1)}
+
+
+class Observed:
+    """This rank's sums.
+
+    Args:
+        device: where outputs are; nothing leaves it before `over`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
+
+    def add(self, rows: Observation, similarity: Tensor, own: Tensor) -> None:
+        """Count a step's rows.
+
+        Args:
+            rows: its outputs.
+            similarity: (b,) of them.
+            own: (b,) bool; filler rows are not.
+        """
+        loss, paired = rows.loss, ~similarity.isnan()
+        figures = (torch.ones_like(loss), loss, paired, similarity.nan_to_num())
+        self._sums += torch.stack([(values * own).sum(dtype=torch.float64) for values in figures])
+
+    def restore(self, sums: Sequence[float]) -> None:
+        """Go on from sums over all ranks that a checkpoint has: one rank carries them on."""
+        self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
+
+    def over(self, ranks: Ranks) -> Sums:
+        """Sums over all ranks."""
+        return Sums(*ranks.sum(self._sums))
+
+    def reset(self) -> None:
+        """Begin a new epoch."""
+        self._sums.zero_()
