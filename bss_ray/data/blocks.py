@@ -54,13 +54,27 @@ def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, Non
         # one where blocks are there already. Of those still to be made it looks at the first.
         dataset = dataset.map_batches(lambda block: block, batch_size=None, batch_format="pyarrow")
         schema = dataset.schema()
+    check_columns(schema, columns)
+    dataset = dataset.select_columns(list(columns.all))
+    dataset.context.execution_options.preserve_order = True  # row ids are positions
+    return blocks_of(dataset)
+
+
+def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
+    """Refuse a data set that lacks a column.
+
+    Raises:
+        DataError: it does, or has no rows.
+    """
     if schema is None:
         raise DataError("the data set has no rows and no columns. Check the path, or the filter that left none")
     for name in columns.all:
         if name not in schema.names:
             raise DataError(f"the data set has no column {name!r}; {nearest(name, schema.names)}")
-    dataset = dataset.select_columns(list(columns.all))
-    dataset.context.execution_options.preserve_order = True  # row ids are positions
+
+
+def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
+    """Run the data set and yield its blocks that have rows, as they are made; in order, if it preserves order."""
     first_row = 0
     # The only use of Ray Data's developer API: references to blocks without moving them.
     for bundle in dataset.iter_internal_ref_bundles():

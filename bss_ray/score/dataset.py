@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +9,8 @@ import ray
 import ray.data
 from torch import nn
 
+from bss_ray.data.blocks import blocks_of, check_columns
 from bss_ray.data.columns import Columns
-from bss_ray.errors import DataError, nearest
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
@@ -89,7 +88,7 @@ def score_dataset(
         num_classes=num_classes,
     )
     pool = Pool(min_actors=actors[0], max_actors=actors[1], cpus=num_cpus, gpus=num_gpus)
-    _check_columns(dataset, columns)
+    check_columns(dataset.schema(), columns)
     room = pool.on_cluster()
     snapshot = ray.put(pack_model(model))  # alive until all rows are measured
     measured = dataset.select_columns(list(columns.all)).map_batches(
@@ -132,35 +131,15 @@ def _collect(measured: ray.data.Dataset, collector: Collector) -> None:
         BssRayError: rows break a rule.
     """
     try:
-        for ref, first_row in _execute(measured):
-            collector.add(ref, first_row)
+        for block in blocks_of(measured):
+            assert block.offset == 0, "only limit() and split() cut blocks"
+            collector.add(block.ref, block.first_row)
     except ray.exceptions.RayError as error:
         raise users_error(error) or error from None
     collector.finish()
-
-
-def _execute(measured: ray.data.Dataset) -> Iterator[tuple[Any, int]]:
-    """References to the blocks in the order of their rows, as they are made, and the row id of each one's first."""
-    first_row = 0
-    # Ray Data's developer API, as in `bss_ray.data.blocks`: references without moving the blocks.
-    for bundle in measured.iter_internal_ref_bundles():
-        assert all(cut is None for cut in bundle.slices), "only limit() and split() cut blocks"
-        for entry in bundle.blocks:
-            if entry.metadata.num_rows:
-                yield entry.ref, first_row
-                first_row += entry.metadata.num_rows
 
 
 @ray.remote
 def _score(table: pa.Table, first_row: int, norms: Norms, unpaired: Unpaired) -> pa.Table:
     """A block of scores."""
     return with_scores(with_row_ids(table.drop_columns([REPORT]), first_row), norms, unpaired)
-
-
-def _check_columns(dataset: ray.data.Dataset, columns: Columns) -> None:
-    schema = dataset.schema()
-    if schema is None:
-        raise DataError("the data set has no rows and no columns. Check the path, or the filter that left none")
-    for name in columns.all:
-        if name not in schema.names:
-            raise DataError(f"the data set has no column {name!r}; {nearest(name, schema.names)}")
