@@ -26,13 +26,14 @@ def shards(ray_session: None) -> Shards:
 ONLINE = Scoring(engine="online", momentum=0.5)
 OVERLAPPED = Scoring(engine="actors", overlap=True, momentum=0.5)
 
-# (engine, what happens: action, epoch, global batch)
-FAULTS: dict[str, tuple[Scoring, list[tuple[Callable[[], None], int, int]]]] = {
-    "killed rank": (ONLINE, [(KillRank(), 1, 5)]),
+# (engine, ranks, what happens: action, epoch, global batch)
+FAULTS: dict[str, tuple[Scoring, int, list[tuple[Callable[[], None], int, int]]]] = {
+    "killed rank": (ONLINE, 2, [(KillRank(), 1, 5)]),
     # A holder comes back without its scores, the coordinator without a score version: both must be noticed, and neither
     # is an error of the user's. In epoch 2 scores of the model after epoch 1 are being made.
     "killed holder, then coordinator": (
         OVERLAPPED,
+        1,  # the second start of several ranks would add 20 s and nothing
         [(KillActor("holder-0"), 2, 5), (KillActor("coordinator"), 3, 4)],
     ),
 }
@@ -40,8 +41,8 @@ FAULTS: dict[str, tuple[Scoring, list[tuple[Callable[[], None], int, int]]]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, tmp_path: Path) -> None:
-    scoring, actions = FAULTS[name]
-    settings = {"scoring": scoring, "update_interval": 1, "epochs": 4}
+    scoring, workers, actions = FAULTS[name]
+    settings = {"scoring": scoring, "workers": workers, "update_interval": 1, "epochs": 4}
     undisturbed = run(tmp_path / "undisturbed", shards, **settings)  # type: ignore[arg-type]
     faults = Faults(
         tuple(
@@ -60,7 +61,7 @@ def test_same_rows_and_metrics_as_undisturbed(name: str, shards: Shards, tmp_pat
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_state(shards: Shards, tmp_path: Path) -> None:
     fault = Fault(FullDisk(), marker=tmp_path / "fault", epoch=1, batch=5)
     with pytest.raises(StorageError, match="cannot be written"):
-        run(tmp_path, shards, failures=3, checkpoint_every=3, fault=fault)
+        run(tmp_path, shards, workers=1, failures=3, checkpoint_every=3, fault=fault)
     assert fault.happened()
     last = max(path for path in (tmp_path / "run").glob("checkpoint_*") if path.is_dir())
     saved = SavedCheckpoint(ray.train.Checkpoint.from_directory(last))
