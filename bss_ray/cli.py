@@ -151,6 +151,9 @@ def train_command(argv: Sequence[str]) -> int:
                 start_ray(config, display)
                 result = train(config, folder, display.on_message)
                 _write_report(folder.path, display)
+            except BssRayError:
+                folder.release()
+                raise
             except (KeyboardInterrupt, SystemExit):
                 # Ray Train turns ctrl-C into SystemExit(0) once its controller has stopped.
                 display.say("stopped. The same command goes on from the last checkpoint")

@@ -104,6 +104,11 @@ class RunFolder:
             )
         return True
 
+    def release(self) -> None:
+        """Free the name of a run that has failed before its first checkpoint: the next try may have other settings."""
+        if not any(self.path.glob("checkpoint_*")):
+            (self.path / "config.yaml").unlink(missing_ok=True)
+
     # ---- metrics ------------------------------------------------------------------------------
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:

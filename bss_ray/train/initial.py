@@ -118,5 +118,7 @@ class ScoresFile:
     def _open(self) -> pa.dataset.Dataset:
         try:
             return pa.dataset.dataset(self._path, format="parquet")
+        except FileNotFoundError:
+            raise DataError(f"initial scores: no such file or folder: {self._path}") from None
         except (OSError, ValueError) as error:
             raise DataError(f"initial scores cannot be read from {self._path}: {error}") from error

@@ -108,3 +108,14 @@ class TestRunFolder:
         folder.write_metrics([{"epoch": 0, "loss": 1.0}, {"epoch": 1, "loss": 0.5, "val": 0.9}])
         lines = (folder.path / "metrics.csv").read_text().splitlines()
         assert lines == ["epoch,loss,val", "0,1.0,", "1,0.5,0.9"]
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_name_free(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path), "mine")
+    assert not folder.claim("seed: 0")
+    folder.release()
+    assert not folder.claim("seed: 1")
+    (folder.path / "checkpoint_1").mkdir()
+    folder.release()
+    with pytest.raises(ConfigError, match="seed: 1 there, 2 now"):
+        folder.claim("seed: 2")

@@ -267,7 +267,7 @@ class TestRefused:
 
     def test_no_such_file(self, tmp_path: Path) -> None:
         path = tmp_path / "nowhere.parquet"
-        assert message(str(path)).startswith(f"initial scores cannot be read from {path}: ")
+        assert message(str(path)) == f"initial scores: no such file or folder: {path}"
 
     def test_no_parquet(self, tmp_path: Path) -> None:
         path = tmp_path / "scores.parquet"
