@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,10 +182,8 @@ def test_a_run_goes_on_with_the_last_whole_version_and_fails_after_a_while(shard
         run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)),
         on_message=messages.append,
     )
-    started = time.monotonic()
     with pytest.raises(ScoringError, match=r"3 times in a row, and scoring.max_failed_updates=2: no scorer is left"):
         trainer.fit()
-    assert time.monotonic() - started < 60
     rows = [message["row"] for message in messages if message["kind"] == "epoch"]
     assert [row["score_version"] for row in rows] == [0, 1, 1]
     texts = [message["text"] for message in messages if message["kind"] == "notice"]
