@@ -205,7 +205,14 @@ class CoordinatorActor:
 
     def start_scoring(self, job: ScoringJob) -> None:
         """Have all rows measured, beside whatever else is done; `finish_scoring` publishes."""
-        self._running = self._scoring.submit(self._pool.run, job, [part.node for part in job.shards.parts])
+        self._running = self._scoring.submit(self._measure_all, job)
+
+    def _measure_all(self, job: ScoringJob) -> tuple[int, list[str]]:
+        try:
+            return self._pool.run(job, [part.node for part in job.shards.parts])
+        except ScoringFailedError:
+            self._do("forget")  # some rows may have been measured, and a version is whole or not there
+            raise
 
     def finish_scoring(self, version: int) -> Publication:
         """Publish what `start_scoring` has begun, or what a checkpoint has brought of it, as `version`."""
@@ -215,7 +222,6 @@ class CoordinatorActor:
         try:
             sound, notices = running.result()
         except ScoringFailedError as error:
-            self._do("forget")  # some rows may have been measured, and a version is whole or not there
             return Publication(self._coordinator.version, failure=str(error))
         return self.publish(version, sound)._replace(notices=tuple(notices))
 

@@ -77,9 +77,12 @@ class Actors:
         )
         self.attempt = ray.get(self.coordinator.reset.remote())
 
-    def score(self, model: torch.nn.Module, version: int) -> Publication:
+    def start(self, model: torch.nn.Module, version: int) -> None:
         job = ScoringJob(ray.put(pack_model(model)), self.shards, version - 1, version, self.attempt)
         ray.get(self.coordinator.start_scoring.remote(job))
+
+    def score(self, model: torch.nn.Module, version: int) -> Publication:
+        self.start(model, version)
         publication: Publication = ray.get(self.coordinator.finish_scoring.remote(version))
         return publication
 
@@ -127,7 +130,11 @@ def test_killed_while_scoring(deaths: int, actors: Actors, tmp_path: Path) -> No
 def test_rows_that_kill_every_scorer_fail_the_update_and_leave_the_version(actors: Actors, tmp_path: Path) -> None:
     assert actors.score(deadly(tmp_path, -1, 0), 1).version == 1
     before, _ = actors.state(1)
-    publication = actors.score(deadly(tmp_path, row=100, deaths=99), 2)
+    actors.start(deadly(tmp_path, row=100, deaths=99), 2)
+    # A checkpoint meanwhile waits for the measures, and has none of an update that fails.
+    held = ray.get(ray.get(actors.coordinator.parts.remote(1)))
+    assert [part.coming for parts in held for part in parts] == [None, None]
+    publication = ray.get(actors.coordinator.finish_scoring.remote(2))
     assert publication.version == 1
     assert "3 scorers were lost while they measured shard" in publication.failure
     score, measured = actors.state(1)
