@@ -248,13 +248,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     sys.path.insert(0, os.getcwd())
     try:
-        return COMMANDS[words[0]](words[1:])
+        return COMMANDS[words[0]]([_underscored(word) for word in words[1:]])
     except BssRayError as error:
         print(f"bss-ray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return STOPPED
+
+
+def _underscored(word: str) -> str:
+    """`--initial-scores=FILE` is `--initial_scores=FILE`."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 _USAGE = """usage: bss-ray COMMAND [options]

@@ -119,3 +119,12 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_its_name_free(tmp_p
     folder.release()
     with pytest.raises(ConfigError, match="seed: 1 there, 2 now"):
         folder.claim("seed: 2")
+
+
+def test_hyphens_in_options_are_underscores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["--initial-scores=my-scores.parquet", "--initial-checkpoint", "a-b.pt"]
+    error = wrong([*both, "--storage_path", str(tmp_path)], capsys)
+    assert "initial_scores and initial_checkpoint both say" in error
+    with pytest.raises(SystemExit):
+        main(["train", "--initial-scores", "a-b.parquet", "--print-config"])
+    assert "initial_scores: a-b.parquet" in capsys.readouterr().out
