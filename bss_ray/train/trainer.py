@@ -127,12 +127,38 @@ class BalancedTrainer:
         check_batch_size(self._batch_size, train.rows)
         self.train_shards = train
 
-        measurer = self._measurer.for_task(train.columns.task)
-        initial = None if self._initial_scores is None else ScoresFile(self._initial_scores, train)
-
         if self._scoring.engine == "auto":
             self._on_message({"kind": "notice", "text": f"scoring engine: {scoring.engine}; {why}"})
         self._on_message({"kind": "status", "text": "starting holders and ranks"})
+        context, actors = self._start_actors(train, validation, scoring)
+        trainer = ray.train.torch.TorchTrainer(
+            functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
+            scaling_config=self._scaling_config,
+            run_config=_with_one_arena(self._run_config),
+        )
+        try:
+            with _watching(context.coordinator, self._on_message):
+                try:
+                    result = trainer.fit()
+                except ray.train.TrainingFailedError as error:
+                    fatal = _fatal_error(context.coordinator)
+                    if fatal is None:
+                        raise
+                    raise fatal from error
+                fatal = _fatal_error(context.coordinator)
+                if fatal is not None:
+                    raise fatal
+                return result
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+    def _start_actors(
+        self, train: Shards, validation: Shards | None, scoring: Scoring
+    ) -> tuple[SamplerContext, list[Any]]:
+        """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
+        measurer = self._measurer.for_task(train.columns.task)
+        initial = None if self._initial_scores is None else ScoresFile(self._initial_scores, train)
         holders, actors = start_holders(train, scoring)
         coordinator = start_coordinator(
             holders,
@@ -146,7 +172,7 @@ class BalancedTrainer:
         actors.append(coordinator)
         if scoring.engine == "actors":
             actors += start_scorers(train, measurer, scoring, holders)
-        context = SamplerContext(
+        return SamplerContext(
             coordinator=coordinator,
             holders=holders,
             train=train,
@@ -156,28 +182,7 @@ class BalancedTrainer:
             scoring=scoring,
             seed=self._seed,
             initial_scores=initial,
-        )
-        trainer = ray.train.torch.TorchTrainer(
-            functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
-            scaling_config=self._scaling_config,
-            run_config=_with_one_arena(self._run_config),
-        )
-        try:
-            with _watching(coordinator, self._on_message):
-                try:
-                    result = trainer.fit()
-                except ray.train.TrainingFailedError as error:
-                    fatal = _fatal_error(coordinator)
-                    if fatal is None:
-                        raise
-                    raise fatal from error
-                fatal = _fatal_error(coordinator)
-                if fatal is not None:
-                    raise fatal
-                return result
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        ), actors
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:
         train = self._shards("train", self._dataset, None)
