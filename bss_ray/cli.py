@@ -1,145 +1,37 @@
 """The command line: `bss-ray train` and, in `bss_ray.score.command`, `bss-ray score`.
 
 Settings come from YAML files (`--config`), dotted options (`--scheduler.temperature 0.25`) and classes
-by import path (`--model.class_path my.Model`); jsonargparse reads them from the dataclasses' own
-types and docstrings.
+by import path (`--model.class_path my.Model`), see `bss_ray.settings`.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import lazy_instance
+from typing import Any
 
 from bss_ray.errors import BssRayError
-from bss_ray.schedule.schedulers import Heuristic, Learning, Scheduler, Uniform
-
-SCHEDULERS: dict[str, type[Scheduler]] = {kind.__name__: kind for kind in (Uniform, Heuristic, Learning)}
-
-# The demo's own setting: what a prototype on AV-Digits found good (docs/method.md).
-_DEMO_SCHEDULER = {"temperature": 0.25, "fraction": 0.7}
-
-MODEL_HELP = (
-    "Import path of a torch.nn.Module that maps a batch to {modality: logits, ..., 'fused': logits}; its arguments as "
-    "--model.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they are "
-    "given."
-)
+from bss_ray.settings import instantiate, resolved, train_parser
 
 STOPPED = 130  # what shells expect after ctrl-C
-
-
-class Parser(ArgumentParser):
-    """Errors in one line, with the nearest name for one that does not exist."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(str(message).split())
-        print(f"bss-ray: {text}{self._nearest(text)}\nFor all options: {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
-
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """Help without the list of all modules that torch knows, which would be three quarters of it."""
-        known = re.compile(r",\s+known\s+subclasses:[^)]*\)")
-        return known.sub(
-            lambda found: ")" if "torch." in found.group() else found.group(), super().format_help(formatter)
-        )
-
-    def _nearest(self, text: str) -> str:
-        unknown = re.search(r"Option '([\w.]+)' is not accepted|dot import path string: (\S+)|--([\w.]+)", text)
-        if unknown is None:
-            return ""
-        option, scheduler, argument = unknown.groups()
-        if scheduler:
-            choices: Sequence[str] = list(SCHEDULERS)
-        else:
-            names = [action.dest for action in self._actions]
-            choices = [*names]
-            if "scheduler" in names:
-                choices += [f"scheduler.{f.name}" for kind in SCHEDULERS.values() for f in fields(kind)]
-            if option:
-                choices = [name.rpartition(".")[2] for name in choices]
-        close = difflib.get_close_matches(scheduler or option or argument, choices, n=1, cutoff=0.5)
-        return f". Did you mean {close[0]!r}?" if close else f". Choose from: {', '.join(sorted(set(choices)))}"
-
-
-def train_parser(argv: Sequence[str]) -> ArgumentParser:
-    """The parser of `bss-ray train`.
-
-    Args:
-        argv: the arguments, to know which scheduler's defaults apply: those of one scheduler must not
-            stay when another is chosen.
-    """
-    from torch import nn
-
-    from bss_ray.train.run import TrainConfig
-
-    set_parsing_settings(subclasses_enabled=[Scheduler])
-    parser = Parser(
-        prog="bss-ray train",
-        description="Train a multi-modal model with balance-aware sampling. Without arguments: the embedded "
-        "data set AV-Digits with 40 % of its training pairs mixed up.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
-    parser.add_class_arguments(TrainConfig, as_group=False, skip={"model"})
-    # Built on the ranks, which alone know the shapes of the rows: parsed and checked here, not made.
-    parser.add_subclass_arguments(
-        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help=MODEL_HELP
-    )
-    parser.set_defaults({"model": {"class_path": "bss_ray.models.LateFusion"}})
-    kind, settings = _chosen_scheduler(argv)
-    parser.set_defaults({"scheduler": lazy_instance(kind, **settings)})
-    return parser
-
-
-def _chosen_scheduler(argv: Sequence[str]) -> tuple[type[Scheduler], dict[str, Any]]:
-    """Class and settings that `--scheduler.*` options start from."""
-    name = _option(argv, "--scheduler") or _option(argv, "--scheduler.class_path")
-    config = _option(argv, "--config")
-    if name is None and config is not None and Path(config).is_file():
-        chosen = (yaml.safe_load(Path(config).read_text()) or {}).get("scheduler") or {}
-        name = chosen.get("class_path") if isinstance(chosen, dict) else chosen
-    if name is None:
-        return Learning, _DEMO_SCHEDULER
-    # A user's own class is found by the parser itself; it starts from the base's defaults.
-    return SCHEDULERS.get(str(name).rpartition(".")[2], Uniform), {}
-
-
-def _option(argv: Sequence[str], name: str) -> str | None:
-    """The last value of an option, as `--name value` or `--name=value`."""
-
-    def values() -> Iterator[str]:
-        for index, word in enumerate(argv):
-            if word == name and index + 1 < len(argv):
-                yield argv[index + 1]
-            elif word.startswith(name + "="):
-                yield word.partition("=")[2]
-
-    return next(reversed(list(values())), None)
 
 
 def train_command(argv: Sequence[str]) -> int:
     """`bss-ray train`; returns the exit code."""
     parser = train_parser(argv)
     settings = parser.parse_args(list(argv))
-    resolved = _resolved(parser, settings)
     from bss_ray.train.folder import RunFolder  # after --help and wrong options: Ray takes seconds
+    from bss_ray.train.run import TrainConfig, train
 
-    config = _instantiate(parser, settings)
+    config = instantiate(parser, settings, TrainConfig)
     folder = RunFolder(config.storage_path, config.name)
-    resumed = folder.claim(resolved)
+    resumed = folder.claim(resolved(parser, settings))
 
     from bss_ray.report.console import Display, result_table
-    from bss_ray.train.run import train
 
     with Display() as display:
         display.say(
@@ -162,26 +54,6 @@ def train_command(argv: Sequence[str]) -> int:
             display.say("this run is complete. Choose another --name for a new one")
     display.console.print(result_table(result, folder.path))
     return 0
-
-
-def _resolved(parser: ArgumentParser, settings: Namespace) -> str:
-    """All settings as YAML."""
-    return str(parser.dump(settings, skip_unset=False))
-
-
-def _instantiate(parser: ArgumentParser, settings: Namespace) -> Any:
-    from bss_ray.train.loop import ModelSpec
-    from bss_ray.train.run import TrainConfig
-
-    try:
-        made = parser.instantiate(settings)
-    except ValueError as error:
-        # An optional setting's own error comes wrapped into one about its union type.
-        raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
-    init_args = made.model.get("init_args")
-    model = ModelSpec(class_path=made.model.class_path, init_args=init_args.as_dict() if init_args else {})
-    others = {f.name: made[f.name] for f in fields(TrainConfig) if f.name != "model"}
-    return TrainConfig(model=model, **others)
 
 
 def _write_report(folder: Path, display: Any) -> None:

@@ -7,14 +7,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from bss_ray.cli import MODEL_HELP, STOPPED, Parser, start_ray
+from bss_ray.cli import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
+from bss_ray.settings import MODEL_HELP, Parser, instantiate
 
 _DESCRIPTION = (
     "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
@@ -46,12 +46,12 @@ def score_command(argv: Sequence[str]) -> int:
     parser = score_parser()
     settings = parser.parse_args(list(argv))
     from bss_ray.report.scores import ScoreDisplay, print_summary
-    from bss_ray.score.config import MAY_CHANGE, resolve
+    from bss_ray.score.config import MAY_CHANGE, ScoreConfig, resolve
     from bss_ray.score.job import SUMMARY_FILE, forget_beginning, score
     from bss_ray.train.folder import RunFolder
     from bss_ray.train.weights import read_weights
 
-    config = _instantiate(parser, settings)
+    config = instantiate(parser, settings, ScoreConfig)
     job = resolve(config, read_weights(config.checkpoint, config.storage_path))
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     resumed = folder.claim(job.to_yaml())
@@ -101,21 +101,6 @@ def _without_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def _instantiate(parser: ArgumentParser, settings: Namespace) -> Any:
-    from bss_ray.score.config import ModelSpec, ScoreConfig
-
-    try:
-        made = parser.instantiate(settings)
-    except ValueError as error:
-        # An optional setting's own error comes wrapped into one about its union type.
-        raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
-    model = None
-    if made.get("model") is not None:
-        init_args = made.model.get("init_args")
-        model = ModelSpec(class_path=made.model.class_path, init_args=init_args.as_dict() if init_args else {})
-    return ScoreConfig(model=model, **{one.name: made[one.name] for one in fields(ScoreConfig) if one.name != "model"})
 
 
 def _write_report(folder: Path, summary: dict[str, Any], display: Any) -> None:

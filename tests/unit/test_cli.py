@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bss_ray.cli import main, train_parser
+from bss_ray.cli import main
 from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError, StorageError
+from bss_ray.settings import train_parser
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import check_choice
 

@@ -1,0 +1,249 @@
+"""From YAML files, dotted options and search spaces to settings: what all commands share.
+
+jsonargparse reads them from the dataclasses' own types and docstrings; classes are named by import path
+(`--model.class_path my.Model`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import lazy_instance
+
+from bss_ray.errors import BssRayError, ConfigError
+from bss_ray.schedule.schedulers import Heuristic, Learning, Scheduler, Uniform
+
+if TYPE_CHECKING:
+    from bss_ray.train.run import TrainConfig
+
+SCHEDULERS: dict[str, type[Scheduler]] = {kind.__name__: kind for kind in (Uniform, Heuristic, Learning)}
+
+# The demo's own setting: what a prototype on AV-Digits found good (docs/method.md).
+_DEMO_SCHEDULER = {"temperature": 0.25, "fraction": 0.7}
+
+MODEL_HELP = (
+    "Import path of a torch.nn.Module that maps a batch to {modality: logits, ..., 'fused': logits}; its arguments as "
+    "--model.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they are "
+    "given."
+)
+
+_T = TypeVar("_T")
+
+
+class Parser(ArgumentParser):
+    """Errors in one line, with the nearest name for one that does not exist."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        print(f"bss-ray: {text}{self._nearest(text)}\nFor all options: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Help without the list of all modules that torch knows, which would be three quarters of it."""
+        known = re.compile(r",\s+known\s+subclasses:[^)]*\)")
+        return known.sub(
+            lambda found: ")" if "torch." in found.group() else found.group(), super().format_help(formatter)
+        )
+
+    def _nearest(self, text: str) -> str:
+        unknown = re.search(
+            r"[Oo]ption '([\w.]+)'(?: is not accepted|$)|dot import path string: (\S+)|--([\w.]+)", text
+        )
+        if unknown is None or "Did you mean" in text:
+            return ""
+        option, scheduler, argument = unknown.groups()
+        if scheduler:
+            choices: Sequence[str] = list(SCHEDULERS)
+        else:
+            names = [action.dest for action in self._actions]
+            choices = [*names]
+            if "scheduler" in names:
+                choices += [f"scheduler.{f.name}" for kind in SCHEDULERS.values() for f in fields(kind)]
+            if option:
+                choices = [name.rpartition(".")[2] for name in choices]
+        close = difflib.get_close_matches(scheduler or option or argument, choices, n=1, cutoff=0.5)
+        return f". Did you mean {close[0]!r}?" if close else f". Choose from: {', '.join(sorted(set(choices)))}"
+
+
+class TreeParser(Parser):
+    """Of settings that do not come from a command line: errors are exceptions."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        raise ConfigError(f"{text}{self._nearest(text)}") from ex
+
+
+def train_parser(argv: Sequence[str]) -> ArgumentParser:
+    """The parser of `bss-ray train`.
+
+    Args:
+        argv: the arguments, to know which scheduler's defaults apply: those of one scheduler must not
+            stay when another is chosen.
+    """
+    parser = Parser(
+        prog="bss-ray train",
+        description="Train a multi-modal model with balance-aware sampling. Without arguments: the embedded "
+        "data set AV-Digits with 40 % of its training pairs mixed up.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
+    add_training_arguments(parser, _named_scheduler(argv))
+    return parser
+
+
+def add_training_arguments(
+    parser: ArgumentParser, scheduler: str | None, *, prefix: str = "", skip: Collection[str] = ()
+) -> None:
+    """Add the settings of a training run.
+
+    Args:
+        parser: gets them.
+        scheduler: class whose defaults apply where the settings say nothing; None: the demo's own.
+        prefix: `train.` adds them as a group.
+        skip: settings that are left out.
+    """
+    from torch import nn
+
+    from bss_ray.train.run import TrainConfig
+
+    set_parsing_settings(subclasses_enabled=[Scheduler])
+    parser.add_class_arguments(
+        TrainConfig, prefix.removesuffix(".") or None, as_group=False, instantiate=False, skip={"model", *skip}
+    )
+    # Built on the ranks, which alone know the shapes of the rows: parsed and checked here, not made.
+    model = f"{prefix}model"
+    parser.add_subclass_arguments(
+        nn.Module, model, instantiate=False, skip={"shapes", "num_classes"}, required=False, help=MODEL_HELP
+    )
+    parser.set_defaults({model: {"class_path": "bss_ray.models.LateFusion"}})
+    kind, settings = (Learning, _DEMO_SCHEDULER) if scheduler is None else (_scheduler_class(scheduler), {})
+    parser.set_defaults({f"{prefix}scheduler": lazy_instance(kind, **settings)})
+
+
+def _scheduler_class(name: str) -> type[Scheduler]:
+    # A user's own class is found by the parser itself; it starts from the base's defaults.
+    return SCHEDULERS.get(name.rpartition(".")[2], Uniform)
+
+
+def _named_scheduler(argv: Sequence[str], prefix: str = "") -> str | None:
+    """The scheduler that options or a `--config` file name."""
+    option = f"--{prefix}scheduler"
+    name = _option(argv, option) or _option(argv, f"{option}.class_path")
+    config = _option(argv, "--config")
+    if name is None and config is not None and Path(config).is_file():
+        tree = yaml.safe_load(Path(config).read_text()) or {}
+        chosen = _at(tree, f"{prefix}scheduler") or {}
+        name = chosen.get("class_path") if isinstance(chosen, dict) else chosen
+    return None if name is None else str(name)
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The last value of an option, as `--name value` or `--name=value`."""
+
+    def values() -> Iterator[str]:
+        for index, word in enumerate(argv):
+            if word == name and index + 1 < len(argv):
+                yield argv[index + 1]
+            elif word.startswith(name + "="):
+                yield word.partition("=")[2]
+
+    return next(reversed(list(values())), None)
+
+
+def resolved(parser: ArgumentParser, settings: Namespace) -> str:
+    """All settings as YAML."""
+    return str(parser.dump(settings, skip_unset=False))
+
+
+def instantiate(parser: ArgumentParser, settings: Namespace, kind: type[_T]) -> _T:
+    """The settings as an instance of their dataclass `kind`.
+
+    Raises:
+        BssRayError: a setting is out of its range.
+    """
+    try:
+        return make(kind, parser.instantiate(settings))
+    except ValueError as error:
+        # An optional setting's own error comes wrapped into one about its union type.
+        raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
+
+
+def make(kind: type[_T], made: Namespace) -> _T:
+    """An instance of the dataclass `kind` from instantiated settings; models become a `ModelSpec`."""
+    from bss_ray.train.loop import ModelSpec
+
+    values = {one.name: made[one.name] for one in fields(kind) if one.name in made}  # type: ignore[arg-type]
+    if (model := values.get("model")) is not None:
+        init_args = model.get("init_args")
+        values["model"] = ModelSpec(class_path=model.class_path, init_args=init_args.as_dict() if init_args else {})
+    return kind(**values)
+
+
+# ---- settings as a tree -----------------------------------------------------------------------
+
+
+# Settings that are classes by import path, with arguments of their own.
+_CLASSES = ("scheduler", "model")
+
+
+def overlay(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of settings with some changed.
+
+    Args:
+        tree: nested settings.
+        settings: dotted settings, `{"scheduler.init_args.temperature": 0.25, ...}`. Another scheduler, similarly
+            model, starts from its own defaults: nothing stays of the settings of the one that was there.
+    """
+    changed = copy.deepcopy(dict(tree))
+    # Classes first: another one clears what was set of the one before.
+    for name, value in sorted(settings.items(), key=lambda item: not item[0].endswith(".class_path")):
+        *groups, last = name.split(".")
+        if len(groups) == 1 and groups[0] in _CLASSES and last != "class_path":
+            groups.append("init_args")  # as on the command line: --scheduler.temperature
+        inner = changed
+        for group in groups:
+            if not isinstance(inner.get(group), dict):
+                inner[group] = {}
+            inner = inner[group]
+        if last == "class_path" and _class_name(inner.get(last)) != _class_name(value):
+            inner.clear()
+        inner[last] = value
+    return changed
+
+
+def _class_name(path: Any) -> str:
+    return str(path).rpartition(".")[2]
+
+
+def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
+    """The settings of a training run from a tree of them.
+
+    Returns:
+        The settings, and all of them as YAML for `bss-ray train --config`.
+
+    Raises:
+        BssRayError: a setting is unknown (names the nearest) or out of its range.
+    """
+    from bss_ray.train.run import TrainConfig
+
+    parser = TreeParser(prog="bss-ray train")
+    scheduler = _at(tree, "scheduler.class_path")
+    add_training_arguments(parser, None if scheduler is None else str(scheduler))
+    settings = parser.parse_object(dict(tree))
+    return instantiate(parser, settings, TrainConfig), resolved(parser, settings)
+
+
+def _at(tree: Any, name: str) -> Any:
+    """The setting of a dotted name in a tree; None where there is none."""
+    for part in name.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
