@@ -20,7 +20,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import BssRayError
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import ModelSnapshot
-from bss_ray.sample.coordinator import Coordinator, Publication, Review
+from bss_ray.sample.coordinator import Coordinator, Holders, Publication, Review
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.plan import Plan, Tail
@@ -81,6 +81,18 @@ class HolderActor:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Any other method of the holder."""
         return getattr(self._holder, method)(*args, **kwargs)
+
+
+class StartedHolders(Holders, Protocol):
+    """Holders that can also leave their results where they are."""
+
+    def start(self, method: str, *args: Any) -> list[Any]:
+        """References to the holders' results."""
+        ...
+
+    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
+        """Bring measures to those who hold their rows; returns when they have them."""
+        ...
 
 
 class ActorHolders:
@@ -177,7 +189,7 @@ class CoordinatorActor:
     or not. The board has a thread of its own, so that the driver can look while scores are being made.
     """
 
-    def __init__(self, holders: ActorHolders, pool: ScorerPool, settings: dict[str, Any]) -> None:
+    def __init__(self, holders: StartedHolders, pool: ScorerPool | None, settings: dict[str, Any]) -> None:
         self._holders = holders
         self._pool = pool
         self._coordinator = Coordinator(self._holders, **settings)
@@ -208,6 +220,7 @@ class CoordinatorActor:
         self._running = self._scoring.submit(self._measure_all, job)
 
     def _measure_all(self, job: ScoringJob) -> tuple[int, list[str]]:
+        assert self._pool is not None, "only engine=actors has scorers"
         try:
             return self._pool.run(job, [part.node for part in job.shards.parts])
         except ScoringFailedError:
@@ -351,7 +364,34 @@ def start_coordinator(
     window_rows: int = WINDOW_ROWS,
 ) -> Any:
     """Start the coordinator actor of the run of these holders."""
-    settings = {
+    settings = coordinator_settings(
+        rows=rows,
+        scheduler=scheduler,
+        scoring=scoring,
+        seed=seed,
+        batch_size=batch_size,
+        tail=tail,
+        window_rows=window_rows,
+    )
+    pool = ScorerPool(scorer_names(holders, scoring), scoring.restart_timeout_s)
+    actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
+    return actor.options(name=_sibling(holders, "coordinator"), num_cpus=0, max_restarts=-1).remote(
+        holders, pool, settings
+    )
+
+
+def coordinator_settings(
+    *,
+    rows: int,
+    scheduler: Scheduler,
+    scoring: Scoring,
+    seed: int,
+    batch_size: int,
+    tail: Tail,
+    window_rows: int = WINDOW_ROWS,
+) -> dict[str, Any]:
+    """Arguments of a run's `Coordinator`."""
+    return {
         "rows": rows,
         "scheduler": scheduler,
         "seed": seed,
@@ -360,11 +400,6 @@ def start_coordinator(
         "window_rows": window_rows,
         "accumulation": scoring.accumulation,
     }
-    pool = ScorerPool(scorer_names(holders, scoring), scoring.restart_timeout_s)
-    actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
-    return actor.options(name=_sibling(holders, "coordinator"), num_cpus=0, max_restarts=-1).remote(
-        holders, pool, settings
-    )
 
 
 def _sibling(holders: ActorHolders, role: str) -> str:

@@ -23,7 +23,7 @@ from bss_ray.errors import ConfigError, ModelOutputError, Problem, raise_first_p
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import Observation
 from bss_ray.measure.snapshot import pack_model, unwrap_model
-from bss_ray.sample.actors import ActorHolders, ScoringJob
+from bss_ray.sample.actors import ScoringJob, StartedHolders
 from bss_ray.sample.coordinator import Publication
 from bss_ray.sample.loader import FILLER, Loader
 from bss_ray.sample.pool import kept_rows_notice
@@ -55,7 +55,7 @@ class EngineContext:
     """
 
     coordinator: Any
-    holders: ActorHolders
+    holders: StartedHolders
     attempt: str
     shards: Shards
     loader: Loader

@@ -67,7 +67,14 @@ def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring) -> None:
 def settle_engine(scaling: ray.train.ScalingConfig, scoring: Scoring) -> tuple[Scoring, str]:
     """The settings with the engine that `auto` stands for on this cluster, and why it is that one."""
     ranks = next(group for group in _groups(scaling, scoring) if group.name == "ranks")
+    if ranks.count == 0 and scoring.engine == "auto" and not scoring.overlap:
+        return replace(scoring, engine="workers"), "num_workers=0 trains and scores in this process"
     there = ray.cluster_resources()
     cpus, gpus = (there.get(name, 0) - ranks.count * ranks.each.get(name, 0) for name in ("CPU", "GPU"))
     engine, why = choose_engine(scoring, spare_cpus=cpus, spare_gpus=gpus, ranks_use_gpu=scaling.use_gpu)
     return replace(scoring, engine=engine), why
+
+
+def in_this_process(scaling: ray.train.ScalingConfig, scoring: Scoring) -> bool:
+    """Whether a run needs no process but the one that trains: no ranks elsewhere, and no scorers that deliver."""
+    return scaling.num_workers == 0 and scoring.engine != "actors"

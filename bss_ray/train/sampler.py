@@ -27,7 +27,7 @@ from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
-from bss_ray.sample.actors import ActorHolders, SavedScores
+from bss_ray.sample.actors import SavedScores, StartedHolders
 from bss_ray.sample.coordinator import Review
 from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
@@ -44,6 +44,7 @@ from bss_ray.train.checkpoint import (
 from bss_ray.train.engines import Engine, EngineContext, make_engine
 from bss_ray.train.observed import Observed, Sums
 from bss_ray.train.ranks import Ranks
+from bss_ray.train.session import Session, TrainSession
 from bss_ray.train.updates import ScoreUpdates
 
 # Messages about batches, at most one in so many seconds: the board is for people.
@@ -63,7 +64,7 @@ class SamplerContext:
     """What the trainer sends to every rank."""
 
     coordinator: Any
-    holders: ActorHolders
+    holders: StartedHolders
     train: Shards
     validation: Shards | None
     scheduler: Scheduler
@@ -71,6 +72,7 @@ class SamplerContext:
     scoring: Scoring
     seed: int
     initial_scores: SavedScores | None = None
+    session: Session = TrainSession()  # noqa: RUF009 (it has no state)
 
 
 class Sampler:
@@ -401,7 +403,7 @@ class Sampler:
                 write_manifest(folder, manifest)
             # A rank without a file of its own reports without one, and still takes part in the barrier.
             checkpoint = ray.train.Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
-            ray.train.report(row, checkpoint=checkpoint)
+            self._context.session.report(row, checkpoint)
 
     # ---- internals ----------------------------------------------------------------------------
 
@@ -411,7 +413,7 @@ class Sampler:
         Returns:
             Name of this attempt, and the checkpoint.
         """
-        checkpoint = ray.train.get_checkpoint()
+        checkpoint = self._context.session.checkpoint()
         saved = None if checkpoint is None else SavedCheckpoint(checkpoint)
         manifest = None
         if saved is not None:

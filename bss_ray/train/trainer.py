@@ -21,15 +21,17 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.sample.actors import start_coordinator, start_holders, start_scorers
+from bss_ray.sample.actors import StartedHolders, start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.sample.local import start_here
 from bss_ray.sample.memory import ONE_ARENA, keep_freed_memory
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.train.initial import ScoresFile
-from bss_ray.train.resources import check_resources, settle_engine
+from bss_ray.train.resources import check_resources, in_this_process, settle_engine
 from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
+from bss_ray.train.session import Session, TrainSession
 
 Message = dict[str, Any]
 OnMessage = Callable[[Message], None]
@@ -54,10 +56,12 @@ class BalancedTrainer:
         num_classes: C; None takes the largest training label + 1.
         store: where the rows of a Ray Dataset are kept; default `StoreConfig()`.
         train_loop_config: handed to `train_loop`.
-        scaling_config: ranks and their resources; default one rank.
+        scaling_config: ranks and their resources; default one rank. `num_workers=0` trains in this process, without
+            any other for the sampler unless scoring asks for scorers: for debugging, and for trials of a search.
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
         initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`) that the
             first epoch is drawn from; there is no burn-in then.
+        session: with `num_workers=0`, keeps the run's checkpoints; default: nobody does.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
             "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
 
@@ -84,6 +88,7 @@ class BalancedTrainer:
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
         initial_scores: str | None = None,
+        session: Session | None = None,
         on_message: OnMessage | None = None,
     ) -> None:
         if isinstance(dataset, Shards):
@@ -98,6 +103,7 @@ class BalancedTrainer:
         if initial_scores is not None:
             self._scheduler = replace(self._scheduler, burn_in=0)
         self._initial_scores = initial_scores
+        self._session = session or TrainSession()
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
         self._batch_size, self._tail, self._seed = batch_size, tail, seed
@@ -159,19 +165,23 @@ class BalancedTrainer:
         """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
         measurer = self._measurer.for_task(train.columns.task)
         initial = None if self._initial_scores is None else ScoresFile(self._initial_scores, train)
-        holders, actors = start_holders(train, scoring)
-        coordinator = start_coordinator(
-            holders,
-            rows=train.rows,
-            scheduler=self._scheduler,
-            scoring=scoring,
-            seed=self._seed,
-            batch_size=self._batch_size,
-            tail=self._tail,
-        )
-        actors.append(coordinator)
-        if scoring.engine == "actors":
-            actors += start_scorers(train, measurer, scoring, holders)
+        of_plan: dict[str, Any] = {
+            "scheduler": self._scheduler,
+            "scoring": scoring,
+            "seed": self._seed,
+            "batch_size": self._batch_size,
+            "tail": self._tail,
+        }
+        holders: StartedHolders
+        actors: list[Any] = []
+        if in_this_process(self._scaling_config, scoring):
+            holders, coordinator = start_here(train, **of_plan)
+        else:
+            holders, actors = start_holders(train, scoring)
+            coordinator = start_coordinator(holders, rows=train.rows, **of_plan)
+            actors.append(coordinator)
+            if scoring.engine == "actors":
+                actors += start_scorers(train, measurer, scoring, holders)
         return SamplerContext(
             coordinator=coordinator,
             holders=holders,
@@ -182,6 +192,7 @@ class BalancedTrainer:
             scoring=scoring,
             seed=self._seed,
             initial_scores=initial,
+            session=self._session,
         ), actors
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:

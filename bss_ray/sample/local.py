@@ -1,0 +1,73 @@
+"""A run's holder and coordinator in the process that trains, for runs of one rank that need no other process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from bss_ray.data.shards import Shards
+from bss_ray.sample.actors import CoordinatorActor, HolderActor, coordinator_settings
+from bss_ray.sample.plan import Tail
+from bss_ray.sample.scoring import Scoring
+from bss_ray.sample.state import Delivery
+from bss_ray.schedule.schedulers import Scheduler
+
+
+class InProcess:
+    """An object that is called as an actor's handle is: `handle.method.remote(...)` returns a reference.
+
+    Args:
+        target: whose methods are called, at once and in the calling thread.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> _Method:
+        return _Method(getattr(self._target, name))
+
+
+class _Method:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def remote(self, *args: Any) -> Any:
+        return ray.put(self._function(*args))
+
+
+class InProcessHolder:
+    """All rows' scores in one holder, as `Holders` of the coordinator and of whoever delivers measures.
+
+    The coordinator's thread plans ahead while the rank delivers, so they take turns.
+    """
+
+    def __init__(self, spans: list[tuple[int, int]]) -> None:
+        self._holder = HolderActor(spans)
+        self._turn = threading.RLock()
+
+    def start(self, method: str, *args: Any) -> list[Any]:
+        """References to the holder's result."""
+        return [ray.put(result) for result in self.map(method, *args)]
+
+    def map(self, method: str, *args: Any) -> list[Any]:
+        with self._turn:
+            return [self._holder.load(*args) if method == "load" else self._holder.call(method, *args)]
+
+    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
+        """Bring measures to the holder."""
+        with self._turn:
+            self._holder.call("receive", delivery, epoch=epoch, version=version, attempt=attempt)
+
+
+def start_here(
+    shards: Shards, *, scheduler: Scheduler, scoring: Scoring, seed: int, batch_size: int, tail: Tail
+) -> tuple[InProcessHolder, InProcess]:
+    """Holder and coordinator in this process; arguments as of `start_coordinator`."""
+    holder = InProcessHolder([(part.first_row, part.rows) for part in shards.parts])
+    settings = coordinator_settings(
+        rows=shards.rows, scheduler=scheduler, scoring=scoring, seed=seed, batch_size=batch_size, tail=tail
+    )
+    return holder, InProcess(CoordinatorActor(holder, None, settings))
