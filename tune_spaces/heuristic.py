@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tune_spaces import pacing
+from tune_spaces.criteria import momentum
+
 if TYPE_CHECKING:
     import optuna
 
-_RELEASED = {"burn_in": 0, "initial": 0.1, "grow_epochs": 40, "shape": "root", "power": 2.0, "refresh": False}
-
-# The released code (scores of the untrained model, kept for the whole run), then the same with this
-# package's default burn-in of one epoch.
-KNOWN_GOOD: list[dict[str, Any]] = [_RELEASED, {**_RELEASED, "burn_in": 1}]
+# Those of the pace, with scores that are kept for the whole run, as released.
+KNOWN_GOOD: list[dict[str, Any]] = [{**point, "refresh": False} for point in pacing.KNOWN_GOOD]
 
 
 def heuristic(trial: optuna.Trial) -> dict[str, Any]:
     """Settings of `bss-ray train` with BSS-H.
 
-    Knobs, ranges and why:
+    Knobs: those of `schedule`, and `momentum` (see `tune_spaces.criteria.momentum`) only where scores are
+    refreshed; it has no effect on the first ones.
 
-    * `burn_in` 0..5: 0 is the released code, which scores before any training.
-    * `initial` 0.05..0.6, logarithmic: it is a share, and from 0.6 on little is left to grow.
-    * `grow_epochs` 5..60, logarithmic: beyond the length of a run it means that the run never sees all rows.
-    * `shape` of the growth; `power` 1.5..4 only for `root` (1 would be `linear`), `steps` 2..10 only for `step`.
-    * `refresh`: False keeps the scores of the end of burn-in, as released; True makes new ones every
-      `update_interval` epochs, 1..8, and only then has `momentum` 0..0.9 an effect.
+    Not searched: how balance is measured (that is `criteria`). `scoring.accumulate` must be `ema` in the base
+    settings, the default: `sum` has no momentum and refuses one.
 
     Args:
         trial: the trial to ask.
@@ -32,23 +29,30 @@ def heuristic(trial: optuna.Trial) -> dict[str, Any]:
     Returns:
         Dotted settings: `scheduler.*` and `scoring.momentum`.
     """
-    settings: dict[str, Any] = {
-        "burn_in": trial.suggest_int("burn_in", 0, 5),
-        "initial": trial.suggest_float("initial", 0.05, 0.6, log=True),
-        "grow_epochs": trial.suggest_int("grow_epochs", 5, 60, log=True),
-        "shape": trial.suggest_categorical("shape", ["root", "linear", "geometric", "step"]),
-        "update_interval": 0,
-    }
-    if settings["shape"] == "root":
-        settings["power"] = trial.suggest_float("power", 1.5, 4.0)
-    if settings["shape"] == "step":
-        settings["steps"] = trial.suggest_int("steps", 2, 10)
-    momentum = 0.0
-    if trial.suggest_categorical("refresh", [False, True]):
-        settings["update_interval"] = trial.suggest_int("update_interval", 1, 8, log=True)
-        momentum = trial.suggest_float("momentum", 0.0, 0.9)
-    return {
-        "scheduler.class_path": "Heuristic",
-        **{f"scheduler.init_args.{name}": value for name, value in settings.items()},
-        "scoring.momentum": momentum,
-    }
+    settings = schedule(trial)
+    refreshed = settings["scheduler.init_args.update_interval"] > 0
+    return {**settings, "scoring.momentum": momentum(trial) if refreshed else 0.0}
+
+
+def schedule(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
+    """The scheduler alone.
+
+    Knobs, ranges and why:
+
+    * those of `tune_spaces.pacing.pacing`;
+    * `refresh`: False keeps the scores of the end of burn-in, as released; True makes new ones every
+      `update_interval` epochs;
+    * `update_interval` 1..8, logarithmic, only with `refresh`: 1, 2 and 4 differ more than 6, 7 and 8.
+
+    Args:
+        trial: the trial to ask.
+        prefix: of the knobs' names, for a space that uses these names for something else.
+
+    Returns:
+        Dotted settings: `scheduler.*`.
+    """
+    settings = pacing.pacing(trial, prefix)
+    interval = 0
+    if trial.suggest_categorical(f"{prefix}refresh", [False, True]):
+        interval = trial.suggest_int(f"{prefix}update_interval", 1, 8, log=True)
+    return {**settings, "scheduler.init_args.update_interval": interval}

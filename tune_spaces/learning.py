@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tune_spaces.criteria import momentum
+
 if TYPE_CHECKING:
     import optuna
 
@@ -25,11 +27,27 @@ KNOWN_GOOD: list[dict[str, Any]] = [_RELEASED, _PROTOTYPE, {**_PROTOTYPE, "momen
 def learning(trial: optuna.Trial) -> dict[str, Any]:
     """Settings of `bss-ray train` with BSS-L.
 
+    Knobs: those of `schedule`, and `momentum` (see `tune_spaces.criteria.momentum`).
+
+    Not searched: how balance is measured (that is `criteria`). `scoring.accumulate` must be `ema` in the base
+    settings, the default: `sum` has no momentum and refuses one.
+
+    Args:
+        trial: the trial to ask.
+
+    Returns:
+        Dotted settings: `scheduler.*` and `scoring.momentum`.
+    """
+    return {**schedule(trial), "scoring.momentum": momentum(trial)}
+
+
+def schedule(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
+    """The scheduler alone.
+
     Knobs, ranges and why:
 
     * `burn_in` 1..5: 0 would score a model that knows nothing.
     * `update_interval` 1..8, logarithmic: 1, 2 and 4 differ more than 6, 7 and 8.
-    * `momentum` 0..0.9: from 0.9 on a score remembers more than ten updates, longer than many runs.
     * `weight`: `linear` is the released code and has no temperature; `exponential` has one.
     * `temperature` 0.05..2, logarithmic. Weights of scores 1 and -1 differ by exp(2 / temperature): at 2 by
       a factor of 3, nearly uniform; at 0.05 by e^40, nearly the choice of the best rows only.
@@ -42,24 +60,24 @@ def learning(trial: optuna.Trial) -> dict[str, Any]:
 
     Args:
         trial: the trial to ask.
+        prefix: of the knobs' names, for a space that uses these names for something else.
 
     Returns:
-        Dotted settings: `scheduler.*` and `scoring.momentum`.
+        Dotted settings: `scheduler.*`.
     """
     settings: dict[str, Any] = {
-        "burn_in": trial.suggest_int("burn_in", 1, 5),
-        "update_interval": trial.suggest_int("update_interval", 1, 8, log=True),
-        "uniform_mix": trial.suggest_float("uniform_mix", 0.0, 0.5),
-        "fraction": trial.suggest_float("fraction", 0.3, 1.0, step=0.05),
+        "burn_in": trial.suggest_int(f"{prefix}burn_in", 1, 5),
+        "update_interval": trial.suggest_int(f"{prefix}update_interval", 1, 8, log=True),
+        "uniform_mix": trial.suggest_float(f"{prefix}uniform_mix", 0.0, 0.5),
+        "fraction": trial.suggest_float(f"{prefix}fraction", 0.3, 1.0, step=0.05),
         "temperature": None,
         "grow_epochs": None,
     }
-    if trial.suggest_categorical("weight", ["linear", "exponential"]) == "exponential":
-        settings["temperature"] = trial.suggest_float("temperature", 0.05, 2.0, log=True)
-    if settings["fraction"] < 1 and trial.suggest_categorical("grows", [False, True]):
-        settings["grow_epochs"] = trial.suggest_int("grow_epochs", 5, 60, log=True)
+    if trial.suggest_categorical(f"{prefix}weight", ["linear", "exponential"]) == "exponential":
+        settings["temperature"] = trial.suggest_float(f"{prefix}temperature", 0.05, 2.0, log=True)
+    if settings["fraction"] < 1 and trial.suggest_categorical(f"{prefix}grows", [False, True]):
+        settings["grow_epochs"] = trial.suggest_int(f"{prefix}grow_epochs", 5, 60, log=True)
     return {
         "scheduler.class_path": "Learning",
         **{f"scheduler.init_args.{name}": value for name, value in settings.items()},
-        "scoring.momentum": trial.suggest_float("momentum", 0.0, 0.9),
     }
