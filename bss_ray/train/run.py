@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import abspath
 from typing import Any
@@ -123,7 +123,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     """
     scaling = _scaling(config)
     check_resources(scaling, settle_engine(scaling, config.scoring)[0])
-    splits = _load_shards(config, on_message)
+    splits = load_shards(config, on_message)
     if config.initial_checkpoint is not None:
         read_weights(config.initial_checkpoint)  # before anything is started
     choose_by = check_choice(config.choose_by, splits["train"].columns)
@@ -136,24 +136,9 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
         )
 
     with _recording(folder, on_message) as record:
-        trainer = BalancedTrainer(
-            default_loop,
-            dataset=splits["train"],
-            validation=splits["validation"],
-            # Burn-in is for runs without scores.
-            scheduler=config.scheduler if config.initial_checkpoint is None else replace(config.scheduler, burn_in=0),
-            measurer=config.measurer,
-            scoring=config.scoring,
-            initial_scores=config.initial_scores,
-            batch_size=config.batch_size,
-            tail=config.tail,
-            seed=config.seed,
-            train_loop_config=LoopArgs(
-                loop=config.loop,
-                model=config.model,
-                seed=config.seed,
-                initial_checkpoint=None if config.initial_checkpoint is None else abspath(config.initial_checkpoint),
-            ),
+        trainer = make_trainer(
+            config,
+            splits,
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=folder.path.name,
@@ -184,6 +169,36 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
 # ---- parts ------------------------------------------------------------------------------------
 
 
+def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> BalancedTrainer:
+    """The trainer of a run of the default loop.
+
+    Args:
+        config: what is trained, and how.
+        splits: shards by split, of `load_shards`; validation may be None.
+        **placed: where it runs and who looks on: the other arguments of `BalancedTrainer`.
+    """
+    return BalancedTrainer(
+        default_loop,
+        dataset=splits["train"],
+        validation=splits["validation"],
+        # Burn-in is for runs without scores.
+        scheduler=config.scheduler if config.initial_checkpoint is None else replace(config.scheduler, burn_in=0),
+        measurer=config.measurer,
+        scoring=config.scoring,
+        initial_scores=config.initial_scores,
+        batch_size=config.batch_size,
+        tail=config.tail,
+        seed=config.seed,
+        train_loop_config=LoopArgs(
+            loop=config.loop,
+            model=config.model,
+            seed=config.seed,
+            initial_checkpoint=None if config.initial_checkpoint is None else abspath(config.initial_checkpoint),
+        ),
+        **placed,
+    )
+
+
 def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
@@ -196,8 +211,12 @@ def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu)
 
 
-def _load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
-    """Shards of all splits, checked; nothing is trained before all of them are sound."""
+def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
+    """Shards of all splits (None where there are none), checked; nothing is trained before all of them are sound.
+
+    Raises:
+        DataError: the data breaks a rule.
+    """
     columns = config.columns or (AV_DIGITS_COLUMNS if config.data == AV_DIGITS else None)
     if columns is None:
         raise DataError(
@@ -270,9 +289,18 @@ def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoin
     """The checkpoint of the best epoch on validation (the last where there is none), and its metrics."""
     scored = [(saved, row) for saved, row in outcome.best_checkpoints or [] if metric in row]
     if scored:
-        sign = -1 if is_error(metric) else 1
-        return max(scored, key=lambda pair: (sign * pair[1][metric], -pair[1]["epoch"]))
+        return max(scored, key=lambda pair: _rank(pair[1], metric))
     return outcome.checkpoint, outcome.metrics
+
+
+def best_row(history: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The metrics of the epoch that `metric` chooses; of equal ones the first."""
+    return max(history, key=lambda row: _rank(row, metric))
+
+
+def _rank(row: dict[str, Any], metric: str) -> tuple[float, int]:
+    value = row[metric] if math.isfinite(row[metric]) else -math.inf
+    return (-value if is_error(metric) and math.isfinite(value) else value), -row["epoch"]
 
 
 def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -282,9 +310,14 @@ def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
 @ray.remote
 def _test_checkpoint(config: TrainConfig, saved: SavedCheckpoint, shards: Shards) -> dict[str, float]:
     """Test metrics of a checkpoint's model."""
+    return test_model(config, saved.state("model"), shards)
+
+
+def test_model(config: TrainConfig, state: dict[str, Any], shards: Shards) -> dict[str, float]:
+    """Test metrics of the model with these weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, shards).to(device)
-    model.load_state_dict(saved.state("model", map_location=device))
+    model.load_state_dict(state)
     metrics = HeadMetrics(shards.columns.modalities, shards.num_classes, device, shards.columns.task)
     size = config.loop.eval_batch_size
     batches = (

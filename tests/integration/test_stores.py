@@ -26,7 +26,7 @@ from bss_ray.data.lance import LanceStore
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import ObjectStore, StoreConfig
 from bss_ray.errors import DataError, StorageError
-from bss_ray.train.run import TrainConfig, _load_shards
+from bss_ray.train.run import TrainConfig, load_shards
 from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -418,7 +418,7 @@ def test_the_command_keeps_rows_on_disk_and_finds_them_again(tmp_path: Path) -> 
     seen = []
     for kinds in ({"status", "shards"}, {"status"}):  # the second finds both splits: no shard is made
         told: list[dict[str, Any]] = []
-        shards = _load_shards(config, told.append)
+        shards = load_shards(config, told.append)
         assert {message["kind"] for message in told} == kinds
         seen.append([path.stat().st_mtime_ns for path in sorted(files_in(tmp_path / "cache"))])
     assert shards["train"].rows == shards["validation"].rows == len(columns["label"])
