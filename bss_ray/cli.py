@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bss_ray.errors import BssRayError
-from bss_ray.settings import instantiate, resolved, train_parser
+from bss_ray.settings import instantiate, make, resolved, train_parser
 
 STOPPED = 130  # what shells expect after ctrl-C
 
@@ -27,7 +27,7 @@ def train_command(argv: Sequence[str]) -> int:
     from bss_ray.train.folder import RunFolder  # after --help and wrong options: Ray takes seconds
     from bss_ray.train.run import TrainConfig, train
 
-    config = instantiate(parser, settings, TrainConfig)
+    config = make(TrainConfig, instantiate(parser, settings))
     folder = RunFolder(config.storage_path, config.name)
     resumed = folder.claim(resolved(parser, settings))
 
@@ -99,7 +99,14 @@ def score_command(argv: Sequence[str]) -> int:
     return command.score_command(argv)
 
 
-COMMANDS = {"train": train_command, "score": score_command}
+def tune_command(argv: Sequence[str]) -> int:
+    """`bss-ray tune`; returns the exit code."""
+    from bss_ray.tune import command  # likewise
+
+    return command.tune_command(argv)
+
+
+COMMANDS = {"train": train_command, "score": score_command, "tune": tune_command}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +148,7 @@ _USAGE = """usage: bss-ray COMMAND [options]
 
   train    train a multi-modal model with balance-aware sampling; without options, a demo
   score    score the rows of any data set with a model and its weights; without options, the demo's
+  tune     search the sampler's settings, and compare the best with uniform sampling; without options, a demo
 
 bss-ray COMMAND --help shows a command's options. Settings come from YAML (--config FILE) and dotted
 options (--scheduler.temperature 0.25); --print_config prints all of them. A run that was stopped goes

@@ -12,6 +12,7 @@ and the remedy. What only a bug can cause is an `assert`.
     ├── CheckpointError (ValueError)    a checkpoint of other data, seed or format, or a damaged one
     ├── ResourceError (ValueError)      what the cluster can never provide
     ├── ScoringError (RuntimeError)     scores that could not be updated, again and again
+    ├── SearchError (RuntimeError)      a search none of whose trials ran to its end
     ├── StorageError (OSError)          a folder that cannot be written or read
     └── MissingDependencyError (ImportError)   an optional package that is not installed
 
@@ -66,6 +67,10 @@ class ResourceError(BssRayError, ValueError):
 
 class ScoringError(BssRayError, RuntimeError):
     """Scores could not be updated, more often in a row than is allowed."""
+
+
+class SearchError(BssRayError, RuntimeError):
+    """A search has no trial that ran to its end."""
 
 
 class StorageError(BssRayError, OSError):

@@ -96,7 +96,7 @@ def train_parser(argv: Sequence[str]) -> ArgumentParser:
         "data set AV-Digits with 40 % of its training pairs mixed up.",
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
-    add_training_arguments(parser, _named_scheduler(argv))
+    add_training_arguments(parser, named_scheduler(argv))
     return parser
 
 
@@ -134,7 +134,7 @@ def _scheduler_class(name: str) -> type[Scheduler]:
     return SCHEDULERS.get(name.rpartition(".")[2], Uniform)
 
 
-def _named_scheduler(argv: Sequence[str], prefix: str = "") -> str | None:
+def named_scheduler(argv: Sequence[str], prefix: str = "") -> str | None:
     """The scheduler that options or a `--config` file name."""
     option = f"--{prefix}scheduler"
     name = _option(argv, option) or _option(argv, f"{option}.class_path")
@@ -164,28 +164,35 @@ def resolved(parser: ArgumentParser, settings: Namespace) -> str:
     return str(parser.dump(settings, skip_unset=False))
 
 
-def instantiate(parser: ArgumentParser, settings: Namespace, kind: type[_T]) -> _T:
-    """The settings as an instance of their dataclass `kind`.
+def instantiate(parser: ArgumentParser, settings: Namespace) -> Namespace:
+    """The settings with their classes instantiated; `make` turns them into a dataclass.
 
     Raises:
         BssRayError: a setting is out of its range.
     """
     try:
-        return make(kind, parser.instantiate(settings))
+        made: Namespace = parser.instantiate(settings)
+        return made
     except ValueError as error:
         # An optional setting's own error comes wrapped into one about its union type.
         raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
 
 
-def make(kind: type[_T], made: Namespace) -> _T:
-    """An instance of the dataclass `kind` from instantiated settings; models become a `ModelSpec`."""
+def make(kind: type[_T], made: Namespace, **others: Any) -> _T:
+    """An instance of the dataclass `kind` from instantiated settings; models become a `ModelSpec`.
+
+    Args:
+        kind: the dataclass.
+        made: of `instantiate`, or a group of them.
+        **others: fields that are given otherwise.
+    """
     from bss_ray.train.loop import ModelSpec
 
     values = {one.name: made[one.name] for one in fields(kind) if one.name in made}  # type: ignore[arg-type]
     if (model := values.get("model")) is not None:
         init_args = model.get("init_args")
         values["model"] = ModelSpec(class_path=model.class_path, init_args=init_args.as_dict() if init_args else {})
-    return kind(**values)
+    return kind(**{**values, **others})
 
 
 # ---- settings as a tree -----------------------------------------------------------------------
@@ -239,7 +246,7 @@ def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
     scheduler = _at(tree, "scheduler.class_path")
     add_training_arguments(parser, None if scheduler is None else str(scheduler))
     settings = parser.parse_object(dict(tree))
-    return instantiate(parser, settings, TrainConfig), resolved(parser, settings)
+    return make(TrainConfig, instantiate(parser, settings)), resolved(parser, settings)
 
 
 def _at(tree: Any, name: str) -> Any:

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from bss_ray.cli import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
-from bss_ray.settings import MODEL_HELP, Parser, instantiate
+from bss_ray.settings import MODEL_HELP, Parser, instantiate, make
 
 _DESCRIPTION = (
     "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
@@ -51,7 +51,7 @@ def score_command(argv: Sequence[str]) -> int:
     from bss_ray.train.folder import RunFolder
     from bss_ray.train.weights import read_weights
 
-    config = instantiate(parser, settings, ScoreConfig)
+    config = make(ScoreConfig, instantiate(parser, settings))
     job = resolve(config, read_weights(config.checkpoint, config.storage_path))
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     resumed = folder.claim(job.to_yaml())

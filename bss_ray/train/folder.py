@@ -87,7 +87,7 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         if not path.exists():
-            _replace(path, config)
+            write_whole(path, config)
             return False
         there, here = _flatten(_parse(path)), _flatten(yaml.safe_load(config))
         changed = [
@@ -138,12 +138,16 @@ class RunFolder:
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{path} is damaged ({error}). Remove it and give the same command again") from error
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the folder whole or not at all."""
+        write_whole(self.path / name, text)
+
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as complete."""
-        _replace(self.path / self._result_file, json.dumps(result, indent=1))
+        write_whole(self.path / self._result_file, json.dumps(result, indent=1))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:

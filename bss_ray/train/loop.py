@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
-import ray.train.torch
 import torch
 from torch import nn
 
@@ -133,7 +132,7 @@ def default_loop(args: LoopArgs) -> None:
     precision = resolve_precision(config.precision, sampler.device)
 
     torch.manual_seed(args.seed)
-    model = ray.train.torch.prepare_model(build_model(args.model, sampler.shards))
+    model = sampler.prepare(build_model(args.model, sampler.shards))
     optimizer = _optimizer(config, model)
     lr_schedule = _lr_schedule(config, optimizer)
     scaler = torch.amp.GradScaler(sampler.device.type, enabled=precision == "fp16")
@@ -228,5 +227,5 @@ def _lr_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer) -> torch.
 def _seed_step(seed: int, sampler: Sampler) -> None:
     """Seed dropout and the like by position, so that a resumed run continues with the same numbers."""
     position = sampler.position
-    entropy = [seed, position.epoch, position.batch, ray.train.get_context().get_world_rank()]
+    entropy = [seed, position.epoch, position.batch, sampler.rank]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

@@ -121,7 +121,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     Raises:
         BssRayError: see `BalancedTrainer.fit`.
     """
-    scaling = _scaling(config)
+    scaling = train_scaling(config)
     check_resources(scaling, settle_engine(scaling, config.scoring)[0])
     splits = load_shards(config, on_message)
     if config.initial_checkpoint is not None:
@@ -199,7 +199,12 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
     )
 
 
-def _scaling(config: TrainConfig) -> ray.train.ScalingConfig:
+def train_scaling(config: TrainConfig) -> ray.train.ScalingConfig:
+    """Ranks of a run, on the cluster that Ray is connected to.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
     use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu

@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +43,6 @@ from bss_ray.train.checkpoint import (
 )
 from bss_ray.train.engines import Engine, EngineContext, make_engine
 from bss_ray.train.observed import Observed, Sums
-from bss_ray.train.ranks import Ranks
 from bss_ray.train.session import Session, TrainSession
 from bss_ray.train.updates import ScoreUpdates
 
@@ -72,7 +71,7 @@ class SamplerContext:
     scoring: Scoring
     seed: int
     initial_scores: SavedScores | None = None
-    session: Session = TrainSession()  # noqa: RUF009 (it has no state)
+    session: Session = field(default_factory=TrainSession)
 
 
 class Sampler:
@@ -82,6 +81,7 @@ class Sampler:
         shards: the training rows.
         measurer: how rows are measured; its `loss` is the training loss of the method.
         device: this rank's device.
+        rank: number of this rank among all, from 0.
         loss_scale: of the batch at hand: multiply its *mean* loss by it. DDP averages gradients over
             ranks; so scaled they are those of the mean over the global batch.
         resumed: whether this attempt goes on from a checkpoint.
@@ -93,7 +93,8 @@ class Sampler:
         self.device = ray.train.torch.get_device()
         self.loss_scale = 1.0
         self._context = context
-        self._ranks = Ranks.here()
+        self._ranks = context.session.ranks()
+        self.rank = self._ranks.rank
         self._loader, self._validation = self._make_loaders()
         self._plan: Plan | None = None
         self._ended = False
@@ -137,6 +138,13 @@ class Sampler:
         )
 
     # ---- the loop -----------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """`ray.train.torch.prepare_model`: the model on this rank's device, wrapped by DDP among several ranks."""
+        if self._ranks.count == 1:  # which also works in a trial of a search, where Ray Train's functions do not
+            return model.to(self.device)
+        prepared: nn.Module = ray.train.torch.prepare_model(model)
+        return prepared
 
     def restore(self, *, model: nn.Module, **stateful: Stateful) -> bool:
         """Load model, optimiser and the like from the checkpoint, if this run goes on from one.

@@ -7,9 +7,15 @@ from typing import Any, Protocol
 
 import ray.train
 
+from bss_ray.train.ranks import Ranks
+
 
 class Session(Protocol):
-    """What a rank needs of whoever keeps its checkpoints."""
+    """What a rank needs of whoever runs it and keeps its checkpoints."""
+
+    def ranks(self) -> Ranks:
+        """The calling rank among all."""
+        ...
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
         """The checkpoint to go on from."""
@@ -21,10 +27,20 @@ class Session(Protocol):
 
 
 class TrainSession:
-    """Ray Train keeps them; with `num_workers=0` it keeps none."""
+    """Ray Train keeps them; with `num_workers=0` it keeps none.
+
+    Args:
+        start: checkpoint, of another run of the same data and seed, to begin with where there is none of this run.
+    """
+
+    def __init__(self, start: ray.train.Checkpoint | None = None) -> None:
+        self._start = start
+
+    def ranks(self) -> Ranks:
+        return Ranks.here()
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
-        return ray.train.get_checkpoint()
+        return ray.train.get_checkpoint() or self._start
 
     def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
         ray.train.report(dict(row), checkpoint=checkpoint)

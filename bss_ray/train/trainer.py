@@ -61,7 +61,7 @@ class BalancedTrainer:
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
         initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`) that the
             first epoch is drawn from; there is no burn-in then.
-        session: with `num_workers=0`, keeps the run's checkpoints; default: nobody does.
+        session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
             "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
 

@@ -1,0 +1,122 @@
+"""What a person sees of a search: a live table of trials on a terminal, a line per finished trial in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bss_ray.tune.config import TuneConfig
+from bss_ray.tune.insight import show
+
+_ROWS = 12
+_STATES = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
+
+
+class SearchDisplay:
+    """Shows the messages of a search.
+
+    Args:
+        config: of the search.
+        console: to show them on.
+    """
+
+    def __init__(self, config: TuneConfig, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._config = config
+        self._metric = ""
+        self._status = ""
+        self._trials: dict[int, dict[str, Any]] = {}
+        self._started = time.monotonic()
+        self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> SearchDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def status(self, text: str) -> None:
+        """What is being done now."""
+        if text == self._status:
+            return
+        self._status = text
+        if not self.console.is_terminal:
+            self.say(f"[{time.monotonic() - self._started:5.1f} s] {text}")
+
+    def on_message(self, message: Mapping[str, Any]) -> None:
+        """A message of the search (see `bss_ray.tune.tuner.tune`)."""
+        if message["kind"] == "status":
+            self.status(message["text"])
+        elif message["kind"] == "notice":
+            self.say(message["text"])
+        elif message["kind"] == "comparison":
+            self.status(f"comparing the best with uniform sampling: {message['done']} of {message['of']} runs")
+        elif message["kind"] == "trial":
+            self._trial(message)
+
+    def _trial(self, message: Mapping[str, Any]) -> None:
+        known = self._trials.setdefault(message["number"], {"epoch": 0, "values": None})
+        known.update({name: value for name, value in message.items() if value is not None})
+        if message["state"] == "running":
+            self.status("searching")
+        elif not self.console.is_terminal:
+            self.say(
+                f"trial {message['number']:3d} {_STATES[message['state']]:7s} {self._shown(known)}  {_knobs(known)}"
+            )
+
+    def _shown(self, trial: Mapping[str, Any]) -> str:
+        if trial["state"] == "fail":
+            return str(trial["cause"])
+        return " ".join(show(name, value) for name, value in zip(self._names(), trial["values"] or [], strict=False))
+
+    def _names(self) -> list[str]:
+        return list(self._config.metrics or [self._config.train.choose_by or "val_accuracy_fused"])
+
+    def _table(self) -> Group:
+        """Running trials, then the finished ones, the last first."""
+        running = [trial for trial in self._trials.values() if trial["state"] == "running"]
+        others = [trial for trial in reversed(self._trials.values()) if trial["state"] != "running"]
+        epochs = self._config.train.loop.epochs * self._config.seeds
+        counts = ", ".join(
+            f"{sum(trial['state'] == state for trial in self._trials.values())} {word}"
+            for state, word in _STATES.items()
+        )
+        seconds = time.monotonic() - self._started
+        head = Text(f"{self._status}  {counts} of {self._config.trials} trials, {seconds:.0f} s")
+        table = Table("trial", "state", "epochs", ", ".join(self._names()), "knobs", box=None, pad_edge=False)
+        for trial in [*running, *others][:_ROWS]:
+            done = f"{trial['epoch']}/{epochs}" if trial["epoch"] else ""
+            table.add_row(str(trial["number"]), _STATES[trial["state"]], done, self._shown(trial), _knobs(trial))
+        return Group(head, table) if self._trials else Group(head)
+
+    def _count(self, state: str) -> int:
+        return sum(trial["state"] == state for trial in self._trials.values())
+
+    def show(self, result: Mapping[str, Any], folder: Path) -> None:
+        """The end of a search."""
+        from bss_ray.report.study import study_table
+        from bss_ray.tune.record import load_study
+
+        study = load_study(self._config.storage, self._config.name, folder)
+        self.console.print(study_table(study, result["comparison"], folder))
+
+
+def _knobs(trial: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in trial["params"].items()
+    )

@@ -1,0 +1,163 @@
+"""Settings of `bss-ray tune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from bss_ray.errors import ConfigError, nearest
+from bss_ray.train.run import TrainConfig
+
+LOGGERS = ("mlflow", "wandb")
+
+Algorithm = Literal["tpe", "random", "pbt"]
+Aggregate = Literal["mean", "lower"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """Asynchronous successive halving (ASHA): of the trials that come to a rung, the better ones go on.
+
+    Args:
+        enabled: stop trials early; null does where there is one metric and the algorithm is not pbt.
+        grace_epochs: epochs until the first rung; over all seeds of the trial.
+        reduction: the best one in so many goes on from a rung; the next rung is so many times as far.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    enabled: bool | None = None
+    grace_epochs: int = 4
+    reduction: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("grace_epochs", 1), ("reduction", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"pruning.{name} must be at least {least}; received {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """Population-based training: trials train side by side, and now and then the worst go on from the best's
+    checkpoint with changed temperature, momentum and fraction.
+
+    Args:
+        interval: epochs between two exchanges.
+        quantile: share of the trials that are replaced, and as many are copied, in (0, 0.5].
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    interval: int = 3
+    quantile: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ConfigError(f"population.interval must be at least 1; received {self.interval}")
+        if not 0 < self.quantile <= 0.5:
+            raise ConfigError(f"population.quantile must lie in (0, 0.5]; received {self.quantile}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Settings of `bss-ray tune`.
+
+    Args:
+        train: settings of `bss-ray train` that all trials share.
+        space: what is searched: `learning`, `heuristic`, `pacing`, `criteria`, `full`, or your own `module:function`.
+        trials: of the whole search, finished ones of earlier commands included.
+        metrics: what is made best, on validation, in the epoch that `train.choose_by` chooses; null takes
+            `train.choose_by`. Several: a Pareto front. Beside the metrics of `bss-ray train` there are `seconds` of
+            training, and `val_accuracy_weaker` (likewise of the other metrics), that of the weaker modality.
+        algorithm: `tpe`, `random`, or `pbt`, population-based training of `trials` trials.
+        seeds: training runs of each trial, with seeds `train.seed`, `train.seed` + 1, ...
+        aggregate: what a trial of several seeds is worth: their `mean`, or the `lower` bound of its 95 % interval (for
+            an error the upper one).
+        pruning: stops trials early.
+        population: of `pbt`.
+        seed: of the search.
+        compare_seeds: seeds of the comparison at the end, of the best trial with uniform sampling; 0: none.
+        max_concurrent: trials at a time; null: as many as the cluster has room for.
+        cpus_per_trial: CPUs of a trial of one worker.
+        gpus_per_trial: share of a GPU of a trial of one worker; null takes 1 where workers use GPUs.
+        storage: Optuna storage: a URL, or a journal file; null keeps `study.journal` in the search's folder.
+        loggers: beside Ray Tune's own CSV, JSON and TensorBoard: `mlflow`, `wandb`.
+        name: of the search; the same name and settings: it goes on where it stopped.
+        storage_path: folder of all runs and searches.
+        ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
+        verbose: show what Ray prints.
+
+    Raises:
+        ConfigError: a setting is unknown, out of its range, or contradicts another.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    space: str = "learning"
+    trials: int = 16
+    metrics: tuple[str, ...] | None = None
+    algorithm: Algorithm = "tpe"
+    seeds: int = 1
+    aggregate: Aggregate = "mean"
+    pruning: Pruning = field(default_factory=Pruning)
+    population: Population = field(default_factory=Population)
+    seed: int = 0
+    compare_seeds: int = 3
+    max_concurrent: int | None = None
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float | None = None
+    storage: str | None = None
+    loggers: tuple[str, ...] = ()
+    name: str = "tune"
+    storage_path: str = "runs"
+    ray_address: str | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("algorithm", self.algorithm, get_args(Algorithm)),
+            ("aggregate", self.aggregate, get_args(Aggregate)),
+            *(("logger", logger, LOGGERS) for logger in self.loggers),
+        ):
+            if value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+        for name, least in (("trials", 1), ("seeds", 1), ("compare_seeds", 0), ("max_concurrent", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}; received {value}")
+        for name in ("cpus_per_trial", "gpus_per_trial"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} cannot be negative; received {value}")
+        if self.metrics is not None and not self.metrics:
+            raise ConfigError("metrics must name at least one metric, or be null")
+        if self.aggregate == "lower" and self.seeds < 2:
+            raise ConfigError(
+                f"aggregate=lower is a bound over seeds and needs at least two; received seeds={self.seeds}"
+            )
+        if self.prunes and len(self.metrics or ()) > 1:
+            raise ConfigError(
+                "pruning.enabled=true compares trials by one number, and there are several metrics: "
+                f"{list(self.metrics or ())}. Leave pruning.enabled at null, or name one metric"
+            )
+        if self.algorithm == "pbt":
+            self._check_population()
+
+    def _check_population(self) -> None:
+        if self.prunes:
+            raise ConfigError("algorithm=pbt replaces trials instead of pruning them; leave pruning.enabled at null")
+        if self.seeds > 1 or len(self.metrics or ()) > 1:
+            raise ConfigError(
+                "algorithm=pbt compares trials in the middle of training, by one metric and with one seed; received "
+                f"seeds={self.seeds}, metrics={list(self.metrics or ())}"
+            )
+        if self.trials < 2:
+            raise ConfigError(f"algorithm=pbt needs a population of at least two trials; received trials={self.trials}")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether trials are stopped early."""
+        if self.pruning.enabled is None:
+            return len(self.metrics or ()) <= 1 and self.algorithm != "pbt"
+        return self.pruning.enabled

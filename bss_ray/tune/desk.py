@@ -1,0 +1,130 @@
+"""Between Ray Tune, which executes trials, and the record, which knows them: asks for trials and tells their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from bss_ray.train.trainer import OnMessage, user_error
+from bss_ray.tune.burn_in import BurnIns
+from bss_ray.tune.record import SearchRecord, TrialSpec
+
+
+def as_config(spec: TrialSpec) -> dict[str, Any]:
+    return {
+        "number": spec.number,
+        "settings": spec.settings,
+        "folder": spec.folder,
+        "earlier": spec.earlier_folders(),
+    }
+
+
+class _Unsaved:
+    """Ray Tune writes itself to a file, to restore a search from; ours are restored from the record."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object, ()
+
+
+class Asking(_Unsaved, Searcher):  # type: ignore[misc]
+    """Ray Tune's searcher: asks the record for the next trial. It has no state of its own."""
+
+    def __init__(self, record: SearchRecord) -> None:
+        super().__init__()
+        self._record = record
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        spec = self._record.next_trial()
+        return self.FINISHED if spec is None else {"trial": as_config(spec)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The desk tells the record."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The record is saved anyway."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
+    """Tells the record, and whoever looks on, what becomes of each trial."""
+
+    def __init__(self, record: SearchRecord, burn_ins: BurnIns, on_message: OnMessage) -> None:
+        self._record, self._burn_ins, self._on_message = record, burn_ins, on_message
+        # A trial that population-based training replaces has another's configuration from then on.
+        self._numbers: dict[str, int] = {}
+        self._running: set[int] = set()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether trials were interrupted."""
+        return bool(self._running)
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
+        self._running.add(number)
+        self._tell(number, "running")
+
+    def has_reported(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Note a report; whether the trial is pruned."""
+        number = self._numbers[trial_id]
+        self._record.note_changes(number, result["epochs_done"], result["config"]["trial"]["settings"])
+        pruned = self._record.report(number, result["epochs_done"], result["trial"])
+        self._tell(number, "running", epoch=result["epochs_done"], values=result["trial"]["values"])
+        return pruned
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        number = self._numbers[trial.trial_id]
+        outcome = (trial.last_result or {}).get("trial", {})
+        state = self._record.end(number, outcome)
+        self._burn_ins.release(trial.trial_id)
+        if state is not None:
+            self._running.discard(number)
+            self._tell(number, state.name.lower(), values=outcome["values"])
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
+        self._record.fail(number, cause_of(trial))
+        self._burn_ins.release(trial.trial_id)
+        self._running.discard(number)
+        self._tell(number, "fail")
+
+    def _tell(self, number: int, state: str, **more: Any) -> None:
+        trial = self._record.study.trials[number]
+        told = {"kind": "trial", "number": number, "state": state, "params": trial.params, **more}
+        self._on_message({**told, "cause": trial.user_attrs.get("cause", "")})
+
+
+class Pruning(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]
+    """Ray Tune's stopper: sees each report before any scheduler."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return self._desk.has_reported(trial_id, result)
+
+    def stop_all(self) -> bool:
+        return False
+
+
+def cause_of(trial: Trial) -> str:
+    """Why a trial failed, in a line."""
+    if trial.pickled_error_file is None:
+        return "unknown"
+    # From where it was written: it reaches the storage only later.
+    error = user_error(ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "its process ran out of memory and was killed"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died: it was killed, or it crashed"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,100 @@
+"""What a trial is worth: from the metrics of its epochs to the numbers that the search compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bss_ray.data.columns import Columns
+from bss_ray.errors import ConfigError, nearest
+from bss_ray.names import FUSED
+from bss_ray.train.metrics import is_error, metric_names
+from bss_ray.train.run import best_row, check_choice
+from bss_ray.tune.insight import Interval
+
+SECONDS = "seconds"
+_WEAKER = "weaker"
+_PARTS = ("seconds_scoring", "seconds_planning", "seconds_training")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is made best.
+
+    Attributes:
+        metrics: their names.
+        choose_by: validation metric that chooses the epoch.
+        modalities: of the data.
+        aggregate: of several seeds: `mean`, or the bound of its 95 % interval on the worse side.
+    """
+
+    metrics: tuple[str, ...]
+    choose_by: str
+    modalities: tuple[str, ...]
+    aggregate: str = "mean"
+
+    @staticmethod
+    def of(metrics: Sequence[str] | None, choose_by: str | None, columns: Columns, aggregate: str) -> Objective:
+        """The objective of these settings.
+
+        Raises:
+            ConfigError: there is no such metric; names the nearest.
+        """
+        chosen = check_choice(choose_by, columns)
+        names = metric_names("val", columns.modalities, columns.task)
+        weaker = {name.removesuffix(FUSED) + _WEAKER for name in names if name.endswith(f"_{FUSED}")}
+        known = [*names, *sorted(weaker), SECONDS]
+        wanted = tuple(metrics or (chosen,))
+        for name in wanted:
+            if name not in known:
+                raise ConfigError(f"metrics: {name!r} is no validation metric; {nearest(name, known)}")
+        if len(set(wanted)) < len(wanted):
+            raise ConfigError(f"metrics must differ; received {list(wanted)}")
+        return Objective(wanted, chosen, columns.modalities, aggregate)
+
+    @property
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
+        """Of the metrics, as Optuna has them."""
+        return ["minimize" if self._lower_is_better(name) else "maximize" for name in self.metrics]
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Direction of the first metric, as Ray Tune has it."""
+        return "min" if self._lower_is_better(self.metrics[0]) else "max"
+
+    def values(self, history: Sequence[dict[str, Any]]) -> list[float]:
+        """The metrics of one training run so far: of its best epoch, and of all its seconds."""
+        best = best_row(history, self.choose_by)
+        return [self.seconds(history) if name == SECONDS else self._value(name, best) for name in self.metrics]
+
+    def best_epoch(self, history: Sequence[dict[str, Any]]) -> int:
+        """The epoch that `choose_by` chooses."""
+        return int(best_row(history, self.choose_by)["epoch"])
+
+    def seconds(self, history: Sequence[dict[str, Any]]) -> float:
+        """Seconds of training, planning and scoring of all epochs."""
+        return float(sum(row[part] for row in history for part in _PARTS))
+
+    def combine(self, seed_values: Sequence[Sequence[float]]) -> list[float]:
+        """One number a metric, from those of each seed: (seeds, metrics) -> (metrics,)."""
+        columns = np.asarray(seed_values, dtype=np.float64).T
+        return [self._combined(name, column) for name, column in zip(self.metrics, columns, strict=True)]
+
+    def _combined(self, name: str, values: np.ndarray) -> float:
+        over_seeds = Interval.of(values.tolist())
+        if self.aggregate == "mean" or over_seeds.half_width is None:
+            return over_seeds.mean
+        half = over_seeds.half_width
+        return over_seeds.mean + half if self._lower_is_better(name) else over_seeds.mean - half
+
+    def _value(self, name: str, row: dict[str, Any]) -> float:
+        if not name.endswith(f"_{_WEAKER}"):
+            return float(row[name])
+        of_modalities = [float(row[name.removesuffix(_WEAKER) + modality]) for modality in self.modalities]
+        return max(of_modalities) if self._lower_is_better(name) else min(of_modalities)
+
+    def _lower_is_better(self, name: str) -> bool:
+        return name == SECONDS or is_error(name)

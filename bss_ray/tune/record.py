@@ -1,0 +1,308 @@
+"""The record of a search: an Optuna study. It is all that outlives the driver, and what the next trial is chosen from.
+
+Ray Tune only executes. A trial is asked for here and its end is told here, so that a search that was killed goes on
+from what the study says: finished trials are kept, and those that were running start again from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from bss_ray.errors import ConfigError, StorageError
+from bss_ray.tune.config import TuneConfig
+from bss_ray.tune.objective import Objective
+from bss_ray.tune.space import SearchSpace
+
+JOURNAL = "study.journal"
+# A search whose first trials all fail has a fault that more trials do not mend.
+_HOPELESS = 10
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """A trial that is to be run.
+
+    Attributes:
+        number: of the study.
+        settings: dotted settings of `bss-ray train`.
+        attempt: how often it was started before.
+    """
+
+    number: int
+    settings: dict[str, Any]
+    attempt: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Name of this attempt's folder."""
+        return _folder(self.number, self.attempt)
+
+    def earlier_folders(self) -> list[str]:
+        """Names of the folders of earlier attempts, the last one first."""
+        return [_folder(self.number, attempt) for attempt in reversed(range(self.attempt))]
+
+
+def _folder(number: int, attempt: int) -> str:
+    return f"{number:05d}" if attempt == 0 else f"{number:05d}-again-{attempt}"
+
+
+def open_storage(storage: str | None, folder: Path) -> BaseStorage:
+    """The storage of studies.
+
+    Args:
+        storage: URL or journal file; None: the journal in the search's folder.
+        folder: of the search.
+
+    Raises:
+        StorageError: it cannot be opened.
+    """
+    place = storage or str(folder / JOURNAL)
+    try:
+        if "://" in place:
+            return optuna.storages.get_storage(place)
+        return JournalStorage(JournalFileBackend(place))
+    except Exception as error:  # whatever the database's driver raises
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StorageError(
+            f"the storage {place} cannot be opened: {text}. Give a URL such as sqlite:///study.db, or the path of a "
+            "journal file, or leave --storage away"
+        ) from error
+
+
+def load_study(storage: str | None, name: str, folder: Path) -> optuna.Study:
+    """The study of a search that was begun; arguments as of `open_storage`.
+
+    Raises:
+        StorageError: it cannot be opened, or there is no such study.
+    """
+    try:
+        return optuna.load_study(study_name=name, storage=open_storage(storage, folder))
+    except KeyError as error:
+        raise StorageError(f"there is no study {name!r} in {storage or folder / JOURNAL}") from error
+
+
+class SearchRecord:
+    """A search in its study.
+
+    Args:
+        storage: of studies; the study is made if it is not there.
+        config: of the search.
+        space: that is searched.
+        objective: what is made best.
+        data: fingerprints of the data by split.
+
+    Raises:
+        ConfigError: the study is of another space, objective or data.
+        StorageError: it cannot be read.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        config: TuneConfig,
+        space: SearchSpace,
+        objective: Objective,
+        data: Mapping[str, str | None],
+    ) -> None:
+        self._config, self._space = config, space
+        self.metrics = list(objective.metrics)
+        attributes = {
+            "space": config.space,
+            "metrics": self.metrics,
+            "seeds": config.seeds,
+            "data": dict(data),
+            "algorithm": config.algorithm,
+        }
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=config.pruning.grace_epochs, reduction_factor=config.pruning.reduction
+        )
+        try:
+            self.study = optuna.create_study(
+                study_name=config.name,
+                storage=storage,
+                pruner=pruner if config.prunes else optuna.pruners.NopPruner(),
+                directions=objective.directions,
+                load_if_exists=True,
+            )
+            there = self.study.user_attrs
+        except optuna.exceptions.OptunaError as error:
+            raise StorageError(f"the study {config.name} cannot be read: {error}") from error
+        if not there and not self.study.trials:
+            self._begin(attributes)
+        else:
+            _check_owner(config, attributes, there)
+        self._interrupted = [trial for trial in self.study.trials if trial.state == TrialState.RUNNING]
+        self._pruned: set[int] = set()
+
+    def _begin(self, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            self.study.set_user_attr(name, value)
+        self.study.set_metric_names(self.metrics)
+        for point in self._space.known_good:
+            self.study.enqueue_trial(point)
+
+    # ---- before a trial -----------------------------------------------------------------------
+
+    @property
+    def finished(self) -> list[FrozenTrial]:
+        """Trials that are complete, pruned or failed."""
+        return [trial for trial in self.study.trials if trial.state.is_finished()]
+
+    @property
+    def complete(self) -> list[FrozenTrial]:
+        """Trials that ran to their end."""
+        return [trial for trial in self.study.trials if trial.state == TrialState.COMPLETE]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether there are many trials by now and all of them failed."""
+        finished = self.finished
+        return len(finished) >= _HOPELESS and all(trial.state == TrialState.FAIL for trial in finished)
+
+    @property
+    def first_cause(self) -> str:
+        """Why the first of the failed trials failed."""
+        failed = [trial for trial in self.finished if trial.state == TrialState.FAIL]
+        return f"trial {failed[0].number}: {failed[0].user_attrs.get('cause', 'unknown')}" if failed else ""
+
+    def next_trial(self) -> TrialSpec | None:
+        """The trial to run next: one that was interrupted, else a new one; None when the search has all it wants.
+
+        A trial whose settings turn out to be impossible counts as failed.
+        """
+        if self._interrupted:
+            stopped = self._interrupted.pop(0)
+            attempt = stopped.user_attrs.get("attempt", 0) + 1
+            self._note(stopped.number, attempt=attempt)
+            if "settings" in stopped.user_attrs:
+                return TrialSpec(stopped.number, stopped.user_attrs["settings"], attempt)
+            self.fail(stopped.number, "it was stopped before it had its settings")
+        while not self.hopeless and self._started() < self._config.trials:
+            # Of the seed and the number alone, so that a search that goes on does not draw its first trials again.
+            self.study.sampler = self._sampler(len(self.study.trials))
+            trial = self.study.ask()
+            try:
+                settings = self._space.settings(trial)
+                self._space.config(settings, trial.params)
+            except ConfigError as error:
+                self.fail(trial.number, str(error))
+                continue
+            self._note(trial.number, settings=settings)
+            return TrialSpec(trial.number, settings)
+        return None
+
+    def _started(self) -> int:
+        """Trials that were given out; not those known points that still wait."""
+        return sum(trial.state != TrialState.WAITING for trial in self.study.trials)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
+        if self._config.algorithm == "tpe":
+            return make_tpe(seed)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    # ---- during and after a trial -------------------------------------------------------------
+
+    def report(self, number: int, step: int, outcome: Mapping[str, Any]) -> bool:
+        """Note what a trial has come to after so many epochs.
+
+        Args:
+            number: of the trial.
+            step: epochs done, over all its seeds.
+            outcome: see `bss_ray.tune.trial`.
+
+        Returns:
+            Whether it is pruned: the rung that it has come to is not passed.
+        """
+        if len(outcome["values"]) > 1:
+            return False  # Optuna keeps no intermediate values of several objectives
+        trial = self._trial(number)
+        if step not in self._frozen(number).intermediate_values:
+            trial.report(outcome["values"][0], step)
+        # One that has come to its end is complete, even if a rung lies there.
+        if self._config.prunes and not outcome["finished"] and trial.should_prune():
+            self._pruned.add(number)
+            return True
+        return False
+
+    def note_changes(self, number: int, step: int, settings: dict[str, Any]) -> None:
+        """Note that a trial has gone on with other settings."""
+        attributes = self._frozen(number).user_attrs
+        before = attributes["settings"]
+        changed = {name: value for name, value in settings.items() if before.get(name) != value}
+        if changed:
+            self._note(number, settings=settings, changes=[*attributes.get("changes", []), [step, changed]])
+
+    def end(self, number: int, outcome: Mapping[str, Any]) -> TrialState | None:
+        """Tell how a trial that has stopped ended.
+
+        Args:
+            number: of the trial.
+            outcome: its last report, see `bss_ray.tune.trial`; empty if it never reported.
+
+        Returns:
+            Its state now; None if it was interrupted and waits for the search to go on.
+        """
+        if number in self._pruned:
+            self._note(number, seed_values=outcome["seed_values"], epoch=outcome["epoch"], seconds=outcome["seconds"])
+            self.study.tell(number, state=TrialState.PRUNED)
+            return TrialState.PRUNED
+        if not outcome.get("finished"):
+            return None
+        values = outcome["values"]
+        for name, value in zip(self.metrics, values, strict=True):
+            if not math.isfinite(value):
+                self.fail(number, f"{name} is {value}")
+                return TrialState.FAIL
+        self._note(number, seed_values=outcome["seed_values"], epoch=outcome["epoch"], seconds=outcome["seconds"])
+        self.study.tell(number, values)
+        return TrialState.COMPLETE
+
+    def fail(self, number: int, cause: str) -> None:
+        """Tell that a trial failed, and why."""
+        self._note(number, cause=cause)
+        self.study.tell(number, state=TrialState.FAIL)
+
+    # ---- internals ----------------------------------------------------------------------------
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.study.trials[number]
+
+    def _trial(self, number: int) -> optuna.Trial:
+        return optuna.Trial(self.study, self._frozen(number)._trial_id)
+
+    def _note(self, number: int, **attributes: Any) -> None:
+        trial = self._trial(number)
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+
+
+def make_tpe(seed: int) -> optuna.samplers.TPESampler:
+    """TPE for trials that run side by side, over spaces whose knobs depend on each other."""
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+
+
+def _check_owner(config: TuneConfig, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    changed = [
+        f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in here.items() if there.get(name) != value
+    ]
+    if changed:
+        where = config.storage or "its journal"
+        raise ConfigError(
+            f"the study {config.name!r} in {where} is of another search; it goes on only with its own.\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another --name or --storage"
+        )

@@ -1,0 +1,118 @@
+"""Search spaces: found by name, and tried out before anything is started.
+
+A space is a function `space(trial: optuna.Trial) -> dict` of dotted settings of `bss-ray train`, see `tune_spaces`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from bss_ray.errors import BssRayError, ConfigError, nearest
+from bss_ray.imports import import_name
+from bss_ray.settings import overlay, training_config
+from bss_ray.train.run import TrainConfig
+from tune_spaces import SPACES
+
+_DRAWS = 20
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A space and the settings that it changes.
+
+    Attributes:
+        name: as the user gave it.
+        function: asks a trial for its knobs; returns dotted settings.
+        known_good: points to try first, named as the space names its knobs.
+        base: settings of `bss-ray train` as a tree, for all that the space leaves alone.
+    """
+
+    name: str
+    function: Callable[[optuna.Trial], dict[str, Any]]
+    known_good: list[dict[str, Any]]
+    base: Mapping[str, Any]
+
+    def settings(self, trial: optuna.Trial) -> dict[str, Any]:
+        """The dotted settings of a trial.
+
+        Raises:
+            ConfigError: the space fails or returns no settings; names the trial's values.
+        """
+        try:
+            settings = self.function(trial)
+        except BssRayError:
+            raise
+        except Exception as error:  # the user's own code
+            raise ConfigError(
+                f"space {self.name} fails: {type(error).__name__}: {error}; the trial's values: {_shown(trial.params)}"
+            ) from error
+        if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+            raise ConfigError(
+                f"space {self.name} must return a dict of dotted settings, {{'scheduler.init_args.temperature': 0.25, "
+                f"...}}; received {settings!r}"
+            )
+        return settings
+
+    def config(self, settings: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[TrainConfig, str]:
+        """The training run with these settings, and all its settings as YAML.
+
+        Args:
+            settings: dotted, over `base`.
+            params: the trial's values, for the error.
+
+        Raises:
+            ConfigError: a setting is unknown or impossible; names the rule and the trial's values.
+        """
+        try:
+            return training_config(overlay(self.base, settings))
+        except BssRayError as error:
+            raise ConfigError(
+                f"space {self.name} asks for a run that is impossible: {error}; the trial's values: {_shown(params)}"
+            ) from error
+
+    def try_out(self) -> None:
+        """Draw the known points and some random ones, so that a faulty space fails before anything is started.
+
+        Raises:
+            ConfigError: as of `settings` and `config`.
+        """
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for point in self.known_good:
+            study.enqueue_trial(point)
+        for _ in range(len(self.known_good) + _DRAWS):
+            trial = study.ask()
+            settings = self.settings(trial)
+            if not trial.params:
+                raise ConfigError(f"space {self.name} asks the trial for nothing: there is nothing to search")
+            self.config(settings, trial.params)
+
+
+def find_space(name: str, base: Mapping[str, Any]) -> SearchSpace:
+    """The space of this name.
+
+    Args:
+        name: of a space of `tune_spaces`, or `module:function`; points to try first are the module's `KNOWN_GOOD`.
+        base: settings that it changes, as a tree.
+
+    Raises:
+        ConfigError: there is none (names the nearest), or it is no function.
+    """
+    if name not in SPACES and ":" not in name:
+        raise ConfigError(f"unknown space {name!r}; {nearest(name, SPACES)}; or your own as module:function")
+    path = SPACES.get(name, name)
+    function = import_name(path)
+    if not callable(function):
+        raise ConfigError(f"space {name} must be a function of a trial; it is {function!r}")
+    known_good = getattr(sys.modules[path.partition(":")[0]], "KNOWN_GOOD", [])
+    return SearchSpace(name, function, list(known_good), base)
+
+
+def _shown(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in params.items()) or "none"

@@ -1,0 +1,249 @@
+"""A trial, as it runs in a process of Ray Tune: one configuration, trained with one seed after another.
+
+Every epoch is reported with its checkpoint, in which `trial.json` keeps what came of the seeds before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.tune
+
+from bss_ray.errors import CheckpointError
+from bss_ray.settings import overlay, training_config
+from bss_ray.train.checkpoint import SavedCheckpoint
+from bss_ray.train.ranks import Ranks
+from bss_ray.train.run import TrainConfig, make_trainer
+from bss_ray.train.session import Session, TrainSession
+from bss_ray.tune.burn_in import BurnIns, burn_in_key
+from bss_ray.tune.nested import fit_nested
+from bss_ray.tune.objective import Objective
+
+Row = dict[str, Any]
+# Called after each epoch with the metrics of all epochs so far, and the folder of the checkpoint.
+OnEpoch = Callable[[list[Row], Path], None]
+
+_PROGRESS = "trial.json"
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """What all trials of a search share; the rows lie in the object store once.
+
+    Attributes:
+        base: settings of `bss-ray train` as a tree; a trial's own lie over it.
+        splits: shards by split.
+        objective: what is reported.
+        seeds: training runs of a trial.
+        scaling: ranks of a training run; one rank trains in the trial's own process.
+        folder: of the search.
+    """
+
+    base: Mapping[str, Any]
+    splits: dict[str, Any]
+    objective: Objective
+    seeds: int
+    scaling: ray.train.ScalingConfig
+    folder: Path
+
+
+def run_trial(config: dict[str, Any], *, setup: TrialSetup) -> None:
+    """Ray Tune's trainable.
+
+    Args:
+        config: `{"trial": {"settings": ..., "earlier": [folders of earlier attempts]}}`.
+        setup: what all trials share.
+
+    Reports, after each epoch, its metrics and `epochs_done` over all seeds, `objective` (the first metric so far) and
+    `trial`: `values`, `seed_values` (seeds, metrics), `epoch` (the chosen one), `seconds`, `finished`.
+    """
+    spec = config["trial"]
+    run, settings = training_config(overlay(setup.base, spec["settings"]))
+    owner = ray.tune.get_context().get_trial_id()
+    start = ray.tune.get_checkpoint() or _last_checkpoint(setup.folder, spec["earlier"])
+    done = _read_progress(start)
+
+    for seed in range(len(done), setup.seeds):
+        report = _Reporter(setup, run, done)
+        one = replace(run, seed=run.seed + seed)
+        key = burn_in_key(one, settings)
+        key = None if key is None else f"{key}-{one.seed}"
+        if start is None and key is not None:
+            start = _shared_burn_in(BurnIns(setup.folder), key, owner, report)
+        keeping = report if key is None else _keeping_burn_in(one, BurnIns(setup.folder), key, report)
+        history = train_once(one, setup.splits, setup.scaling, setup.folder, start, keeping)
+        done.append(setup.objective.values(history))
+        start = None
+
+
+def train_once(
+    config: TrainConfig,
+    splits: dict[str, Any],
+    scaling: ray.train.ScalingConfig,
+    folder: Path,
+    start: ray.train.Checkpoint | None,
+    on_epoch: OnEpoch,
+) -> list[Row]:
+    """Train one configuration with one seed.
+
+    Args:
+        config: what is trained.
+        splits: shards by split.
+        scaling: ranks; one rank trains in this process.
+        folder: where several ranks leave their checkpoints in the meantime.
+        start: checkpoint to go on from.
+        on_epoch: called after each epoch; what it raises ends the run.
+
+    Returns:
+        Metrics of all epochs.
+    """
+    history: list[Row] = [] if start is None else SavedCheckpoint(start).manifest().history
+    session = TrainSession(start)
+
+    def after(checkpoint: ray.train.Checkpoint) -> None:
+        history[:] = SavedCheckpoint(checkpoint).manifest().history
+        on_epoch(history, Path(checkpoint.path))
+
+    if scaling.num_workers == 1:
+        here = replace(scaling, num_workers=0)
+        make_trainer(
+            scoring_here(config), splits, scaling_config=here, session=_InTrial(start, after), on_message=_quiet
+        ).fit()
+        return history
+    # A name of its own: a run of the same name would go on from its own checkpoints.
+    nested = folder / "nested" / uuid.uuid4().hex
+    try:
+        fit_nested(
+            lambda callbacks: make_trainer(
+                config,
+                splits,
+                scaling_config=scaling,
+                run_config=ray.train.RunConfig(
+                    name=nested.name,
+                    storage_path=str(nested.parent),
+                    callbacks=callbacks,
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
+                ),
+                session=session,
+                on_message=_quiet,
+            ),
+            lambda _row, path: after(ray.train.Checkpoint(path)) if path else None,
+        )
+    finally:
+        shutil.rmtree(nested, ignore_errors=True)
+    return history
+
+
+def scoring_here(config: TrainConfig) -> TrainConfig:
+    """The run of one rank as it is trained in a trial's process: the rank scores its own rows."""
+    if config.scoring.engine != "auto" or config.scoring.overlap:
+        return config
+    return replace(config, scoring=replace(config.scoring, engine="workers"))
+
+
+class _InTrial(Session):
+    """Of a run in a trial's own process, where Ray Train's functions refuse to work for Ray Tune's sake."""
+
+    def __init__(self, start: ray.train.Checkpoint | None, after: Callable[[ray.train.Checkpoint], None]) -> None:
+        self._start, self._after = start, after
+
+    def ranks(self) -> Ranks:
+        return Ranks(rank=0, count=1)
+
+    def checkpoint(self) -> ray.train.Checkpoint | None:
+        return self._start
+
+    def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
+        if "batch" not in row:  # else it is a checkpoint in the middle of an epoch
+            assert checkpoint is not None, "one rank writes all files"
+            self._after(checkpoint)
+
+
+class _Reporter:
+    """Reports epochs of one seed to Ray Tune."""
+
+    def __init__(self, setup: TrialSetup, run: TrainConfig, done: list[list[float]]) -> None:
+        self._setup, self._run, self._done = setup, run, list(done)
+
+    def __call__(self, history: list[Row], checkpoint: Path | None) -> None:
+        objective = self._setup.objective
+        seed_values = [*self._done, objective.values(history)]
+        values = objective.combine(seed_values)
+        finished = len(seed_values) == self._setup.seeds and len(history) == self._run.loop.epochs
+        saved = None
+        if checkpoint is not None:
+            (checkpoint / _PROGRESS).write_text(json.dumps(self._done))
+            saved = ray.tune.Checkpoint.from_directory(checkpoint)
+        ray.tune.report(
+            {
+                **history[-1],
+                "epochs_done": len(self._done) * self._run.loop.epochs + len(history),
+                "objective": values[0],
+                "trial": {
+                    "values": values,
+                    "seed_values": seed_values,
+                    "epoch": objective.best_epoch(history),
+                    "seconds": objective.seconds(history),
+                    "finished": finished,
+                },
+            },
+            checkpoint=saved,
+        )
+
+
+def _shared_burn_in(burn_ins: BurnIns, key: str, owner: str, report: _Reporter) -> ray.train.Checkpoint | None:
+    """The checkpoint at the end of burn-in, if another trial has made it; its epochs are reported as this trial's."""
+    folder = burn_ins.take(key, owner)
+    if folder is None:
+        return None
+    checkpoint = ray.train.Checkpoint(str(folder))
+    history = SavedCheckpoint(checkpoint).manifest().history
+    for epochs in range(1, len(history) + 1):
+        report(history[:epochs], None)
+    return checkpoint
+
+
+def _keeping_burn_in(config: TrainConfig, burn_ins: BurnIns, key: str, report: OnEpoch) -> OnEpoch:
+    def on_epoch(history: list[Row], checkpoint: Path) -> None:
+        if len(history) == config.scheduler.burn_in:
+            burn_ins.keep(key, checkpoint)
+        report(history, checkpoint)
+
+    return on_epoch
+
+
+def _last_checkpoint(folder: Path, earlier: list[str]) -> ray.train.Checkpoint | None:
+    """The last whole checkpoint of earlier attempts: a killed one may have left a torn one."""
+    for attempt in earlier:
+        for path in sorted((folder / "trials" / attempt).glob("checkpoint_*"), reverse=True):
+            checkpoint = ray.train.Checkpoint(str(path))
+            try:
+                saved = SavedCheckpoint(checkpoint)
+                for name in saved.manifest().digests:
+                    saved.state(name.removesuffix(".pt"))
+                saved.scores(0, saved.manifest().rows)
+                _read_progress(checkpoint)
+            except (CheckpointError, OSError, ValueError):
+                continue
+            return checkpoint
+    return None
+
+
+def _read_progress(checkpoint: ray.train.Checkpoint | None) -> list[list[float]]:
+    """Values of the seeds that were done."""
+    if checkpoint is None:
+        return []
+    with checkpoint.as_directory() as folder:
+        done: list[list[float]] = json.loads((Path(folder) / _PROGRESS).read_text())
+    return done
+
+
+def _quiet(message: dict[str, Any]) -> None:
+    """A trial's own messages are for nobody: there are many trials."""

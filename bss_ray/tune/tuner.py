@@ -1,0 +1,210 @@
+"""A whole search, as `bss-ray tune` does it: data once, trials, the best against uniform sampling, files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+import yaml
+from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from bss_ray.errors import ConfigError, SearchError
+from bss_ray.train.folder import RunFolder
+from bss_ray.train.run import load_shards, train_scaling
+from bss_ray.train.trainer import OnMessage
+from bss_ray.tune.burn_in import BurnIns
+from bss_ray.tune.compare import compare
+from bss_ray.tune.config import TuneConfig
+from bss_ray.tune.desk import Asking, Desk, Pruning, as_config
+from bss_ray.tune.explore import Explore
+from bss_ray.tune.nested import FreeNested
+from bss_ray.tune.objective import Objective
+from bss_ray.tune.record import SearchRecord, open_storage
+from bss_ray.tune.seats import count_seats, trial_resources
+from bss_ray.tune.space import SearchSpace
+from bss_ray.tune.trial import TrialSetup, run_trial
+
+BEST = "best.yaml"
+
+
+def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
+    """Search, compare the best trial with uniform sampling, and write the search's folder.
+
+    Ray must be running. A search that was stopped goes on.
+
+    Args:
+        config: all settings.
+        space: what is searched, over the settings that all trials share.
+        folder: claimed for this configuration.
+        on_message: called with what happens: `{"kind": "status" | "notice" | "trial" | "comparison", ...}`.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        SearchError: no trial ran to its end.
+        Interrupted: ctrl-C; the same command goes on.
+        BssRayError: a setting, the data, the storage or the resources are at fault.
+    """
+    with _alone(folder.path):
+        storage = open_storage(config.storage, folder.path)
+        scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
+        seats = count_seats(config, scaling)
+        splits = load_shards(config.train, on_message)
+        if splits["validation"] is None:
+            raise ConfigError("a search needs validation rows to choose by: --train.validation FILE")
+        objective = Objective.of(config.metrics, config.train.choose_by, splits["train"].columns, config.aggregate)
+        data = {
+            split: None if splits[split] is None else splits[split].fingerprint for split in ("train", "validation")
+        }
+        record = SearchRecord(storage, config, space, objective, data)
+        setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.path)
+        _search(config, record, setup, seats, on_message)
+        best = _write_best(record, space, scaling, folder)
+        result: dict[str, Any] = {
+            "trials": {
+                state: sum(trial.state.name.lower() == state for trial in record.finished)
+                for state in ("complete", "pruned", "fail")
+            },
+            "best": [
+                {"trial": trial.number, "values": trial.values, "settings": trial.user_attrs["settings"]}
+                for trial in record.study.best_trials
+            ],
+            "metrics": list(objective.metrics),
+            "comparison": None,
+        }
+        if config.compare_seeds:
+            result["comparison"] = compare(config, best, setup, seats, on_message)
+        folder.write_result(result)
+        return result
+
+
+# ---- before -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second driver of the same search. The lock ends with this process, however it ends."""
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} is being searched by another command at this moment. Wait for it, or choose another --name"
+            ) from error
+        yield
+
+
+def _one_worker(config: TuneConfig) -> ray.train.ScalingConfig:
+    """Where the number of workers is not given a trial has one: more trials at a time beat more workers in each."""
+    return train_scaling(replace(config.train, num_workers=1))
+
+
+# ---- the search -------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """The search was stopped by ctrl-C, in an orderly way."""
+
+
+def _search(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int, on_message: OnMessage) -> None:
+    """Run trials until there are as many as wanted."""
+    BurnIns(setup.folder).release()
+    desk = Desk(record, BurnIns(setup.folder), on_message)
+    each = trial_resources(config, setup.scaling)
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(run_trial, setup=setup), {name.lower(): amount for name, amount in each.items()}
+    )
+
+    callbacks: list[ray.tune.Callback] = [desk]
+    if config.loggers:
+        from bss_ray.tune.loggers import make_loggers
+
+        callbacks += make_loggers(config.loggers, study=config.name, folder=setup.folder)
+    if setup.scaling.num_workers > 1:
+        callbacks.append(FreeNested())
+    space: dict[str, Any] = {}
+    searcher: Searcher | None = None
+    scheduler: TrialScheduler = FIFOScheduler()
+    samples = 1
+    if config.algorithm == "pbt":
+        specs = list(iter(record.next_trial, None))
+        if not specs:
+            return
+        space = {"trial": ray.tune.grid_search([as_config(spec) for spec in specs])}
+        random.seed(config.seed)  # of Ray's choice among the best
+        scheduler = PopulationBasedTraining(
+            time_attr="epochs_done",
+            metric="objective",
+            mode=setup.objective.mode,
+            perturbation_interval=config.population.interval,
+            quantile_fraction=config.population.quantile,
+            custom_explore_fn=Explore(config.seed),
+            log_config=False,
+        )
+    else:
+        searcher, samples = Asking(record), -1
+    tuner = ray.tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=ray.tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=samples,
+            max_concurrent_trials=seats,
+            reuse_actors=setup.scaling.num_workers == 1,
+            trial_name_creator=lambda trial: trial.config["trial"]["folder"],
+            trial_dirname_creator=lambda trial: trial.config["trial"]["folder"],
+        ),
+        run_config=ray.tune.RunConfig(
+            name="trials",
+            storage_path=str(setup.folder),
+            callbacks=callbacks,
+            stop=Pruning(desk),
+            checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    if desk.unfinished:
+        raise Interrupted
+    if not record.complete:
+        raise SearchError(
+            f"none of {len(record.finished)} trials ran to its end. The first cause: {record.first_cause or 'pruned'}"
+        )
+
+
+# ---- after ------------------------------------------------------------------------------------
+
+
+def _write_best(
+    record: SearchRecord, space: SearchSpace, scaling: ray.train.ScalingConfig, folder: RunFolder
+) -> dict[str, Any]:
+    """Write `best.yaml` and return its settings as a tree."""
+    best = record.study.best_trials[0]
+    ran = {"num_workers": scaling.num_workers, "use_gpu": scaling.use_gpu}
+    settings = {**best.user_attrs["settings"], **ran}
+    if scaling.num_workers == 1 and "scoring.engine" not in settings:
+        engine = space.config(settings, best.params)[0].scoring.engine
+        # What the trial has done: a rank that scores its own rows.
+        settings["scoring.engine"] = "workers" if engine == "auto" else engine
+    text = space.config(settings, best.params)[1]
+    tree = {**yaml.safe_load(text), "name": f"{folder.path.name}-best"}
+    values = ", ".join(f"{name} {value:.6g}" for name, value in zip(record.metrics, best.values, strict=True))
+    head = [
+        f"# Trial {best.number} of the search {folder.path.name}: {values} on validation.",
+        "# bss-ray train --config THIS",
+    ]
+    if best.user_attrs.get("changes"):
+        head.append("# Population-based training changed its settings on the way; these are the last ones.")
+    folder.write_text(BEST, "\n".join([*head, yaml.safe_dump(tree, sort_keys=False)]))
+    return tree
