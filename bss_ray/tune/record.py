@@ -119,6 +119,7 @@ class SearchRecord:
     ) -> None:
         self._config, self._space = config, space
         self.metrics = list(objective.metrics)
+        self.mode = objective.mode
         attributes = {
             "space": config.space,
             "metrics": self.metrics,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,24 +13,20 @@ import ray
 import ray.train
 import ray.tune
 import yaml
-from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialScheduler
-from ray.tune.search import Searcher
 
-from bss_ray.errors import ConfigError, SearchError
+from bss_ray.errors import ConfigError
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import load_shards, train_scaling
 from bss_ray.train.trainer import OnMessage
-from bss_ray.tune.burn_in import BurnIns
 from bss_ray.tune.compare import compare
 from bss_ray.tune.config import TuneConfig
-from bss_ray.tune.desk import Asking, Desk, Pruning, as_config
-from bss_ray.tune.explore import Explore
 from bss_ray.tune.nested import FreeNested
 from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, open_storage
 from bss_ray.tune.seats import count_seats, trial_resources
 from bss_ray.tune.space import SearchSpace
 from bss_ray.tune.trial import TrialSetup, run_trial
+from bss_ray.tune.trials import run_trials
 
 BEST = "best.yaml"
 
@@ -68,7 +63,20 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         }
         record = SearchRecord(storage, config, space, objective, data)
         setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.path)
-        _search(config, record, setup, seats, on_message)
+        callbacks = _loggers(config, folder)
+        if scaling.num_workers > 1:
+            callbacks.append(FreeNested())
+        run_trials(
+            config,
+            record,
+            ray.tune.with_parameters(run_trial, setup=setup),
+            folder.path,
+            each=trial_resources(config, scaling),
+            seats=seats,
+            reuse=scaling.num_workers == 1,
+            callbacks=callbacks,
+            on_message=on_message,
+        )
         best = _write_best(record, space, scaling, folder)
         result: dict[str, Any] = {
             "trials": {
@@ -109,78 +117,12 @@ def _one_worker(config: TuneConfig) -> ray.train.ScalingConfig:
     return train_scaling(replace(config.train, num_workers=1))
 
 
-# ---- the search -------------------------------------------------------------------------------
+def _loggers(config: TuneConfig, folder: RunFolder) -> list[ray.tune.Callback]:
+    if not config.loggers:
+        return []
+    from bss_ray.tune.loggers import make_loggers
 
-
-class Interrupted(KeyboardInterrupt):
-    """The search was stopped by ctrl-C, in an orderly way."""
-
-
-def _search(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int, on_message: OnMessage) -> None:
-    """Run trials until there are as many as wanted."""
-    BurnIns(setup.folder).release()
-    desk = Desk(record, BurnIns(setup.folder), on_message)
-    each = trial_resources(config, setup.scaling)
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(run_trial, setup=setup), {name.lower(): amount for name, amount in each.items()}
-    )
-
-    callbacks: list[ray.tune.Callback] = [desk]
-    if config.loggers:
-        from bss_ray.tune.loggers import make_loggers
-
-        callbacks += make_loggers(config.loggers, study=config.name, folder=setup.folder)
-    if setup.scaling.num_workers > 1:
-        callbacks.append(FreeNested())
-    space: dict[str, Any] = {}
-    searcher: Searcher | None = None
-    scheduler: TrialScheduler = FIFOScheduler()
-    samples = 1
-    if config.algorithm == "pbt":
-        specs = list(iter(record.next_trial, None))
-        if not specs:
-            return
-        space = {"trial": ray.tune.grid_search([as_config(spec) for spec in specs])}
-        random.seed(config.seed)  # of Ray's choice among the best
-        scheduler = PopulationBasedTraining(
-            time_attr="epochs_done",
-            metric="objective",
-            mode=setup.objective.mode,
-            perturbation_interval=config.population.interval,
-            quantile_fraction=config.population.quantile,
-            custom_explore_fn=Explore(config.seed),
-            log_config=False,
-        )
-    else:
-        searcher, samples = Asking(record), -1
-    tuner = ray.tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=ray.tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=scheduler,
-            num_samples=samples,
-            max_concurrent_trials=seats,
-            reuse_actors=setup.scaling.num_workers == 1,
-            trial_name_creator=lambda trial: trial.config["trial"]["folder"],
-            trial_dirname_creator=lambda trial: trial.config["trial"]["folder"],
-        ),
-        run_config=ray.tune.RunConfig(
-            name="trials",
-            storage_path=str(setup.folder),
-            callbacks=callbacks,
-            stop=Pruning(desk),
-            checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-    if desk.unfinished:
-        raise Interrupted
-    if not record.complete:
-        raise SearchError(
-            f"none of {len(record.finished)} trials ran to its end. The first cause: {record.first_cause or 'pruned'}"
-        )
+    return make_loggers(config.loggers, study=config.name, folder=folder.path)
 
 
 # ---- after ------------------------------------------------------------------------------------
