@@ -1,0 +1,170 @@
+"""A training run inside a trial, which frees everything when the trial ends, in whatever way.
+
+A trial that trains on several ranks runs a trainer of its own inside Ray Tune's trial process. If Tune stops the
+trial, that process ends within a fraction of a second. What it owns ends with it: the run's actors, Ray Train's
+controller, and with the controller the ranks. Two things do not:
+
+* The ranks' placement group. Ray keeps it, and the CPUs in it, until the driver's job ends.
+* A detached actor that Ray Train starts to remove the placement group of a dead controller. It asks the dashboard
+  whether the controller lives, so without a dashboard it does nothing, for ever.
+
+So a nested run has no such actor, and its placement group is removed by `free_nested`: by the trial's process as long
+as that lives, else by the driver (`FreeNested`). Both need nothing but Ray's tables of actors and placement groups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import ray
+import ray.train
+import ray.tune
+from ray._private.state import state as ray_state
+from ray.core.generated import gcs_pb2
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api import data_parallel_trainer
+from ray.train.v2.api.callback import UserCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from bss_ray.train.trainer import BalancedTrainer
+
+MakeTrainer = Callable[[list[UserCallback]], BalancedTrainer]
+OnReport = Callable[[dict[str, Any], str | None], None]
+
+_CONTROLLER = "TrainController"  # Ray Train's class
+_SWEEP_S = 1.0
+_STOP_S = 20.0
+
+
+def fit_nested(make_trainer: MakeTrainer, on_report: OnReport) -> ray.train.Result:
+    """Train inside a trial, and hand each epoch's report to the calling thread.
+
+    The ranks go on while a report is handled, but their next report waits. So its checkpoint is there until
+    `on_report` has returned, however few are kept.
+
+    Args:
+        make_trainer: builds the trainer, with the given callbacks in its `ray.train.RunConfig`.
+        on_report: called in this thread with the metrics of each epoch and the path of its checkpoint on the run's
+            storage. It may call `ray.tune.report`. Whatever it raises, such as the SystemExit by which Tune stops
+            a trial, ends the run and frees what it had, and then goes on to the caller.
+
+    Returns:
+        The trainer's result, when all epochs are reported.
+
+    Raises:
+        Exception: whatever `BalancedTrainer.fit` raises, once the epochs before it are reported.
+    """
+    reports = _start_reports()
+    try:
+        return _fit(make_trainer([_Courier(reports)]), reports, on_report)
+    finally:
+        ray.kill(reports)
+
+
+def _fit(trainer: BalancedTrainer, reports: Any, on_report: OnReport) -> ray.train.Result:
+    outcome: list[ray.train.Result | BaseException] = []
+
+    def fit() -> None:
+        try:
+            # In place of the callback that starts the detached actor, one that does nothing.
+            with mock.patch.object(data_parallel_trainer, "PlacementGroupCleanerCallback", ControllerCallback):
+                outcome.append(trainer.fit())
+        except BaseException as error:
+            outcome.append(error)
+        reports.hand_over.remote(None)
+
+    # A daemon: it must not keep the process of a stopped trial.
+    thread = threading.Thread(target=fit, name="bss-ray-nested", daemon=True)
+    thread.start()
+    controller = None
+    try:
+        while (report := ray.get(reports.take.remote())) is not None:
+            controller, row, checkpoint = report
+            on_report(row, checkpoint)
+    except BaseException:
+        if controller is not None:
+            ray.kill(controller)
+        thread.join(_STOP_S)
+        free_nested()
+        raise
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _start_reports() -> Any:
+    """The actor between the controller and the trial. Who takes a report has dealt with the one before."""
+
+    class Reports:  # local, so that it travels by value: its process has no need of PyTorch
+        def __init__(self) -> None:
+            self._waiting: asyncio.Queue[Any] = asyncio.Queue()
+            self._taken = False
+
+        async def hand_over(self, report: Any) -> None:
+            """Returns when the report is dealt with."""
+            self._waiting.put_nowait(report)
+            await self._waiting.join()
+
+        async def take(self) -> Any:
+            if self._taken:
+                self._waiting.task_done()
+            report = await self._waiting.get()
+            self._taken = True
+            return report
+
+    return ray.remote(num_cpus=0)(Reports).remote()
+
+
+class _Courier(UserCallback):  # type: ignore[misc]  # Ray ships no types
+    """In the controller: sends what rank 0 has reported, and whom to kill."""
+
+    def __init__(self, reports: Any) -> None:
+        self._reports = reports
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        if "batch" in metrics[0]:
+            return  # a checkpoint in the middle of an epoch
+        path = None if checkpoint is None else checkpoint.path
+        ray.get(self._reports.hand_over.remote((ray.get_runtime_context().current_actor, metrics[0], path)))
+
+
+def free_nested() -> bool:
+    """Remove the placement groups of this job that have lost their Ray Train controller.
+
+    Returns:
+        Whether no run of another process of this job is left.
+    """
+    context, tables = ray.get_runtime_context(), ray_state._connect_and_get_accessor()
+    job = ray.JobID.from_hex(context.get_job_id())
+    for entry in tables.get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+        if group.creator_job_id != job.binary() or group.state == group.REMOVED or not group.creator_actor_dead:
+            continue
+        creator = tables.get_actor_info(ray.ActorID(group.creator_actor_id))
+        if creator is not None and gcs_pb2.ActorTableData.FromString(creator).class_name == _CONTROLLER:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    own = bytes.fromhex(context.get_worker_id())
+    actors = map(gcs_pb2.ActorTableData.FromString, tables.get_actor_table(job, "ALIVE"))
+    return all(actor.class_name != _CONTROLLER or actor.owner_address.worker_id == own for actor in actors)
+
+
+class FreeNested(ray.tune.Callback):  # type: ignore[misc]
+    """In the driver of a study: frees what stopped and killed trials have left, a second later."""
+
+    def __init__(self) -> None:
+        self._swept = 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self._swept > _SWEEP_S:
+            free_nested()
+            self._swept = time.monotonic()
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        end = time.monotonic() + _STOP_S
+        while not free_nested() and time.monotonic() < end:  # the last trial's process may just be ending
+            time.sleep(0.1)
