@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import html
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,13 @@ from bss_ray.errors import optional_import
 
 # A histogram needs no more; the file stays small however many rows there are.
 _SAMPLE_ROWS = 200_000
+
+_STYLE = (
+    "body{font-family:sans-serif;max-width:960px;margin:2em auto;color:#222}"
+    "table{border-collapse:collapse;margin:1em 0 2em}caption{text-align:left;font-weight:bold;padding:.3em 0}"
+    "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}"
+    ".scroll{overflow-x:auto}.scroll td,.scroll th{white-space:nowrap}li{margin:.4em 0;white-space:pre-line}"
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -34,15 +43,33 @@ def write_report(folder: Path) -> Path:
     ]
     if (folder / "scores.parquet").exists():
         figures.insert(1, _scores_figure(go, folder / "scores.parquet"))
-    parts = [
-        figure.to_html(full_html=False, include_plotlyjs=index == 0, default_height="380px")
-        for index, figure in enumerate(figures)
-    ]
+    return write_page(folder, "Run", figures)
+
+
+def write_page(folder: Path, kind: str, parts: Iterable[Any]) -> Path:
+    """Write `report.html`, a page headed `kind` and the folder's name.
+
+    Args:
+        folder: where the page goes.
+        kind: of the folder.
+        parts: figures, and text that is HTML already.
+
+    Returns:
+        Path of `report.html`.
+    """
+    pieces = []
+    script = True  # plotly itself, 5 MB, comes with the first figure only
+    for part in parts:
+        if not isinstance(part, str):
+            part = part.to_html(full_html=False, include_plotlyjs=script, default_height="380px")
+            script = False
+        pieces.append(part)
+    title = html.escape(folder.name)
     path = folder / "report.html"
     path.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{folder.name}</title>"
-        "<style>body{font-family:sans-serif;max-width:960px;margin:2em auto}</style>"
-        f"<h1>Run {folder.name}</h1>" + "\n".join(parts)
+        f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
+        f"<h1>{kind} {title}</h1>" + "\n".join(pieces),
+        encoding="utf-8",
     )
     return path
 
