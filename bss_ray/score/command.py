@@ -12,7 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from bss_ray.cli import STOPPED, start_ray
+from bss_ray.connect import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
 from bss_ray.settings import MODEL_HELP, Parser, instantiate, make
 

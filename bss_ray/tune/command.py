@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from bss_ray.cli import STOPPED, start_ray
+from bss_ray.connect import STOPPED, start_ray
 from bss_ray.errors import MissingDependencyError
 from bss_ray.settings import Parser, add_training_arguments, instantiate, make, named_scheduler, resolved
 

@@ -10,6 +10,7 @@ import ray
 import ray.train
 
 from bss_ray.errors import ResourceError
+from bss_ray.sample.scoring import Engine, Scoring
 from bss_ray.train.resources import check_resources
 from bss_ray.tune.config import TuneConfig
 
@@ -23,37 +24,66 @@ def count_seats(config: TuneConfig, scaling: ray.train.ScalingConfig) -> int:
     Raises:
         ResourceError: it has not room for one, ever.
     """
-    check_resources(scaling, replace(config.train.scoring, engine="workers"))
+    scoring = replace(config.train.scoring, engine=_engine(config))
+    check_resources(scaling, scoring)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    each = trial_resources(config, scaling)
-    if scaling.num_workers > 1:
-        per_worker = {"GPU": 1.0} if scaling.use_gpu else {"CPU": 1.0}
-        seats = sum(_fits(node, per_worker) for node in nodes) // scaling.num_workers
-    else:
-        seats = sum(_fits(node, each) for node in nodes)
+    own = trial_resources(config, scaling)
+    apart = _apart(scaling, scoring)
+    seats = sum(_fits(node, own) for node in nodes)
     if seats < 1:
-        wanted = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in own.items() if amount)
         raise ResourceError(
-            f"a trial needs {wanted} on one node, and no node of the cluster has as much: {_shown(nodes, each)}. Lower "
+            f"a trial needs {wanted} on one node, and no node of the cluster has as much: {_shown(nodes, own)}. Lower "
             "cpus_per_trial or gpus_per_trial"
+        )
+    # Trials whose processes had all the CPUs would wait for ever for their own ranks and scorers.
+    there = ray.cluster_resources()
+    together = {name: own.get(name, 0) + apart.get(name, 0) for name in {*own, *apart}}
+    seats = min(seats, _fits(there, together))
+    if seats < 1:
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in sorted(together.items()) if amount)
+        raise ResourceError(
+            f"a trial with its ranks, holders and scorers needs {wanted}; the cluster has {_shown([there], together)}. "
+            "Lower train.num_workers, or what scoring takes"
         )
     return int(min(seats, config.max_concurrent or seats))
 
 
-def _shown(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> str:
-    """What nodes have of the resources that are asked for."""
-    return "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in each) for node in nodes)
-
-
-def _fits(node: Mapping[str, float], each: Mapping[str, float]) -> int:
-    return min(
-        (math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount), default=_MOST
-    )
-
-
 def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dict[str, float]:
-    """What a trial's own process takes; the workers of a nested run are counted apart."""
+    """What a trial's own process takes."""
     if scaling.num_workers > 1:
-        return {"CPU": 0.0, "GPU": 0.0}
+        # Its ranks train. Ray Tune wants it to take something; a CPU would be one rank less.
+        return {"CPU": 0.0, "GPU": 0.0, "memory": 1.0}
     gpus = config.gpus_per_trial if config.gpus_per_trial is not None else float(scaling.use_gpu)
     return {"CPU": config.cpus_per_trial, "GPU": gpus}
+
+
+def _engine(config: TuneConfig) -> Engine:
+    """Of a trial: a rank in the trial's own process scores its rows itself unless it is asked not to."""
+    engine = config.train.scoring.engine
+    return engine if engine != "auto" or config.train.scoring.overlap else "workers"
+
+
+def _apart(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, float]:
+    """What a trial takes beside its own process."""
+    cpus = gpus = 0.0
+    actors = scoring.engine in ("actors", "auto")
+    if actors or scaling.num_workers > 1:
+        cpus += scoring.num_holders * scoring.cpus_per_holder
+    if actors:
+        cpus += scoring.num_scorers * scoring.cpus_per_scorer
+        gpus += scoring.num_scorers * scoring.gpus_per_scorer
+    if scaling.num_workers > 1:
+        cpus += 0 if scaling.use_gpu else scaling.num_workers
+        gpus += scaling.num_workers if scaling.use_gpu else 0
+    return {"CPU": cpus, "GPU": gpus}
+
+
+def _fits(there: Mapping[str, float], each: Mapping[str, float]) -> int:
+    seats = (math.floor(there.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount)
+    return min(*seats, _MOST, _MOST)
+
+
+def _shown(places: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> str:
+    """What there is of the resources that are asked for."""
+    return "; ".join(", ".join(f"{place.get(name, 0):g} {name}" for name in sorted(each)) for place in places)
