@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from bss_ray.errors import ConfigError, StorageError
@@ -25,8 +25,11 @@ from bss_ray.tune.objective import Objective
 from bss_ray.tune.space import SearchSpace
 
 JOURNAL = "study.journal"
+_FIRST_BYTES = b'{"op_code":'  # of a journal
+# Of a study: all that belongs to its beginning is written.
+_BEGUN = "begun"
 # A search whose first trials all fail has a fault that more trials do not mend.
-_HOPELESS = 10
+HOPELESS = 10
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
@@ -70,16 +73,47 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
         StorageError: it cannot be opened.
     """
     place = storage or str(folder / JOURNAL)
+    another = "Give a URL such as sqlite:///study.db, or the path of a journal file, or leave --storage away"
+    if place in ("sqlite://", "sqlite:///") or place.endswith(":memory:"):
+        raise StorageError(f"the storage {place} ends with this command, and the search could not go on. {another}")
+    is_url = "://" in place
     try:
-        if "://" in place:
-            return optuna.storages.get_storage(place)
-        return JournalStorage(JournalFileBackend(place))
+        return optuna.storages.get_storage(place) if is_url else _open_journal(Path(place).absolute())
     except Exception as error:  # whatever the database's driver raises
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StorageError(
-            f"the storage {place} cannot be opened: {text}. Give a URL such as sqlite:///study.db, or the path of a "
-            "journal file, or leave --storage away"
-        ) from error
+        text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if not is_url and not isinstance(error, OSError):
+            text = f"it is no journal of Optuna, or it is damaged ({text})"
+        remedy = another if storage else "Move it away, and the search starts anew"
+        raise StorageError(f"the storage {place} cannot be opened: {text}. {remedy}") from error
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    lock = JournalFileSymlinkLock(str(path))  # with an absolute path: else it never gives up on a killed owner's lock
+    if path.exists() and _end_of_whole_lines(path.read_bytes()) is not None:
+        lock.acquire()  # others of this journal may be writing
+        try:
+            _drop_torn_line(path)
+        finally:
+            lock.release()
+    return JournalStorage(JournalFileBackend(str(path), lock))
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Drop a last line that was not written to its end.
+
+    Optuna passes over it, but writes the next line right behind it, and can never read the journal again.
+    """
+    with path.open("r+b") as file:
+        end = _end_of_whole_lines(file.read())
+        if end is not None:
+            file.truncate(end)
+
+
+def _end_of_whole_lines(journal: bytes) -> int | None:
+    """Where a torn last line begins; None where there is none, or where this is no journal."""
+    if not journal or journal.endswith(b"\n") or not _FIRST_BYTES.startswith(journal[: len(_FIRST_BYTES)]):
+        return None
+    return journal.rfind(b"\n") + 1
 
 
 def load_study(storage: str | None, name: str, folder: Path) -> optuna.Study:
@@ -123,6 +157,7 @@ class SearchRecord:
         attributes = {
             "space": config.space,
             "metrics": self.metrics,
+            "directions": list(objective.directions),
             "seeds": config.seeds,
             "data": dict(data),
             "algorithm": config.algorithm,
@@ -138,46 +173,54 @@ class SearchRecord:
                 directions=objective.directions,
                 load_if_exists=True,
             )
+            self._storage, self._study_id = storage, storage.get_study_id_from_name(config.name)
             there = self.study.user_attrs
         except optuna.exceptions.OptunaError as error:
             raise StorageError(f"the study {config.name} cannot be read: {error}") from error
-        if not there and not self.study.trials:
+        there["directions"] = [direction.name.lower() for direction in self.study.directions]
+        # One without trials may be of a driver that was killed before it had written all of them.
+        _check_owner(config, attributes, there if self._trials() else {**attributes, **there})
+        if not there.get(_BEGUN):
             self._begin(attributes)
-        else:
-            _check_owner(config, attributes, there)
-        self._interrupted = [trial for trial in self.study.trials if trial.state == TrialState.RUNNING]
+        self._interrupted = self._trials(TrialState.RUNNING)
         self._pruned: set[int] = set()
 
     def _begin(self, attributes: dict[str, Any]) -> None:
+        """Write what belongs to the beginning of a search, or the rest of it."""
         for name, value in attributes.items():
             self.study.set_user_attr(name, value)
         self.study.set_metric_names(self.metrics)
         for point in self._space.known_good:
-            self.study.enqueue_trial(point)
+            self.study.enqueue_trial(point, skip_if_exists=True)
+        self.study.set_user_attr(_BEGUN, True)
 
     # ---- before a trial -----------------------------------------------------------------------
 
     @property
     def finished(self) -> list[FrozenTrial]:
         """Trials that are complete, pruned or failed."""
-        return [trial for trial in self.study.trials if trial.state.is_finished()]
+        return [trial for trial in self._trials() if trial.state.is_finished()]
 
     @property
     def complete(self) -> list[FrozenTrial]:
         """Trials that ran to their end."""
-        return [trial for trial in self.study.trials if trial.state == TrialState.COMPLETE]
+        return self._trials(TrialState.COMPLETE)
 
     @property
     def hopeless(self) -> bool:
         """Whether there are many trials by now and all of them failed."""
         finished = self.finished
-        return len(finished) >= _HOPELESS and all(trial.state == TrialState.FAIL for trial in finished)
+        return len(finished) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in finished)
 
     @property
     def first_cause(self) -> str:
         """Why the first of the failed trials failed."""
-        failed = [trial for trial in self.finished if trial.state == TrialState.FAIL]
+        failed = self._trials(TrialState.FAIL)
         return f"trial {failed[0].number}: {failed[0].user_attrs.get('cause', 'unknown')}" if failed else ""
+
+    def trial(self, number: int) -> FrozenTrial:
+        """The trial of this number, as it is now."""
+        return self._storage.get_trial(self._id(number))
 
     def next_trial(self) -> TrialSpec | None:
         """The trial to run next: one that was interrupted, else a new one; None when the search has all it wants.
@@ -193,7 +236,7 @@ class SearchRecord:
             self.fail(stopped.number, "it was stopped before it had its settings")
         while not self.hopeless and self._started() < self._config.trials:
             # Of the seed and the number alone, so that a search that goes on does not draw its first trials again.
-            self.study.sampler = self._sampler(len(self.study.trials))
+            self.study.sampler = self._sampler(self._started())
             trial = self.study.ask()
             try:
                 settings = self._space.settings(trial)
@@ -207,7 +250,7 @@ class SearchRecord:
 
     def _started(self) -> int:
         """Trials that were given out; not those known points that still wait."""
-        return sum(trial.state != TrialState.WAITING for trial in self.study.trials)
+        return sum(trial.state != TrialState.WAITING for trial in self._trials())
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = int(np.random.SeedSequence([self._config.seed, number]).generate_state(1)[0])
@@ -230,18 +273,17 @@ class SearchRecord:
         """
         if len(outcome["values"]) > 1:
             return False  # Optuna keeps no intermediate values of several objectives
-        trial = self._trial(number)
-        if step not in self._frozen(number).intermediate_values:
-            trial.report(outcome["values"][0], step)
+        if step not in self.trial(number).intermediate_values:
+            self._storage.set_trial_intermediate_value(self._id(number), step, float(outcome["values"][0]))
         # One that has come to its end is complete, even if a rung lies there.
-        if self._config.prunes and not outcome["finished"] and trial.should_prune():
-            self._pruned.add(number)
-            return True
-        return False
+        if outcome["finished"] or not self.study.pruner.prune(self.study, self.trial(number)):
+            return False
+        self._pruned.add(number)
+        return True
 
     def note_changes(self, number: int, step: int, settings: dict[str, Any]) -> None:
         """Note that a trial has gone on with other settings."""
-        attributes = self._frozen(number).user_attrs
+        attributes = self.trial(number).user_attrs
         before = attributes["settings"]
         changed = {name: value for name, value in settings.items() if before.get(name) != value}
         if changed:
@@ -279,16 +321,16 @@ class SearchRecord:
 
     # ---- internals ----------------------------------------------------------------------------
 
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self.study.trials[number]
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
-    def _trial(self, number: int) -> optuna.Trial:
-        return optuna.Trial(self.study, self._frozen(number)._trial_id)
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Trials, those in these states; not copied, which would cost more than all else with hundreds of them."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _note(self, number: int, **attributes: Any) -> None:
-        trial = self._trial(number)
         for name, value in attributes.items():
-            trial.set_user_attr(name, value)
+            self._storage.set_trial_user_attr(self._id(number), name, value)
 
 
 def make_tpe(seed: int) -> optuna.samplers.TPESampler:
