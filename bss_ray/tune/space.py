@@ -5,11 +5,14 @@ A space is a function `space(trial: optuna.Trial) -> dict` of dotted settings of
 
 from __future__ import annotations
 
+import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import optuna
 
 from bss_ray.errors import BssRayError, ConfigError, nearest
@@ -47,8 +50,6 @@ class SearchSpace:
         """
         try:
             settings = self.function(trial)
-        except BssRayError:
-            raise
         except Exception as error:  # the user's own code
             raise ConfigError(
                 f"space {self.name} fails: {type(error).__name__}: {error}; the trial's values: {_shown(trial.params)}"
@@ -58,7 +59,15 @@ class SearchSpace:
                 f"space {self.name} must return a dict of dotted settings, {{'scheduler.init_args.temperature': 0.25, "
                 f"...}}; received {settings!r}"
             )
-        return settings
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
+        try:
+            json.dumps(plain)  # as the record keeps them
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"space {self.name} must return numbers, words, booleans, null, lists or dicts of them: {error}; "
+                f"received {settings!r}"
+            ) from None
+        return plain
 
     def config(self, settings: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[TrainConfig, str]:
         """The training run with these settings, and all its settings as YAML.
@@ -86,11 +95,20 @@ class SearchSpace:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for point in self.known_good:
             study.enqueue_trial(point)
-        for _ in range(len(self.known_good) + _DRAWS):
+        for point in [*self.known_good, *[{}] * _DRAWS]:
             trial = study.ask()
-            settings = self.settings(trial)
+            with warnings.catch_warnings():
+                # Optuna takes a known point outside its range all the same.
+                warnings.filterwarnings("error", message="Fixed parameter")
+                settings = self.settings(trial)
             if not trial.params:
                 raise ConfigError(f"space {self.name} asks the trial for nothing: there is nothing to search")
+            for knob in point:
+                if knob not in trial.params:  # which Optuna passes over
+                    raise ConfigError(
+                        f"a KNOWN_GOOD of space {self.name} has {knob}={point[knob]!r}, and the space does not ask for "
+                        f"{knob!r} there; {nearest(knob, trial.params)}"
+                    )
             self.config(settings, trial.params)
 
 
@@ -111,6 +129,8 @@ def find_space(name: str, base: Mapping[str, Any]) -> SearchSpace:
     if not callable(function):
         raise ConfigError(f"space {name} must be a function of a trial; it is {function!r}")
     known_good = getattr(sys.modules[path.partition(":")[0]], "KNOWN_GOOD", [])
+    if not isinstance(known_good, (list, tuple)) or not all(isinstance(point, dict) for point in known_good):
+        raise ConfigError(f"KNOWN_GOOD of space {name} must be a list of dicts, {{knob: value}}; it is {known_good!r}")
     return SearchSpace(name, function, list(known_good), base)
 
 
