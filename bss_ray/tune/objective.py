@@ -94,7 +94,8 @@ class Objective:
         if not name.endswith(f"_{_WEAKER}"):
             return float(row[name])
         of_modalities = [float(row[name.removesuffix(_WEAKER) + modality]) for modality in self.modalities]
-        return max(of_modalities) if self._lower_is_better(name) else min(of_modalities)
+        # NumPy's: of Python's, which of NaN and a number comes out depends on their order.
+        return float(np.max(of_modalities) if self._lower_is_better(name) else np.min(of_modalities))
 
     def _lower_is_better(self, name: str) -> bool:
         return name == SECONDS or is_error(name)
