@@ -61,16 +61,9 @@ class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         self._record, self._burn_ins, self._on_message = record, burn_ins, on_message
         # A trial that population-based training replaces has another's configuration from then on.
         self._numbers: dict[str, int] = {}
-        self._running: set[int] = set()
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether trials were interrupted."""
-        return bool(self._running)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
-        self._running.add(number)
         self._tell(number, "running")
 
     def has_reported(self, trial_id: str, result: Mapping[str, Any]) -> bool:
@@ -87,14 +80,12 @@ class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         state = self._record.end(number, outcome)
         self._burn_ins.release(trial.trial_id)
         if state is not None:
-            self._running.discard(number)
             self._tell(number, state.name.lower(), values=outcome["values"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
         self._record.fail(number, cause_of(trial))
         self._burn_ins.release(trial.trial_id)
-        self._running.discard(number)
         self._tell(number, "fail")
 
     def _tell(self, number: int, state: str, **more: Any) -> None:

@@ -227,26 +227,39 @@ class SearchRecord:
 
         A trial whose settings turn out to be impossible counts as failed.
         """
-        if self._interrupted:
+        while self._interrupted:
             stopped = self._interrupted.pop(0)
             attempt = stopped.user_attrs.get("attempt", 0) + 1
             self._note(stopped.number, attempt=attempt)
-            if "settings" in stopped.user_attrs:
-                return TrialSpec(stopped.number, stopped.user_attrs["settings"], attempt)
-            self.fail(stopped.number, "it was stopped before it had its settings")
-        while not self.hopeless and self._started() < self._config.trials:
+            if spec := self._spec(optuna.Trial(self.study, self._id(stopped.number)), attempt):
+                return spec
+        while self._wants_more():
             # Of the seed and the number alone, so that a search that goes on does not draw its first trials again.
             self.study.sampler = self._sampler(self._started())
-            trial = self.study.ask()
+            if spec := self._spec(self.study.ask()):
+                return spec
+        return None
+
+    def _spec(self, trial: optuna.Trial, attempt: int = 0) -> TrialSpec | None:
+        """The trial with its settings; None if they are impossible, which is a failure."""
+        settings = trial.user_attrs.get("settings")
+        if settings is None:  # knobs that were given out before the driver was killed keep their values
             try:
                 settings = self._space.settings(trial)
                 self._space.config(settings, trial.params)
             except ConfigError as error:
                 self.fail(trial.number, str(error))
-                continue
+                return None
             self._note(trial.number, settings=settings)
-            return TrialSpec(trial.number, settings)
-        return None
+        return TrialSpec(trial.number, settings, attempt)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether trials are running, or still to come."""
+        return bool(self._trials(TrialState.RUNNING)) or self._wants_more()
+
+    def _wants_more(self) -> bool:
+        return not self.hopeless and self._started() < self._config.trials
 
     def _started(self) -> int:
         """Trials that were given out; not those known points that still wait."""

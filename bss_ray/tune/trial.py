@@ -69,6 +69,9 @@ def run_trial(config: dict[str, Any], *, setup: TrialSetup) -> None:
     owner = ray.tune.get_context().get_trial_id()
     start = ray.tune.get_checkpoint() or _last_checkpoint(setup.folder, spec["earlier"])
     done = _read_progress(start)
+    if start is not None and ray.tune.get_checkpoint() is None:
+        # The driver may have been killed between this checkpoint and its report.
+        _Reporter(setup, run, done)(SavedCheckpoint(start).manifest().history, None)
 
     for seed in range(len(done), setup.seeds):
         report = _Reporter(setup, run, done)

@@ -89,7 +89,7 @@ def run_trials(
         ),
     )
     tuner.fit()
-    if desk.unfinished:
+    if record.unfinished:
         raise Interrupted
     if not record.complete:
         raise SearchError(

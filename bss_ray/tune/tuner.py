@@ -20,6 +20,7 @@ from bss_ray.train.run import load_shards, train_scaling
 from bss_ray.train.trainer import OnMessage
 from bss_ray.tune.compare import compare
 from bss_ray.tune.config import TuneConfig
+from bss_ray.tune.loggers import make_loggers
 from bss_ray.tune.nested import FreeNested
 from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, open_storage
@@ -50,7 +51,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         Interrupted: ctrl-C; the same command goes on.
         BssRayError: a setting, the data, the storage or the resources are at fault.
     """
-    with _alone(folder.path):
+    with alone(folder.path):
         storage = open_storage(config.storage, folder.path)
         scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
         seats = count_seats(config, scaling)
@@ -63,7 +64,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         }
         record = SearchRecord(storage, config, space, objective, data)
         setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.path)
-        callbacks = _loggers(config, folder)
+        callbacks = make_loggers(config.loggers, study=config.name, folder=folder.path)
         if scaling.num_workers > 1:
             callbacks.append(FreeNested())
         run_trials(
@@ -100,7 +101,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Refuse a second driver of the same search. The lock ends with this process, however it ends."""
     with (folder / ".lock").open("a+") as lock:
         try:
@@ -115,14 +116,6 @@ def _alone(folder: Path) -> Iterator[None]:
 def _one_worker(config: TuneConfig) -> ray.train.ScalingConfig:
     """Where the number of workers is not given a trial has one: more trials at a time beat more workers in each."""
     return train_scaling(replace(config.train, num_workers=1))
-
-
-def _loggers(config: TuneConfig, folder: RunFolder) -> list[ray.tune.Callback]:
-    if not config.loggers:
-        return []
-    from bss_ray.tune.loggers import make_loggers
-
-    return make_loggers(config.loggers, study=config.name, folder=folder.path)
 
 
 # ---- after ------------------------------------------------------------------------------------
