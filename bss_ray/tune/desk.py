@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,21 @@ class Asking(_Unsaved, Searcher):  # type: ignore[misc]
 
 
 class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
-    """Tells the record, and whoever looks on, what becomes of each trial."""
+    """Tells the record, and whoever looks on, what becomes of each trial; tidies up after it.
 
-    def __init__(self, record: SearchRecord, burn_ins: BurnIns, on_message: OnMessage) -> None:
+    Args:
+        record: of the search.
+        burn_ins: of the search.
+        folder: of the trials.
+        exchanged: whether trials go on from each other's checkpoints, which must stay.
+        on_message: told what becomes of each trial.
+    """
+
+    def __init__(
+        self, record: SearchRecord, burn_ins: BurnIns, folder: Path, exchanged: bool, on_message: OnMessage
+    ) -> None:
         self._record, self._burn_ins, self._on_message = record, burn_ins, on_message
+        self._folder, self._exchanged = folder, exchanged
         # A trial that population-based training replaces has another's configuration from then on.
         self._numbers: dict[str, int] = {}
 
@@ -80,6 +92,8 @@ class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         state = self._record.end(number, outcome)
         self._burn_ins.release(trial.trial_id)
         if state is not None:
+            if not self._exchanged:  # a finished trial's checkpoints are for nobody
+                drop_checkpoints(self._folder, f"{number:05d}*")
             self._tell(number, state.name.lower(), values=outcome["values"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -89,7 +103,7 @@ class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         self._tell(number, "fail")
 
     def _tell(self, number: int, state: str, **more: Any) -> None:
-        trial = self._record.study.trials[number]
+        trial = self._record.trial(number)
         told = {"kind": "trial", "number": number, "state": state, "params": trial.params, **more}
         self._on_message({**told, "cause": trial.user_attrs.get("cause", "")})
 
@@ -105,6 +119,12 @@ class Pruning(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         return False
+
+
+def drop_checkpoints(folder: Path, trials: str = "*") -> None:
+    """Remove the checkpoints of trials: there are many trials, and settings are what a search is after."""
+    for checkpoint in folder.glob(f"{trials}/checkpoint_*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def cause_of(trial: Trial) -> str:

@@ -14,7 +14,7 @@ from bss_ray.errors import SearchError
 from bss_ray.train.trainer import OnMessage
 from bss_ray.tune.burn_in import BurnIns
 from bss_ray.tune.config import TuneConfig
-from bss_ray.tune.desk import Asking, Desk, Pruning, as_config
+from bss_ray.tune.desk import Asking, Desk, Pruning, as_config, drop_checkpoints
 from bss_ray.tune.explore import Explore
 from bss_ray.tune.record import SearchRecord
 
@@ -56,14 +56,15 @@ def run_trials(
     """
     burn_ins = BurnIns(folder)
     burn_ins.release()  # of trials that were killed with their driver
-    desk = Desk(record, burn_ins, on_message)
+    exchanged = config.algorithm == "pbt"
+    desk = Desk(record, burn_ins, folder / TRIALS, exchanged, on_message)
     common: dict[str, Any] = {
         "max_concurrent_trials": seats,
         "reuse_actors": reuse,
         "trial_name_creator": _name,
         "trial_dirname_creator": _name,
     }
-    if config.algorithm == "pbt":
+    if exchanged:
         # All at once: Ray's population-based training takes no searcher.
         population = [as_config(spec) for spec in iter(record.next_trial, None)]
         scheduler = _population_based_training(config, record)
@@ -91,6 +92,7 @@ def run_trials(
     tuner.fit()
     if record.unfinished:
         raise Interrupted
+    drop_checkpoints(folder / TRIALS)
     if not record.complete:
         raise SearchError(
             f"none of {len(record.finished)} trials ran to its end. The first cause: {record.first_cause or 'pruned'}"

@@ -67,6 +67,9 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         callbacks = make_loggers(config.loggers, study=config.name, folder=folder.path)
         if scaling.num_workers > 1:
             callbacks.append(FreeNested())
+        at_a_time = f"{seats} trials" if seats > 1 else "one trial"
+        ranks = "in its own process" if scaling.num_workers == 1 else f"with {scaling.num_workers} ranks"
+        on_message({"kind": "notice", "text": f"{at_a_time} at a time, each {ranks}"})
         run_trials(
             config,
             record,
