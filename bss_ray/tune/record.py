@@ -6,6 +6,7 @@ from what the study says: finished trials are kept, and those that were running 
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -110,10 +111,21 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _end_of_whole_lines(journal: bytes) -> int | None:
-    """Where a torn last line begins; None where there is none, or where this is no journal."""
-    if not journal or journal.endswith(b"\n") or not _FIRST_BYTES.startswith(journal[: len(_FIRST_BYTES)]):
+    """Where a torn last line begins; None where there is none.
+
+    Raises:
+        ValueError: this is no journal, of which Optuna would not complain before it has written to it.
+    """
+    if not journal:
         return None
-    return journal.rfind(b"\n") + 1
+    if not (journal.startswith(_FIRST_BYTES) or _FIRST_BYTES.startswith(journal)):
+        raise ValueError(f"it begins with {journal[:20]!r}")
+    last = journal.rfind(b"\n", 0, -1) + 1
+    try:
+        json.loads(journal[last:])
+    except ValueError:
+        return last
+    return None if journal.endswith(b"\n") else last
 
 
 def load_study(storage: str | None, name: str, folder: Path) -> optuna.Study:
@@ -231,6 +243,7 @@ class SearchRecord:
             stopped = self._interrupted.pop(0)
             attempt = stopped.user_attrs.get("attempt", 0) + 1
             self._note(stopped.number, attempt=attempt)
+            self.study.sampler = self._sampler(stopped.number)
             if spec := self._spec(optuna.Trial(self.study, self._id(stopped.number)), attempt):
                 return spec
         while self._wants_more():
