@@ -91,7 +91,7 @@ def tune_command(argv: Sequence[str]) -> int:
             _write_report(config, folder.path, result, display)
         else:
             display.say("this search is complete. A larger --trials searches on; another --name starts a new one")
-        display.show(result, folder.path)
+    display.show(result, folder.path)
     return 0
 
 
