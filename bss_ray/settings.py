@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -242,11 +243,17 @@ def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
     """
     from bss_ray.train.run import TrainConfig
 
-    parser = TreeParser(prog="bss-ray train")
     scheduler = _at(tree, "scheduler.class_path")
-    add_training_arguments(parser, None if scheduler is None else str(scheduler))
+    parser = _tree_parser(None if scheduler is None else str(scheduler))
     settings = parser.parse_object(dict(tree))
     return make(TrainConfig, instantiate(parser, settings)), resolved(parser, settings)
+
+
+@functools.cache  # a parser takes longer to make than all else
+def _tree_parser(scheduler: str | None) -> TreeParser:
+    parser = TreeParser(prog="bss-ray train")
+    add_training_arguments(parser, scheduler)
+    return parser
 
 
 def _at(tree: Any, name: str) -> Any:

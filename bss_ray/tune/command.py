@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from bss_ray.connect import STOPPED, start_ray
-from bss_ray.errors import MissingDependencyError
+from bss_ray.errors import BssRayError, MissingDependencyError
 from bss_ray.settings import Parser, add_training_arguments, instantiate, make, named_scheduler, resolved
 
 _DESCRIPTION = (
@@ -76,6 +76,7 @@ def tune_command(argv: Sequence[str]) -> int:
     resumed = folder.claim(text)
 
     from bss_ray.report.search import SearchDisplay
+    from bss_ray.tune.trials import TRIALS
     from bss_ray.tune.tuner import tune
 
     with SearchDisplay(config) as display:
@@ -85,6 +86,10 @@ def tune_command(argv: Sequence[str]) -> int:
             try:
                 _start_ray(config, display)
                 result = tune(config, space, folder, display.on_message)
+            except BssRayError:
+                if not (folder.path / TRIALS).exists():
+                    folder.release()
+                raise
             except KeyboardInterrupt:
                 display.say("stopped. The same command goes on: finished trials are kept, running ones start again")
                 return STOPPED
