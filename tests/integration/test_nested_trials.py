@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 def make_trainer(
     callbacks: list[Any], *, folder: Path, shards: Shards, ranks: int = 1, **audit: Any
 ) -> bss_ray.BalancedTrainer:
-    """A run; two ranks together take most of the CPUs."""
+    """A run whose ranks take so many CPUs that there is no room for another."""
     (folder / "audit").mkdir(parents=True)
     return bss_ray.BalancedTrainer(
         audited_loop,
@@ -38,7 +38,7 @@ def make_trainer(
         scoring=bss_ray.Scoring(engine="online"),
         batch_size=BATCH,
         train_loop_config=Audit(folder / "audit", **audit),
-        scaling_config=ray.train.ScalingConfig(num_workers=ranks, resources_per_worker={"CPU": 2}),
+        scaling_config=ray.train.ScalingConfig(num_workers=ranks, resources_per_worker={"CPU": 4 // ranks}),
         run_config=ray.train.RunConfig(
             name="run",
             storage_path=str(folder),
@@ -122,7 +122,7 @@ def trial(config: dict[str, Any], folder: Path, shards: Shards) -> None:
         ray.tune.report({"epoch": row["epoch"]})
 
     own = folder / config["ends"]
-    fit_nested(functools.partial(make_trainer, folder=own, shards=shards, ranks=2, epochs=1000), on_report)
+    fit_nested(functools.partial(make_trainer, folder=own, shards=shards, epochs=1000), on_report)
 
 
 def test_trials_that_are_stopped_and_killed(tmp_path: Path, shards: Shards) -> None:
