@@ -84,6 +84,11 @@ def temperatures(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
+def without_burn_in(trial: optuna.Trial) -> dict[str, Any]:
+    """The first epoch is drawn from scores of the untrained model."""
+    return {**temperatures(trial), "scheduler.init_args.burn_in": 0}
+
+
 def base(**settings: Any) -> dict[str, Any]:
     """Settings that all trials share, as a tree."""
     tree: dict[str, Any] = {

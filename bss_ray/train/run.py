@@ -175,7 +175,7 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
     Args:
         config: what is trained, and how.
         splits: shards by split, of `load_shards`; validation may be None.
-        **placed: where it runs and who looks on: the other arguments of `BalancedTrainer`.
+        **placed: where it runs, who looks on, other scores to begin with: arguments of `BalancedTrainer`.
     """
     return BalancedTrainer(
         default_loop,
@@ -185,7 +185,6 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
         scheduler=config.scheduler if config.initial_checkpoint is None else replace(config.scheduler, burn_in=0),
         measurer=config.measurer,
         scoring=config.scoring,
-        initial_scores=config.initial_scores,
         batch_size=config.batch_size,
         tail=config.tail,
         seed=config.seed,
@@ -195,7 +194,7 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
             seed=config.seed,
             initial_checkpoint=None if config.initial_checkpoint is None else abspath(config.initial_checkpoint),
         ),
-        **placed,
+        **{"initial_scores": config.initial_scores, **placed},
     )
 
 

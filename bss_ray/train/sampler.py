@@ -33,6 +33,7 @@ from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
 from bss_ray.sample.score_files import ScoreFile, write_scores
 from bss_ray.sample.scoring import Scoring
+from bss_ray.sample.state import PartState
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.checkpoint import (
     Manifest,
@@ -198,6 +199,7 @@ class Sampler:
                     "sampler.epochs(n, model=model), or set burn_in >= 1"
                 )
             self._update_scores(-1, model)
+            self._context.session.scored_first(self._scores)
         while self._position.epoch < n:
             epoch = self._position.epoch
             self._ended = False
@@ -414,6 +416,11 @@ class Sampler:
             self._context.session.report(row, checkpoint)
 
     # ---- internals ----------------------------------------------------------------------------
+
+    def _scores(self) -> list[PartState]:
+        """Scores of all rows."""
+        holders = ray.get(self._context.coordinator.parts.remote(self._position.version))
+        return [part for parts in ray.get(holders) for part in parts]
 
     def _restore_scores(self) -> tuple[str, SavedCheckpoint | None]:
         """Put all holders where the checkpoint stands (or at the start), and this rank with them.

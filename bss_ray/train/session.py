@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import ray.train
 
+from bss_ray.sample.state import PartState
 from bss_ray.train.ranks import Ranks
 
 
@@ -23,6 +24,10 @@ class Session(Protocol):
 
     def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
         """Keep a row of metrics, and a checkpoint whose folder is gone afterwards."""
+        ...
+
+    def scored_first(self, scores: Callable[[], list[PartState]]) -> None:
+        """Keep the scores of the untrained model, for other runs that begin with them."""
         ...
 
 
@@ -44,3 +49,6 @@ class TrainSession:
 
     def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
         ray.train.report(dict(row), checkpoint=checkpoint)
+
+    def scored_first(self, scores: Callable[[], list[PartState]]) -> None:
+        """They are in the first checkpoint."""

@@ -21,7 +21,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.sample.actors import StartedHolders, start_coordinator, start_holders, start_scorers
+from bss_ray.sample.actors import SavedScores, StartedHolders, start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.local import start_here
 from bss_ray.sample.memory import ONE_ARENA, keep_freed_memory
@@ -59,8 +59,8 @@ class BalancedTrainer:
         scaling_config: ranks and their resources; default one rank. `num_workers=0` trains in this process, without
             any other for the sampler unless scoring asks for scorers: for debugging, and for trials of a search.
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
-        initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`) that the
-            first epoch is drawn from; there is no burn-in then.
+        initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`), or whatever
+            else reads scores of rows, that the first epoch is drawn from; there is no burn-in then.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
             "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
@@ -87,7 +87,7 @@ class BalancedTrainer:
         train_loop_config: Any = None,
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
-        initial_scores: str | None = None,
+        initial_scores: str | SavedScores | None = None,
         session: Session | None = None,
         on_message: OnMessage | None = None,
     ) -> None:
@@ -164,7 +164,9 @@ class BalancedTrainer:
     ) -> tuple[SamplerContext, list[Any]]:
         """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
         measurer = self._measurer.for_task(train.columns.task)
-        initial = None if self._initial_scores is None else ScoresFile(self._initial_scores, train)
+        initial = self._initial_scores
+        if isinstance(initial, str):
+            initial = ScoresFile(initial, train)
         of_plan: dict[str, Any] = {
             "scheduler": self._scheduler,
             "scoring": scoring,

@@ -18,7 +18,7 @@ from bss_ray.train.run import TrainConfig, best_row, test_model
 from bss_ray.train.trainer import OnMessage
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.seats import trial_resources
-from bss_ray.tune.trial import Row, TrialSetup, train_once
+from bss_ray.tune.trial import Beginning, Row, TrialSetup, train_once
 
 CONTROL = "uniform"
 
@@ -83,7 +83,7 @@ def run_seed(tree: Mapping[str, Any], seed: int, setup: TrialSetup) -> dict[str,
     """
     config: TrainConfig = training_config({**tree, "seed": seed})[0]
     choose_by, chosen = setup.objective.choose_by, _Chosen(setup.objective.choose_by)
-    history = train_once(config, setup.splits, setup.scaling, setup.folder, None, chosen)
+    history = train_once(config, setup.splits, setup.scaling, setup.folder, Beginning(), chosen)
     row = best_row(history, choose_by)
     test = {}
     if setup.splits["test"] is not None:

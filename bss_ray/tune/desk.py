@@ -96,6 +96,12 @@ class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
                 drop_checkpoints(self._folder, f"{number:05d}*")
             self._tell(number, state.name.lower(), values=outcome["values"])
 
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A trial that is paused for another must not have that one wait for its burn-in."""
+        for trial in trials:
+            if trial.status == Trial.PAUSED:
+                self._burn_ins.release(trial.trial_id)
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
         self._record.fail(number, cause_of(trial))

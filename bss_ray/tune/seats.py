@@ -9,7 +9,7 @@ from dataclasses import replace
 import ray
 import ray.train
 
-from bss_ray.errors import ResourceError
+from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.sample.scoring import Engine, Scoring
 from bss_ray.train.resources import check_resources
 from bss_ray.tune.config import TuneConfig
@@ -23,6 +23,7 @@ def count_seats(config: TuneConfig, scaling: ray.train.ScalingConfig) -> int:
 
     Raises:
         ResourceError: it has not room for one, ever.
+        ConfigError: a population that must train side by side has no room.
     """
     scoring = replace(config.train.scoring, engine=_engine(config))
     check_resources(scaling, scoring)
@@ -46,7 +47,14 @@ def count_seats(config: TuneConfig, scaling: ray.train.ScalingConfig) -> int:
             f"a trial with its ranks, holders and scorers needs {wanted}; the cluster has {_shown([there], together)}. "
             "Lower train.num_workers, or what scoring takes"
         )
-    return int(min(seats, config.max_concurrent or seats))
+    limited = config.max_concurrent is not None or scaling.num_workers > 1
+    seats = int(min(seats, config.max_concurrent or seats))
+    if config.algorithm == "pbt" and limited and seats < config.trials:
+        raise ConfigError(
+            f"algorithm=pbt trains its {config.trials} trials side by side, and there is room for {seats}. Lower "
+            "trials; more of them take turns only where each has one worker and max_concurrent is null"
+        )
+    return seats
 
 
 def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dict[str, float]:

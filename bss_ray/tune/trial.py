@@ -10,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import ray.train
 import ray.tune
 
 from bss_ray.errors import CheckpointError
+from bss_ray.sample.state import PartState
 from bss_ray.settings import overlay, training_config
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.ranks import Ranks
 from bss_ray.train.run import TrainConfig, make_trainer
 from bss_ray.train.session import Session, TrainSession
-from bss_ray.tune.burn_in import BurnIns, burn_in_key
+from bss_ray.tune.burn_in import BurnIns, FirstScores, burn_in_key
 from bss_ray.tune.nested import fit_nested
 from bss_ray.tune.objective import Objective
 
@@ -30,6 +32,7 @@ Row = dict[str, Any]
 # Called after each epoch with the metrics of all epochs so far, and the folder of the checkpoint.
 OnEpoch = Callable[[list[Row], Path], None]
 
+NESTED = "nested"
 _PROGRESS = "trial.json"
 
 
@@ -73,17 +76,33 @@ def run_trial(config: dict[str, Any], *, setup: TrialSetup) -> None:
         # The driver may have been killed between this checkpoint and its report.
         _Reporter(setup, run, done)(SavedCheckpoint(start).manifest().history, None)
 
+    burn_ins = BurnIns(setup.folder)
     for seed in range(len(done), setup.seeds):
         report = _Reporter(setup, run, done)
         one = replace(run, seed=run.seed + seed)
-        key = burn_in_key(one, settings)
-        key = None if key is None else f"{key}-{one.seed}"
-        if start is None and key is not None:
-            start = _shared_burn_in(BurnIns(setup.folder), key, owner, report)
-        keeping = report if key is None else _keeping_burn_in(one, BurnIns(setup.folder), key, report)
-        history = train_once(one, setup.splits, setup.scaling, setup.folder, start, keeping)
+        begin = Beginning(start)
+        key = burn_in_key(one, settings) if start is None else None
+        on_epoch: OnEpoch = report
+        if key is not None and (one.scheduler.burn_in > 0 or setup.scaling.num_workers == 1):
+            begin, on_epoch = _share(burn_ins, f"{key}-{one.seed}", owner, one.scheduler.burn_in, report)
+        history = train_once(one, setup.splits, setup.scaling, setup.folder, begin, on_epoch)
         done.append(setup.objective.values(history))
         start = None
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with.
+
+    Attributes:
+        checkpoint: to go on from.
+        scores: of the untrained model, where there is no burn-in.
+        keep_scores: called with them where there are none yet; of a run in this process.
+    """
+
+    checkpoint: ray.train.Checkpoint | None = None
+    scores: FirstScores | None = None
+    keep_scores: Callable[[list[PartState]], None] | None = None
 
 
 def train_once(
@@ -91,7 +110,7 @@ def train_once(
     splits: dict[str, Any],
     scaling: ray.train.ScalingConfig,
     folder: Path,
-    start: ray.train.Checkpoint | None,
+    begin: Beginning,
     on_epoch: OnEpoch,
 ) -> list[Row]:
     """Train one configuration with one seed.
@@ -101,14 +120,17 @@ def train_once(
         splits: shards by split.
         scaling: ranks; one rank trains in this process.
         folder: where several ranks leave their checkpoints in the meantime.
-        start: checkpoint to go on from.
+        begin: what the run begins with.
         on_epoch: called after each epoch; what it raises ends the run.
 
     Returns:
         Metrics of all epochs.
     """
+    start = begin.checkpoint
     history: list[Row] = [] if start is None else SavedCheckpoint(start).manifest().history
-    session = TrainSession(start)
+    placed: dict[str, Any] = {"on_message": _quiet}
+    if begin.scores is not None:
+        placed["initial_scores"] = begin.scores
 
     def after(checkpoint: ray.train.Checkpoint) -> None:
         history[:] = SavedCheckpoint(checkpoint).manifest().history
@@ -116,12 +138,11 @@ def train_once(
 
     if scaling.num_workers == 1:
         here = replace(scaling, num_workers=0)
-        make_trainer(
-            scoring_here(config), splits, scaling_config=here, session=_InTrial(start, after), on_message=_quiet
-        ).fit()
+        session = _InTrial(begin, after)
+        make_trainer(scoring_here(config), splits, scaling_config=here, session=session, **placed).fit()
         return history
     # A name of its own: a run of the same name would go on from its own checkpoints.
-    nested = folder / "nested" / uuid.uuid4().hex
+    nested = folder / NESTED / uuid.uuid4().hex
     try:
         fit_nested(
             lambda callbacks: make_trainer(
@@ -134,8 +155,8 @@ def train_once(
                     callbacks=callbacks,
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
                 ),
-                session=session,
-                on_message=_quiet,
+                session=TrainSession(start),
+                **placed,
             ),
             lambda _row, path: after(ray.train.Checkpoint(path)) if path else None,
         )
@@ -154,19 +175,23 @@ def scoring_here(config: TrainConfig) -> TrainConfig:
 class _InTrial(Session):
     """Of a run in a trial's own process, where Ray Train's functions refuse to work for Ray Tune's sake."""
 
-    def __init__(self, start: ray.train.Checkpoint | None, after: Callable[[ray.train.Checkpoint], None]) -> None:
-        self._start, self._after = start, after
+    def __init__(self, begin: Beginning, after: Callable[[ray.train.Checkpoint], None]) -> None:
+        self._begin, self._after = begin, after
 
     def ranks(self) -> Ranks:
         return Ranks(rank=0, count=1)
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
-        return self._start
+        return self._begin.checkpoint
 
     def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
         if "batch" not in row:  # else it is a checkpoint in the middle of an epoch
             assert checkpoint is not None, "one rank writes all files"
             self._after(checkpoint)
+
+    def scored_first(self, scores: Callable[[], list[PartState]]) -> None:
+        if self._begin.keep_scores is not None:
+            self._begin.keep_scores(scores())
 
 
 class _Reporter:
@@ -201,25 +226,26 @@ class _Reporter:
         )
 
 
-def _shared_burn_in(burn_ins: BurnIns, key: str, owner: str, report: _Reporter) -> ray.train.Checkpoint | None:
-    """The checkpoint at the end of burn-in, if another trial has made it; its epochs are reported as this trial's."""
+def _share(burn_ins: BurnIns, key: str, owner: str, epochs: int, report: _Reporter) -> tuple[Beginning, OnEpoch]:
+    """Take what another trial's burn-in has left, whose epochs are reported as this trial's; or leave this one's."""
     folder = burn_ins.take(key, owner)
+    if epochs == 0:
+        if folder is None:
+            return Beginning(keep_scores=partial(burn_ins.keep_scores, key)), report
+        return Beginning(scores=FirstScores(folder)), report
     if folder is None:
-        return None
+
+        def keep(history: list[Row], checkpoint: Path | None) -> None:
+            if len(history) == epochs and checkpoint is not None:
+                burn_ins.keep(key, checkpoint)
+            report(history, checkpoint)
+
+        return Beginning(), keep
     checkpoint = ray.train.Checkpoint(str(folder))
     history = SavedCheckpoint(checkpoint).manifest().history
-    for epochs in range(1, len(history) + 1):
-        report(history[:epochs], None)
-    return checkpoint
-
-
-def _keeping_burn_in(config: TrainConfig, burn_ins: BurnIns, key: str, report: OnEpoch) -> OnEpoch:
-    def on_epoch(history: list[Row], checkpoint: Path) -> None:
-        if len(history) == config.scheduler.burn_in:
-            burn_ins.keep(key, checkpoint)
-        report(history, checkpoint)
-
-    return on_epoch
+    for done in range(1, len(history) + 1):
+        report(history[:done], None)
+    return Beginning(checkpoint), report
 
 
 def _last_checkpoint(folder: Path, earlier: list[str]) -> ray.train.Checkpoint | None:

@@ -59,7 +59,6 @@ def run_trials(
     exchanged = config.algorithm == "pbt"
     desk = Desk(record, burn_ins, folder / TRIALS, exchanged, on_message)
     common: dict[str, Any] = {
-        "max_concurrent_trials": seats,
         "reuse_actors": reuse,
         "trial_name_creator": _name,
         "trial_dirname_creator": _name,
@@ -69,12 +68,15 @@ def run_trials(
         population = [as_config(spec) for spec in iter(record.next_trial, None)]
         scheduler = _population_based_training(config, record)
         space = {"trial": ray.tune.grid_search(population)}
+        # Without a limit but that of the resources: it takes turns among trials that wait, and under a limit of Tune's
+        # they would not be there yet.
         how = ray.tune.TuneConfig(scheduler=scheduler, **common)
         if not population:
             return
     else:
         # As many as the record has: it says when there are no more.
-        space, how = {}, ray.tune.TuneConfig(search_alg=Asking(record), num_samples=-1, **common)
+        space = {}
+        how = ray.tune.TuneConfig(search_alg=Asking(record), num_samples=-1, max_concurrent_trials=seats, **common)
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, {name.lower(): amount for name, amount in each.items()}),
         param_space=space,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, open_storage
 from bss_ray.tune.seats import count_seats, trial_resources
 from bss_ray.tune.space import SearchSpace
-from bss_ray.tune.trial import TrialSetup, run_trial
+from bss_ray.tune.trial import NESTED, TrialSetup, run_trial
 from bss_ray.tune.trials import run_trials
 
 BEST = "best.yaml"
@@ -81,6 +82,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
             callbacks=callbacks,
             on_message=on_message,
         )
+        shutil.rmtree(folder.path / NESTED, ignore_errors=True)  # of trials that were stopped
         best = _write_best(record, space, scaling, folder)
         result: dict[str, Any] = {
             "trials": {

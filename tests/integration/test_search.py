@@ -17,9 +17,9 @@ from bss_ray.train.run import TrainConfig, load_shards
 from bss_ray.tune.config import Population, Pruning, TuneConfig
 from bss_ray.tune.record import load_study
 from bss_ray.tune.seats import count_seats
-from bss_ray.tune.trial import train_once
+from bss_ray.tune.trial import Beginning, train_once
 from bss_ray.tune.tuner import alone
-from tests.searches import EPOCHS, base, hopeless, learning_rates, search, temperatures, troubles
+from tests.searches import EPOCHS, base, hopeless, learning_rates, search, temperatures, troubles, without_burn_in
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -82,17 +82,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_one_burn_in_serves_all_and_changes_nothing(shared: Path) -> None:
-    assert len(list((shared / "tune" / "burn_in").glob("*/checkpoint"))) == 1
-    config = training_config(base())[0]
-    splits = load_shards(config, lambda message: None)
-    for trial in trials_of(shared):
-        alone_config: TrainConfig = training_config(overlay(base(), trial.user_attrs["settings"]))[0]
+def assert_as_trained_alone(folder: Path) -> None:
+    """Trials came to the same as without the others, to the bit."""
+    splits = load_shards(training_config(base())[0], lambda message: None)
+    for trial in trials_of(folder):
+        config: TrainConfig = training_config(overlay(base(), trial.user_attrs["settings"]))[0]
         one = ray.train.ScalingConfig(num_workers=1)
-        history = train_once(alone_config, splits, one, shared, None, lambda history, checkpoint: None)
+        history = train_once(config, splits, one, folder, Beginning(), lambda history, checkpoint: None)
         values = [row["val_accuracy_fused"] for row in history]
         so_far = [max(values[: epoch + 1]) for epoch in range(EPOCHS)]
-        assert list(trial.intermediate_values.values()) == so_far, "the same as without the others, to the bit"
+        assert list(trial.intermediate_values.values()) == so_far
+
+
+def test_one_burn_in_serves_all_and_changes_nothing(shared: Path) -> None:
+    assert len(list((shared / "tune" / "burn_in").glob("*/done/manifest.json"))) == 1
+    assert_as_trained_alone(shared)
+
+
+def test_the_untrained_model_is_scored_once_for_all(tmp_path: Path) -> None:
+    search(tmp_path, without_burn_in, trials=3)
+    assert len(list((tmp_path / "tune" / "burn_in").glob("*/done/scores-*"))) == 1
+    assert_as_trained_alone(tmp_path)
 
 
 def test_the_best_settings_are_taken_by_train_as_they_are(shared: Path) -> None:
@@ -132,11 +142,13 @@ def test_another_space_or_other_data_is_refused(shared: Path) -> None:
 
 
 def test_population_based_training_changes_settings_on_the_way(tmp_path: Path) -> None:
-    # One seat, so that they train in turns: else the first could be done before the others have started.
+    # Each takes all CPUs, so that they train in turns: else the first could be done before the others have started.
     search(
         tmp_path,
         temperatures,
         trials=3,
+        max_concurrent=None,
+        cpus_per_trial=6,
         algorithm="pbt",
         population=Population(interval=1, quantile=0.5),
         pruning=Pruning(),
@@ -160,7 +172,7 @@ def test_several_seeds_and_metrics(tmp_path: Path) -> None:
         assert trial.values == pytest.approx([sum(column) / 2 for column in zip(*seeds, strict=True)])
         assert trial.values[1] <= trial.values[0]
     assert result["metrics"] == list(metrics)
-    assert len(list((tmp_path / "tune" / "burn_in").glob("*/checkpoint"))) == 2, "one for each seed"
+    assert len(list((tmp_path / "tune" / "burn_in").glob("*/done"))) == 2, "one for each seed"
 
 
 def test_two_commands_cannot_search_together(tmp_path: Path) -> None:
@@ -176,5 +188,7 @@ def test_resources_that_can_never_be_met() -> None:
         count_seats(config, ray.train.ScalingConfig(num_workers=1))
     with pytest.raises(ResourceError, match="needs 100 CPU"):
         count_seats(TuneConfig(), ray.train.ScalingConfig(num_workers=100))
+    with pytest.raises(ConfigError, match="pbt trains its 16 trials side by side, and there is room for 3"):
+        count_seats(TuneConfig(algorithm="pbt"), ray.train.ScalingConfig(num_workers=2))
     assert count_seats(TuneConfig(), ray.train.ScalingConfig(num_workers=1)) == 6
     assert count_seats(TuneConfig(), ray.train.ScalingConfig(num_workers=4)) == 1, "two would wait for each other"
