@@ -32,17 +32,14 @@ SCHEDULERS: dict[str, type[Scheduler]] = {kind.__name__: kind for kind in (Unifo
 # The demo's own setting: what a prototype on AV-Digits found good (docs/method.md).
 _DEMO_SCHEDULER = {"temperature": 0.25, "fraction": 0.7}
 
-MODEL_HELP = (
-    "Import path of a torch.nn.Module that maps a batch to {modality: logits, ..., 'fused': logits}; its arguments as "
-    "--model.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they are "
-    "given."
-)
-
 _T = TypeVar("_T")
 
 
 class Parser(ArgumentParser):
     """Errors in one line, with the nearest name for one that does not exist."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())
@@ -112,22 +109,33 @@ def add_training_arguments(
         prefix: `train.` adds them as a group.
         skip: settings that are left out.
     """
-    from torch import nn
-
     from bss_ray.train.run import TrainConfig
 
     set_parsing_settings(subclasses_enabled=[Scheduler])
     parser.add_class_arguments(
         TrainConfig, prefix.removesuffix(".") or None, as_group=False, instantiate=False, skip={"model", *skip}
     )
-    # Built on the ranks, which alone know the shapes of the rows: parsed and checked here, not made.
-    model = f"{prefix}model"
-    parser.add_subclass_arguments(
-        nn.Module, model, instantiate=False, skip={"shapes", "num_classes"}, required=False, help=MODEL_HELP
-    )
+    model = add_model_arguments(parser, prefix)
     parser.set_defaults({model: {"class_path": "bss_ray.models.LateFusion"}})
     kind, settings = (Learning, _DEMO_SCHEDULER) if scheduler is None else (_scheduler_class(scheduler), {})
     parser.set_defaults({f"{prefix}scheduler": lazy_instance(kind, **settings)})
+
+
+def add_model_arguments(parser: ArgumentParser, prefix: str = "") -> str:
+    """Add a model's class and arguments; returns the name of the setting."""
+    from torch import nn
+
+    name = f"{prefix}model"
+    text = (
+        "Import path of a torch.nn.Module that maps a batch to {modality: logits, ..., 'fused': logits}; its arguments "
+        f"as --{name}.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they "
+        "are given."
+    )
+    # Built where the shapes of the rows are known: parsed and checked here, not made.
+    parser.add_subclass_arguments(
+        nn.Module, name, instantiate=False, skip={"shapes", "num_classes"}, required=False, help=text
+    )
+    return name
 
 
 def _scheduler_class(name: str) -> type[Scheduler]:
@@ -215,21 +223,23 @@ def overlay(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     # Classes first: another one clears what was set of the one before.
     for name, value in sorted(settings.items(), key=lambda item: not item[0].endswith(".class_path")):
         *groups, last = name.split(".")
-        if len(groups) == 1 and groups[0] in _CLASSES and last != "class_path":
+        if len(groups) == 1 and groups[0] in _CLASSES and last not in ("class_path", "init_args"):
             groups.append("init_args")  # as on the command line: --scheduler.temperature
         inner = changed
         for group in groups:
             if not isinstance(inner.get(group), dict):
                 inner[group] = {}
             inner = inner[group]
-        if last == "class_path" and _class_name(inner.get(last)) != _class_name(value):
+        if last == "class_path" and not _same_class(str(inner.get(last)), str(value)):
             inner.clear()
         inner[last] = value
     return changed
 
 
-def _class_name(path: Any) -> str:
-    return str(path).rpartition(".")[2]
+def _same_class(one: str, other: str) -> bool:
+    """Whether two names mean one class: ours may be named without their module."""
+    short = "." not in one or "." not in other
+    return one.rpartition(".")[2] == other.rpartition(".")[2] if short else one == other
 
 
 def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
@@ -245,7 +255,10 @@ def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
 
     scheduler = _at(tree, "scheduler.class_path")
     parser = _tree_parser(None if scheduler is None else str(scheduler))
-    settings = parser.parse_object(dict(tree))
+    try:
+        settings = parser.parse_object(dict(tree))
+    except TypeError as error:
+        raise ConfigError(f"settings are nested by group, such as {{'loop': {{'epochs': 3}}}}: {error}") from error
     return make(TrainConfig, instantiate(parser, settings)), resolved(parser, settings)
 
 

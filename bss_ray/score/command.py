@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from bss_ray.connect import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
-from bss_ray.settings import MODEL_HELP, Parser, instantiate, make
+from bss_ray.settings import Parser, add_model_arguments, instantiate, make
 
 _DESCRIPTION = (
     "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
@@ -27,17 +27,12 @@ _DESCRIPTION = (
 
 def score_parser() -> ArgumentParser:
     """The parser of `bss-ray score`."""
-    from torch import nn
-
     from bss_ray.score.config import ScoreConfig
 
     parser = Parser(prog="bss-ray score", description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(ScoreConfig, as_group=False, skip={"model"})
-    # Built where the shapes of the rows are known: parsed and checked here, not made.
-    parser.add_subclass_arguments(
-        nn.Module, "model", instantiate=False, skip={"shapes", "num_classes"}, required=False, help=MODEL_HELP
-    )
+    add_model_arguments(parser)
     return parser
 
 

@@ -98,8 +98,7 @@ class BurnIns:
         place.mkdir(parents=True, exist_ok=True)
         while not (place / "done").exists():
             try:
-                with (place / "claim").open("x") as claim:
-                    claim.write(owner)
+                (place / "claim").symlink_to(owner)  # a link is made with its content or not at all
                 return None
             except FileExistsError:
                 time.sleep(_POLL_S)  # whoever makes it holds its resources, and its claim ends with it
@@ -133,12 +132,12 @@ class BurnIns:
 
     def release(self, owner: str | None = None) -> None:
         """Give up the claims of a trial that has ended; None: of all, when none runs."""
-        for claim in self._folder.glob("*/claim"):
+        for claim in (place / "claim" for place in self._folder.glob("*")):
             try:
-                if owner is None or claim.read_text() == owner:
+                if owner is None or os.readlink(claim) == owner:
                     claim.unlink()
             except FileNotFoundError:
-                continue  # its owner has done so
+                continue  # none, or its owner has done so
         if owner is None:
             for rest in self._folder.glob("*/coming-*"):
                 shutil.rmtree(rest)

@@ -78,14 +78,20 @@ class Objective:
         """Seconds of training, planning and scoring of all epochs."""
         return float(sum(row[part] for row in history for part in _PARTS))
 
-    def combine(self, seed_values: Sequence[Sequence[float]]) -> list[float]:
-        """One number a metric, from those of each seed: (seeds, metrics) -> (metrics,)."""
-        columns = np.asarray(seed_values, dtype=np.float64).T
-        return [self._combined(name, column) for name, column in zip(self.metrics, columns, strict=True)]
+    def combine(self, seed_values: Sequence[Sequence[float]], aggregate: str | None = None) -> list[float]:
+        """One number a metric, from those of each seed: (seeds, metrics) -> (metrics,).
 
-    def _combined(self, name: str, values: np.ndarray) -> float:
+        Args:
+            seed_values: of each seed.
+            aggregate: in place of the objective's own.
+        """
+        aggregate = aggregate or self.aggregate
+        columns = np.asarray(seed_values, dtype=np.float64).T
+        return [self._combined(name, column, aggregate) for name, column in zip(self.metrics, columns, strict=True)]
+
+    def _combined(self, name: str, values: np.ndarray, aggregate: str) -> float:
         over_seeds = Interval.of(values.tolist())
-        if self.aggregate == "mean" or over_seeds.half_width is None:
+        if aggregate == "mean" or over_seeds.half_width is None:
             return over_seeds.mean
         half = over_seeds.half_width
         return over_seeds.mean + half if self._lower_is_better(name) else over_seeds.mean - half

@@ -203,8 +203,9 @@ class _Reporter:
     def __call__(self, history: list[Row], checkpoint: Path | None) -> None:
         objective = self._setup.objective
         seed_values = [*self._done, objective.values(history)]
-        values = objective.combine(seed_values)
         finished = len(seed_values) == self._setup.seeds and len(history) == self._run.loop.epochs
+        # A bound over some of the seeds says little yet, and rungs compare what trials have come to.
+        values = objective.combine(seed_values, "mean" if not finished else None)
         saved = None
         if checkpoint is not None:
             (checkpoint / _PROGRESS).write_text(json.dumps(self._done))
