@@ -18,7 +18,8 @@ from bss_ray.train.run import TrainConfig, best_row, test_model
 from bss_ray.train.trainer import OnMessage
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.seats import trial_resources
-from bss_ray.tune.trial import Beginning, Row, TrialSetup, train_once
+from bss_ray.tune.training import Beginning, Row, train_once
+from bss_ray.tune.trial import TrialSetup
 
 CONTROL = "uniform"
 

@@ -10,7 +10,6 @@ from typing import Any
 import ray.tune
 from ray.tune.schedulers import PopulationBasedTraining
 
-from bss_ray.errors import SearchError
 from bss_ray.train.trainer import OnMessage
 from bss_ray.tune.burn_in import BurnIns
 from bss_ray.tune.config import TuneConfig
@@ -52,7 +51,6 @@ def run_trials(
 
     Raises:
         Interrupted: ctrl-C; trials that were running are still so in the record.
-        SearchError: no trial ran to its end.
     """
     burn_ins = BurnIns(folder)
     burn_ins.release()  # of trials that were killed with their driver
@@ -95,10 +93,6 @@ def run_trials(
     if record.unfinished:
         raise Interrupted
     drop_checkpoints(folder / TRIALS)
-    if not record.complete:
-        raise SearchError(
-            f"none of {len(record.finished)} trials ran to its end. The first cause: {record.first_cause or 'pruned'}"
-        )
 
 
 def _population_based_training(config: TuneConfig, record: SearchRecord) -> PopulationBasedTraining:

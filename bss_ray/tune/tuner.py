@@ -15,7 +15,7 @@ import ray.train
 import ray.tune
 import yaml
 
-from bss_ray.errors import ConfigError
+from bss_ray.errors import ConfigError, SearchError
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import load_shards, train_scaling
 from bss_ray.train.trainer import OnMessage
@@ -27,7 +27,8 @@ from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, open_storage
 from bss_ray.tune.seats import count_seats, trial_resources
 from bss_ray.tune.space import SearchSpace
-from bss_ray.tune.trial import NESTED, TrialSetup, run_trial
+from bss_ray.tune.training import NESTED
+from bss_ray.tune.trial import TrialSetup, run_trial
 from bss_ray.tune.trials import run_trials
 
 BEST = "best.yaml"
@@ -60,46 +61,44 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         if splits["validation"] is None:
             raise ConfigError("a search needs validation rows to choose by: --train.validation FILE")
         objective = Objective.of(config.metrics, config.train.choose_by, splits["train"].columns, config.aggregate)
-        data = {
-            split: None if splits[split] is None else splits[split].fingerprint for split in ("train", "validation")
-        }
+        data = {split: splits[split].fingerprint for split in ("train", "validation")}
         record = SearchRecord(storage, config, space, objective, data)
         setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.path)
-        callbacks = make_loggers(config.loggers, study=config.name, folder=folder.path)
-        if scaling.num_workers > 1:
-            callbacks.append(FreeNested())
-        at_a_time = f"{seats} trials" if seats > 1 else "one trial"
-        ranks = "in its own process" if scaling.num_workers == 1 else f"with {scaling.num_workers} ranks"
-        on_message({"kind": "notice", "text": f"{at_a_time} at a time, each {ranks}"})
-        run_trials(
-            config,
-            record,
-            ray.tune.with_parameters(run_trial, setup=setup),
-            folder.path,
-            each=trial_resources(config, scaling),
-            seats=seats,
-            reuse=scaling.num_workers == 1,
-            callbacks=callbacks,
-            on_message=on_message,
-        )
-        shutil.rmtree(folder.path / NESTED, ignore_errors=True)  # of trials that were stopped
+        if record.unfinished:
+            _run(config, record, setup, seats, on_message)
+        if not record.complete:
+            raise SearchError(
+                f"none of {len(record.finished)} trials ran to its end. The first cause: {record.first_cause}"
+            )
         best = _write_best(record, space, scaling, folder)
-        result: dict[str, Any] = {
-            "trials": {
-                state: sum(trial.state.name.lower() == state for trial in record.finished)
-                for state in ("complete", "pruned", "fail")
-            },
-            "best": [
-                {"trial": trial.number, "values": trial.values, "settings": trial.user_attrs["settings"]}
-                for trial in record.study.best_trials
-            ],
-            "metrics": list(objective.metrics),
-            "comparison": None,
-        }
+        result = {**_summary(record), "comparison": None}
         if config.compare_seeds:
             result["comparison"] = compare(config, best, setup, seats, on_message)
         folder.write_result(result)
         return result
+
+
+def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int, on_message: OnMessage) -> None:
+    """Run the trials that are missing."""
+    ranks = setup.scaling.num_workers
+    at_a_time = f"{seats} trials" if seats > 1 else "one trial"
+    where = "in its own process" if ranks == 1 else f"with {ranks} ranks"
+    on_message({"kind": "notice", "text": f"{at_a_time} at a time, each {where}"})
+    callbacks = make_loggers(config.loggers, study=config.name, folder=setup.folder)
+    if ranks > 1:
+        callbacks.append(FreeNested())
+    run_trials(
+        config,
+        record,
+        ray.tune.with_parameters(run_trial, setup=setup),
+        setup.folder,
+        each=trial_resources(config, setup.scaling),
+        seats=seats,
+        reuse=ranks == 1,
+        callbacks=callbacks,
+        on_message=on_message,
+    )
+    shutil.rmtree(setup.folder / NESTED, ignore_errors=True)  # of trials that were stopped
 
 
 # ---- before -----------------------------------------------------------------------------------
@@ -124,6 +123,18 @@ def _one_worker(config: TuneConfig) -> ray.train.ScalingConfig:
 
 
 # ---- after ------------------------------------------------------------------------------------
+
+
+def _summary(record: SearchRecord) -> dict[str, Any]:
+    states = [trial.state.name.lower() for trial in record.finished]
+    return {
+        "metrics": record.metrics,
+        "trials": {state: states.count(state) for state in ("complete", "pruned", "fail")},
+        "best": [
+            {"trial": trial.number, "values": trial.values, "settings": trial.user_attrs["settings"]}
+            for trial in record.study.best_trials
+        ],
+    }
 
 
 def _write_best(

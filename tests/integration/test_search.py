@@ -17,7 +17,7 @@ from bss_ray.train.run import TrainConfig, load_shards
 from bss_ray.tune.config import Population, Pruning, TuneConfig
 from bss_ray.tune.record import load_study
 from bss_ray.tune.seats import count_seats
-from bss_ray.tune.trial import Beginning, train_once
+from bss_ray.tune.training import Beginning, train_once
 from bss_ray.tune.tuner import alone
 from tests.searches import EPOCHS, base, hopeless, learning_rates, search, temperatures, troubles, without_burn_in
 
