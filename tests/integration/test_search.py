@@ -116,7 +116,8 @@ def test_the_best_settings_are_taken_by_train_as_they_are(shared: Path) -> None:
             at = at[part]
         assert at == value or str(at).endswith(f".{value}"), name
     words = ["--config", str(folder / "best.yaml")]
-    assert make(TrainConfig, instantiate(parser := train_parser(words), parser.parse_args(words))) == config
+    parser = train_parser(words)
+    assert make(TrainConfig, instantiate(parser, parser.parse_args(words))) == config
 
 
 def test_the_best_is_compared_with_uniform_sampling_over_new_seeds(shared: Path) -> None:
