@@ -215,17 +215,27 @@ def train_scaling(config: TrainConfig) -> ray.train.ScalingConfig:
     return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu)
 
 
-def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
-    """Shards of all splits (None where there are none), checked; nothing is trained before all of them are sound.
+def columns_of(config: TrainConfig) -> Columns:
+    """Roles of the columns of a run's data.
 
     Raises:
-        DataError: the data breaks a rule.
+        DataError: they are not named.
     """
     columns = config.columns or (AV_DIGITS_COLUMNS if config.data == AV_DIGITS else None)
     if columns is None:
         raise DataError(
             f"name the columns of {config.data}: --columns.modalities '[audio, image]' --columns.label label"
         )
+    return columns
+
+
+def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
+    """Shards of all splits (None where there are none), checked; nothing is trained before all of them are sound.
+
+    Raises:
+        DataError: the data breaks a rule.
+    """
+    columns = columns_of(config)
     check_choice(config.choose_by, columns)
     datasets = load_splits(
         config.data,

@@ -17,7 +17,7 @@ import yaml
 
 from bss_ray.errors import ConfigError, SearchError
 from bss_ray.train.folder import RunFolder
-from bss_ray.train.run import load_shards, train_scaling
+from bss_ray.train.run import columns_of, load_shards, train_scaling
 from bss_ray.train.trainer import OnMessage
 from bss_ray.tune.compare import compare
 from bss_ray.tune.config import TuneConfig
@@ -55,12 +55,12 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
     """
     with alone(folder.path):
         storage = open_storage(config.storage, folder.path)
+        objective = Objective.of(config.metrics, config.train.choose_by, columns_of(config.train), config.aggregate)
         scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
         seats = count_seats(config, scaling)
         splits = load_shards(config.train, on_message)
         if splits["validation"] is None:
             raise ConfigError("a search needs validation rows to choose by: --train.validation FILE")
-        objective = Objective.of(config.metrics, config.train.choose_by, splits["train"].columns, config.aggregate)
         data = {split: splits[split].fingerprint for split in ("train", "validation")}
         record = SearchRecord(storage, config, space, objective, data)
         setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.path)
