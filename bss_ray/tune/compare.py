@@ -15,8 +15,9 @@ from bss_ray.settings import overlay, training_config
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.folder import write_whole
 from bss_ray.train.run import TrainConfig, best_row, test_model
-from bss_ray.train.trainer import OnMessage
+from bss_ray.train.trainer import OnMessage, user_error
 from bss_ray.tune.config import TuneConfig
+from bss_ray.tune.nested import free_nested
 from bss_ray.tune.seats import trial_resources
 from bss_ray.tune.training import Beginning, Row, train_once
 from bss_ray.tune.trial import TrialSetup
@@ -65,7 +66,7 @@ def compare(
         on_message({"kind": "comparison", "done": len(found), "of": len(runs)})
         (done,), _ = ray.wait(list(working))
         name, seed, path = working.pop(done)
-        found[name, seed] = ray.get(done)
+        found[name, seed] = _result(done)
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(found[name, seed]))
     on_message({"kind": "comparison", "done": len(found), "of": len(runs)})
@@ -74,6 +75,16 @@ def compare(
         "seeds": seeds,
         **{name: _by_metric([found[name, seed] for seed in seeds]) for name in ("best", CONTROL)},
     }
+
+
+def _result(task: Any) -> dict[str, Any]:
+    """Of a task that is done; its error as itself."""
+    try:
+        result: dict[str, Any] = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        free_nested()  # what several ranks have left
+        raise user_error(error) from error
+    return result
 
 
 def run_seed(tree: Mapping[str, Any], seed: int, setup: TrialSetup) -> dict[str, dict[str, float]]:

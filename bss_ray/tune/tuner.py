@@ -73,6 +73,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         best = _write_best(record, space, scaling, folder)
         result = {**_summary(record), "comparison": None}
         if config.compare_seeds:
+            folder.write_result(result)  # a search is kept whatever becomes of the comparison
             result["comparison"] = compare(config, best, setup, seats, on_message)
         folder.write_result(result)
         return result
