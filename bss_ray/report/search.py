@@ -30,7 +30,7 @@ class SearchDisplay:
     def __init__(self, config: TuneConfig, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._config = config
-        self._metric = ""
+        self._metrics: list[str] = []
         self._status = ""
         self._trials: dict[int, dict[str, Any]] = {}
         self._started = time.monotonic()
@@ -69,6 +69,7 @@ class SearchDisplay:
             self._trial(message)
 
     def _trial(self, message: Mapping[str, Any]) -> None:
+        self._metrics = message["metrics"]
         known = self._trials.setdefault(message["number"], {"epoch": 0, "values": None})
         known.update({name: value for name, value in message.items() if value is not None})
         if message["state"] == "running":
@@ -81,30 +82,23 @@ class SearchDisplay:
     def _shown(self, trial: Mapping[str, Any]) -> str:
         if trial["state"] == "fail":
             return str(trial["cause"])
-        return " ".join(show(name, value) for name, value in zip(self._names(), trial["values"] or [], strict=False))
-
-    def _names(self) -> list[str]:
-        return list(self._config.metrics or [self._config.train.choose_by or "val_accuracy_fused"])
+        return " ".join(show(name, value) for name, value in zip(self._metrics, trial["values"] or [], strict=False))
 
     def _table(self) -> Group:
         """Running trials, then the finished ones, the last first."""
-        running = [trial for trial in self._trials.values() if trial["state"] == "running"]
-        others = [trial for trial in reversed(self._trials.values()) if trial["state"] != "running"]
+        trials = list(self._trials.values())  # drawn in a thread, while others come
+        running = [trial for trial in trials if trial["state"] == "running"]
+        others = [trial for trial in reversed(trials) if trial["state"] != "running"]
         epochs = self._config.train.loop.epochs * self._config.seeds
-        counts = ", ".join(
-            f"{sum(trial['state'] == state for trial in self._trials.values())} {word}"
-            for state, word in _STATES.items()
-        )
+        states = [trial["state"] for trial in trials]
+        counts = ", ".join(f"{states.count(state)} {word}" for state, word in _STATES.items())
         seconds = time.monotonic() - self._started
         head = Text(f"{self._status}  {counts} of {self._config.trials} trials, {seconds:.0f} s")
-        table = Table("trial", "state", "epochs", ", ".join(self._names()), "knobs", box=None, pad_edge=False)
+        table = Table("trial", "state", "epochs", ", ".join(self._metrics), "knobs", box=None, pad_edge=False)
         for trial in [*running, *others][:_ROWS]:
             done = f"{trial['epoch']}/{epochs}" if trial["epoch"] else ""
             table.add_row(str(trial["number"]), _STATES[trial["state"]], done, self._shown(trial), _knobs(trial))
-        return Group(head, table) if self._trials else Group(head)
-
-    def _count(self, state: str) -> int:
-        return sum(trial["state"] == state for trial in self._trials.values())
+        return Group(head, table) if trials else Group(head)
 
     def show(self, result: Mapping[str, Any], folder: Path) -> None:
         """The end of a search."""

@@ -96,7 +96,7 @@ class TuneConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     space: str = "learning"
     trials: int = 16
-    metrics: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] | str | None = None
     algorithm: Algorithm = "tpe"
     seeds: int = 1
     aggregate: Aggregate = "mean"
@@ -108,7 +108,7 @@ class TuneConfig:
     cpus_per_trial: float = 1.0
     gpus_per_trial: float | None = None
     storage: str | None = None
-    loggers: tuple[str, ...] = ()
+    loggers: tuple[str, ...] | str = ()
     name: str = "tune"
     storage_path: str = "runs"
     ray_address: str | None = None
@@ -118,7 +118,7 @@ class TuneConfig:
         for name, value, choices in (
             ("algorithm", self.algorithm, get_args(Algorithm)),
             ("aggregate", self.aggregate, get_args(Aggregate)),
-            *(("logger", logger, LOGGERS) for logger in self.loggers),
+            *(("logger", logger, LOGGERS) for logger in self.trackers),
         ):
             if value not in choices:
                 raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
@@ -130,16 +130,16 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} cannot be negative; received {value}")
-        if self.metrics is not None and not self.metrics:
+        if self.metrics is not None and not self.objectives:
             raise ConfigError("metrics must name at least one metric, or be null")
         if self.aggregate == "lower" and self.seeds < 2:
             raise ConfigError(
                 f"aggregate=lower is a bound over seeds and needs at least two; received seeds={self.seeds}"
             )
-        if self.prunes and len(self.metrics or ()) > 1:
+        if self.prunes and len(self.objectives) > 1:
             raise ConfigError(
                 "pruning.enabled=true compares trials by one number, and there are several metrics: "
-                f"{list(self.metrics or ())}. Leave pruning.enabled at null, or name one metric"
+                f"{list(self.objectives)}. Leave pruning.enabled at null, or name one metric"
             )
         if self.algorithm == "pbt":
             self._check_population()
@@ -147,17 +147,31 @@ class TuneConfig:
     def _check_population(self) -> None:
         if self.prunes:
             raise ConfigError("algorithm=pbt replaces trials instead of pruning them; leave pruning.enabled at null")
-        if self.seeds > 1 or len(self.metrics or ()) > 1:
+        if self.seeds > 1 or len(self.objectives) > 1:
             raise ConfigError(
                 "algorithm=pbt compares trials in the middle of training, by one metric and with one seed; received "
-                f"seeds={self.seeds}, metrics={list(self.metrics or ())}"
+                f"seeds={self.seeds}, metrics={list(self.objectives)}"
             )
         if self.trials < 2:
             raise ConfigError(f"algorithm=pbt needs a population of at least two trials; received trials={self.trials}")
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the metrics; none where it is `train.choose_by`."""
+        return _names(self.metrics)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the loggers."""
+        return _names(self.loggers)
+
+    @property
     def prunes(self) -> bool:
         """Whether trials are stopped early."""
         if self.pruning.enabled is None:
-            return len(self.metrics or ()) <= 1 and self.algorithm != "pbt"
+            return len(self.objectives) <= 1 and self.algorithm != "pbt"
         return self.pruning.enabled
+
+
+def _names(given: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())

@@ -110,8 +110,15 @@ class Desk(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
 
     def _tell(self, number: int, state: str, **more: Any) -> None:
         trial = self._record.trial(number)
-        told = {"kind": "trial", "number": number, "state": state, "params": trial.params, **more}
-        self._on_message({**told, "cause": trial.user_attrs.get("cause", "")})
+        message = {
+            "kind": "trial",
+            "number": number,
+            "state": state,
+            "params": trial.params,
+            "metrics": self._record.metrics,
+            "cause": trial.user_attrs.get("cause", ""),
+        }
+        self._on_message({**message, **more})
 
 
 class Pruning(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]

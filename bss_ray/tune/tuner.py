@@ -55,7 +55,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
     """
     with alone(folder.path):
         storage = open_storage(config.storage, folder.path)
-        objective = Objective.of(config.metrics, config.train.choose_by, columns_of(config.train), config.aggregate)
+        objective = Objective.of(config.objectives, config.train.choose_by, columns_of(config.train), config.aggregate)
         scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
         seats = count_seats(config, scaling)
         splits = load_shards(config.train, on_message)
@@ -85,7 +85,7 @@ def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int
     at_a_time = f"{seats} trials" if seats > 1 else "one trial"
     where = "in its own process" if ranks == 1 else f"with {ranks} ranks"
     on_message({"kind": "notice", "text": f"{at_a_time} at a time, each {where}"})
-    callbacks = make_loggers(config.loggers, study=config.name, folder=setup.folder)
+    callbacks = make_loggers(config.trackers, study=config.name, folder=setup.folder)
     if ranks > 1:
         callbacks.append(FreeNested())
     run_trials(

@@ -195,3 +195,11 @@ def test_resources_of_a_trial() -> None:
     assert trial_resources(config(), scaling()) == {"CPU": 1.0, "GPU": 0.0}
     assert trial_resources(config(cpus_per_trial=0.5), scaling(gpu=True)) == {"CPU": 0.5, "GPU": 1.0}
     assert trial_resources(config(gpus_per_trial=0.25), scaling(gpu=True)) == {"CPU": 1.0, "GPU": 0.25}
+
+
+def test_one_metric_or_logger_needs_no_list() -> None:
+    config = TuneConfig(metrics="val_f1_fused", loggers="mlflow")
+    assert (config.objectives, config.trackers) == (("val_f1_fused",), ("mlflow",))
+    assert TuneConfig().objectives == TuneConfig().trackers == ()
+    with pytest.raises(ConfigError, match="did you mean 'mlflow'"):
+        TuneConfig(loggers="mlfow")
