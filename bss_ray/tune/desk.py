@@ -142,12 +142,20 @@ def drop_checkpoints(folder: Path, trials: str = "*") -> None:
 
 def cause_of(trial: Trial) -> str:
     """Why a trial failed, in a line."""
-    if trial.pickled_error_file is None:
-        return "unknown"
     # From where it was written: it reaches the storage only later.
-    error = user_error(ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "its process ran out of memory and was killed"
+    if trial.pickled_error_file is not None:
+        return _cause(user_error(ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())))
+    if trial.error_file is None:
+        return "unknown"
+    # Ray Tune keeps errors of other kinds, such as a process killed for its memory, as text alone.
+    text = Path(trial.error_file).read_text()
+    if "memory" in text:
+        return "its process was killed, because its node ran out of memory"
+    lines = [line for line in text.splitlines() if line and not line.startswith("Failure #")]
+    return lines[0] if lines else "unknown"
+
+
+def _cause(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError):
         return "its process died: it was killed, or it crashed"
     lines = str(error).strip().splitlines() or [""]
