@@ -11,16 +11,6 @@ import ray.data
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests without Ray first, then all that share a session, then those that start clusters of their own."""
-    items.sort(key=_turn)  # stable: modules stay together
-
-
-def _turn(item: pytest.Item) -> int:
-    fixtures = getattr(item, "fixturenames", ())
-    return 2 if "no_ray_session" in fixtures else 1 if "ray_session" in fixtures else 0
-
-
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
     """A local Ray, shared by modules that follow each other. More logical CPUs than cores, so that four ranks fit."""
