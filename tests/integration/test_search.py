@@ -145,13 +145,13 @@ def test_another_space_or_other_data_is_refused(shared: Path) -> None:
 
 
 def test_population_based_training_changes_settings_on_the_way(tmp_path: Path) -> None:
-    # Each takes all CPUs, so that they train in turns: else the first could be done before the others have started.
+    # Each takes most of the CPUs, so that they train in turns: else the first could be done before the others have started.
     search(
         tmp_path,
         temperatures,
         trials=3,
         max_concurrent=None,
-        cpus_per_trial=6,
+        cpus_per_trial=4,
         algorithm="pbt",
         population=Population(interval=1, quantile=0.5),
         pruning=Pruning(),
