@@ -145,7 +145,7 @@ def test_another_space_or_other_data_is_refused(shared: Path) -> None:
 
 
 def test_population_based_training_changes_settings_on_the_way(tmp_path: Path) -> None:
-    # Each takes most of the CPUs, so that they train in turns: else the first could be done before the others have started.
+    # Each takes most of the CPUs, so that they train in turns: else the first could be done before others have started.
     search(
         tmp_path,
         temperatures,
