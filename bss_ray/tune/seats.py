@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import ray
 import ray.train
 
 from bss_ray.errors import ConfigError, ResourceError
-from bss_ray.sample.scoring import Engine, Scoring
+from bss_ray.sample.scoring import Scoring
 from bss_ray.train.resources import check_resources
 from bss_ray.tune.config import TuneConfig
+from bss_ray.tune.training import scoring_here
 
 # A trial that takes nothing still takes a process.
 _MOST = 64
@@ -25,7 +25,7 @@ def count_seats(config: TuneConfig, scaling: ray.train.ScalingConfig) -> int:
         ResourceError: it has not room for one, ever.
         ConfigError: a population that must train side by side has no room.
     """
-    scoring = replace(config.train.scoring, engine=_engine(config))
+    scoring = scoring_here(config.train).scoring
     check_resources(scaling, scoring)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     own = trial_resources(config, scaling)
@@ -64,12 +64,6 @@ def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dic
         return {"CPU": 0.0, "GPU": 0.0, "memory": 1.0}
     gpus = config.gpus_per_trial if config.gpus_per_trial is not None else float(scaling.use_gpu)
     return {"CPU": config.cpus_per_trial, "GPU": gpus}
-
-
-def _engine(config: TuneConfig) -> Engine:
-    """Of a trial: a rank in the trial's own process scores its rows itself unless it is asked not to."""
-    engine = config.train.scoring.engine
-    return engine if engine != "auto" or config.train.scoring.overlap else "workers"
 
 
 def _apart(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, float]:

@@ -27,7 +27,7 @@ from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, open_storage
 from bss_ray.tune.seats import count_seats, trial_resources
 from bss_ray.tune.space import SearchSpace
-from bss_ray.tune.training import NESTED
+from bss_ray.tune.training import NESTED, scoring_here
 from bss_ray.tune.trial import TrialSetup, run_trial
 from bss_ray.tune.trials import run_trials
 
@@ -146,9 +146,8 @@ def _write_best(
     ran = {"num_workers": scaling.num_workers, "use_gpu": scaling.use_gpu}
     settings = {**best.user_attrs["settings"], **ran}
     if scaling.num_workers == 1 and "scoring.engine" not in settings:
-        engine = space.config(settings, best.params)[0].scoring.engine
-        # What the trial has done: a rank that scores its own rows.
-        settings["scoring.engine"] = "workers" if engine == "auto" else engine
+        # What the trial has done.
+        settings["scoring.engine"] = scoring_here(space.config(settings, best.params)[0]).scoring.engine
     text = space.config(settings, best.params)[1]
     tree = {**yaml.safe_load(text), "name": f"{folder.path.name}-best"}
     values = ", ".join(f"{name} {value:.6g}" for name, value in zip(record.metrics, best.values, strict=True))

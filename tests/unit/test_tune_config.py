@@ -12,6 +12,7 @@ from bss_ray.sample.scoring import Scoring
 from bss_ray.train.run import TrainConfig
 from bss_ray.tune.config import Population, Pruning, TuneConfig
 from bss_ray.tune.seats import count_seats, trial_resources
+from bss_ray.tune.training import scoring_here
 
 
 @pytest.mark.parametrize(
@@ -203,3 +204,11 @@ def test_one_metric_or_logger_needs_no_list() -> None:
     assert TuneConfig().objectives == TuneConfig().trackers == ()
     with pytest.raises(ConfigError, match="did you mean 'mlflow'"):
         TuneConfig(loggers="mlfow")
+
+
+def test_a_rank_in_the_trials_process_scores_its_own_rows_unless_scoring_overlaps() -> None:
+    assert scoring_here(TrainConfig()).scoring.engine == "workers"
+    overlapped = TrainConfig(scoring=Scoring(overlap=True))
+    assert scoring_here(overlapped) == overlapped, "the engine workers would be refused"
+    asked = TrainConfig(scoring=Scoring(engine="online"))
+    assert scoring_here(asked) == asked
