@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import BssRayError
@@ -318,8 +319,13 @@ class CoordinatorActor:
             return self._messages[start:]
 
 
-def start_holders(shards: Shards, scoring: Scoring) -> tuple[ActorHolders, list[Any]]:
+def start_holders(shards: Shards, scoring: Scoring, nodes: Sequence[str] = ()) -> tuple[ActorHolders, list[Any]]:
     """Start holder actors; shards are dealt out in runs, so that a holder's rows lie together.
+
+    Args:
+        shards: all rows.
+        scoring: how many holders.
+        nodes: where each of them goes first, see `_near`.
 
     Returns:
         All of them together, and their handles, which keep them alive.
@@ -332,19 +338,49 @@ def start_holders(shards: Shards, scoring: Scoring) -> tuple[ActorHolders, list[
     run = uuid.uuid4().hex[:8]
     names = [f"bss_ray-{run}-holder-{index}" for index in range(count)]
     handles = [
-        actor.options(name=name).remote(spans[start:stop])
-        for name, (start, stop) in zip(names, itertools.pairwise(edges), strict=True)
+        actor.options(name=name, **_near(nodes, index)).remote(spans[start:stop])
+        for index, (name, (start, stop)) in enumerate(zip(names, itertools.pairwise(edges), strict=True))
     ]
     return ActorHolders(names, [spans[start][0] for start in edges[:-1]]), handles
 
 
-def start_scorers(shards: Shards, measurer: Measurer, scoring: Scoring, holders: ActorHolders) -> list[Any]:
-    """Start the scorer actors of the run of these holders; returns their handles, which keep them alive."""
+def start_scorers(
+    shards: Shards,
+    measurer: Measurer,
+    scoring: Scoring,
+    holders: ActorHolders,
+    nodes: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """Start the scorer actors of the run of these holders.
+
+    Args:
+        shards: all rows.
+        measurer: how they are measured.
+        scoring: how many scorers, and what each of them takes.
+        holders: who gets the measures.
+        nodes: where each of them goes first, see `_near`.
+        options: further ones of Ray's, for each of them.
+
+    Returns:
+        Their handles, which keep them alive.
+    """
     actor = ray.remote(num_cpus=scoring.cpus_per_scorer, num_gpus=scoring.gpus_per_scorer, max_restarts=-1)(ScorerActor)
     return [
-        actor.options(name=name).remote(shards.columns.label, measurer, scoring, holders)
-        for name in scorer_names(holders, scoring)
+        actor.options(name=name, **_near(nodes, index), **(options or {})).remote(
+            shards.columns.label, measurer, scoring, holders
+        )
+        for index, name in enumerate(scorer_names(holders, scoring))
     ]
+
+
+def _near(nodes: Sequence[str], index: int) -> dict[str, Any]:
+    """Ray's options of an actor that goes to its node while that is there and has room, and else elsewhere."""
+    node = nodes[index] if nodes else ""
+    if not node:
+        return {}
+    # Without the spilling it would wait for ever for a node that others have filled.
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)}
 
 
 def scorer_names(holders: ActorHolders, scoring: Scoring) -> list[str]:

@@ -25,7 +25,7 @@ from bss_ray.errors import CheckpointError, ConfigError, StorageError
 
 # What may differ between two commands of one training run: where and how it is shown, not what is computed.
 # Another number of ranks changes nothing but the rounding of gradients.
-_MAY_CHANGE = frozenset({"num_workers", "use_gpu", "max_failures", "store", "verbose", "ray_address"})
+_MAY_CHANGE = frozenset({"num_workers", "use_gpu", "placement", "max_failures", "store", "verbose", "ray_address"})
 
 
 class RunFolder:

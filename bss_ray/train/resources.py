@@ -2,75 +2,185 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import ray
 import ray.train
 
-from bss_ray.errors import ResourceError
+from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError, nearest
 from bss_ray.sample.scoring import Scoring, choose_engine
+from bss_ray.train.cluster import label_problem, read_nodes
+from bss_ray.train.packing import Group, Node, fits
+from bss_ray.train.placement import check_fit, place
+
+RANKS, SCORERS, HOLDERS, SPARE = "ranks", "scorers", "holders", "spare CPUs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where ranks and scorers run, and what they leave to others.
+
+    Args:
+        ranks: `pack` them onto few nodes, or `spread` them over many.
+        label_selector: nodes that ranks and scorers may be on, by label: `{zone: a}`; also `!a`, `in(a,b)`, `!in(a,b)`.
+        accelerator_type: of the ranks' nodes, by Ray's name of it (A100, H100, TPU-V4, ...), and of scorers that have a
+            share of a GPU.
+        cpus_per_rank: logical CPUs of a rank; null takes 1, and with GPUs none.
+        spare_cpus: CPUs that ranks and scorers leave: rows in memory that are lost with a node are made again by tasks
+            of one CPU each, which wait for ever where there is none. null leaves 1 where there are several nodes.
+        resize_interval_s: with `num_workers: [lo, hi]`, seconds between two looks at whether more ranks would fit. A
+            change costs what was trained since the last checkpoint, and a start of the ranks.
+
+    Raises:
+        ConfigError: a setting is unknown or out of its range.
+    """
+
+    ranks: Literal["pack", "spread"] = "pack"
+    label_selector: dict[str, str] | None = None
+    accelerator_type: str | None = None
+    cpus_per_rank: float | None = None
+    spare_cpus: int | None = None
+    resize_interval_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.ranks not in ("pack", "spread"):
+            raise ConfigError(f"unknown placement.ranks {self.ranks!r}; {nearest(self.ranks, ('pack', 'spread'))}")
+        for name in ("cpus_per_rank", "spare_cpus", "resize_interval_s"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"placement.{name} cannot be negative; received {value}")
+        if (problem := label_problem(self.label_selector or {})) is not None:
+            raise ConfigError(f"placement.label_selector={self.label_selector}: {problem}")
+
+    def scaling(self, num_workers: int | tuple[int, int], use_gpu: bool) -> ray.train.ScalingConfig:
+        """So many ranks, as Ray Train takes them."""
+        cpus = self.cpus_per_rank
+        return ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=None if cpus is None else {"CPU": cpus},
+            placement_strategy=self.ranks.upper(),
+            label_selector=self.label_selector,
+            accelerator_type=self.accelerator_type,
+            elastic_resize_monitor_interval_s=self.resize_interval_s,
+        )
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Processes of one kind, and what each of them takes."""
+class Request:
+    """The processes of a run, which the cluster can hold at the same time.
 
-    name: str
-    count: int
-    each: dict[str, float]
+    Attributes:
+        nodes: that are there, or that an autoscaler can add.
+        groups: of equal processes, in the order in which Ray is asked for them.
+        notice: what the user should read of it; may be empty.
+    """
 
-    def text(self, resource: str) -> str:
-        return f"{self.count} {self.name} x {self.each[resource]:g}"
+    nodes: Sequence[Node]
+    groups: Sequence[Group]
+    notice: str = ""
 
-
-def _groups(scaling: ray.train.ScalingConfig, scoring: Scoring) -> list[_Group]:
-    workers = scaling.num_workers if isinstance(scaling.num_workers, int) else min(scaling.num_workers)
-    per_rank = dict(scaling.resources_per_worker or {})
-    per_rank.setdefault("GPU" if scaling.use_gpu else "CPU", 1)
-    groups = [
-        _Group("ranks", workers, per_rank),
-        _Group("holders", scoring.num_holders, {"CPU": scoring.cpus_per_holder}),
-    ]
-    if scoring.engine == "actors":
-        each = {"CPU": scoring.cpus_per_scorer, "GPU": scoring.gpus_per_scorer}
-        groups.append(_Group("scorers", scoring.num_scorers, each))
-    return groups
+    def seats(self, shards: Shards) -> dict[str, list[str]]:
+        """Node of each holder and scorer: where the rows are, as far as all others still fit."""
+        rows: Counter[str] = Counter()
+        for part in shards.parts:
+            rows[part.node] += part.rows
+        actors = [group.name for group in self.groups if group.name in (HOLDERS, SCORERS)]
+        return place(self.nodes, self.groups, dict.fromkeys(actors, rows))
 
 
-def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring) -> None:
+def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int | None = None) -> Request:
     """Refuse at once what the cluster could only leave pending for ever.
 
+    Args:
+        scaling: of the ranks; of an elastic run the fewest count.
+        scoring: with the engine settled.
+        spare_cpus: that nobody of the run may take. None: one where there are several nodes, so that rows that are
+            lost with one can be made again, unless there is none to spare, and says so.
+
     Raises:
-        ResourceError: names the resource, what is asked for and what there is.
+        ResourceError: names the processes, the resource or label, what is asked for, what there is, and the remedy.
     """
-    groups, there = _groups(scaling, scoring), ray.cluster_resources()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for name in sorted({name for group in groups for name in group.each}):
-        asking = [group for group in groups if group.each.get(name)]
-        wanted = sum(group.count * group.each[name] for group in asking)
-        if wanted > there.get(name, 0) + 1e-9:
-            parts = " + ".join(group.text(name) for group in asking)
-            raise ResourceError(
-                f"the run needs {wanted:g} {name} ({parts}); the cluster has {there.get(name, 0):g}. Lower their "
-                "numbers, or give them less each"
-            )
-        for group in asking:
-            seats = sum(math.floor(node.get(name, 0) / group.each[name] + 1e-9) for node in nodes)
-            if seats < group.count:
-                raise ResourceError(
-                    f"each of the {group.name} needs {group.each[name]:g} {name} on one node, and the nodes have room "
-                    f"for {seats} of {group.count}"
-                )
+    nodes = read_nodes()
+    spare = (1 if len(nodes) > 1 else 0) if spare_cpus is None else spare_cpus
+    groups = groups_of(scaling, scoring, spare)
+    notice = ""
+    if spare_cpus is None and spare and not fits(nodes, groups):
+        groups = groups_of(scaling, scoring)
+        notice = (
+            "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node could then not be made "
+            "again; leave a CPU (fewer ranks, placement.spare_cpus), or keep rows on disk that all nodes see"
+        )
+    check_fit(nodes, groups)
+    return Request(nodes, groups, notice)
+
+
+def groups_of(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int = 0) -> list[Group]:
+    """All processes of a run, in the order in which Ray is asked for them."""
+    groups = [
+        Group(name=HOLDERS, count=scoring.num_holders, each={"CPU": scoring.cpus_per_holder}),
+        Group(name=SPARE, count=spare_cpus, each={"CPU": 1}),
+        *_ranks(scaling),
+    ]
+    return [_scorers(scaling, scoring), *groups] if scoring.engine == "actors" else groups
+
+
+def _ranks(scaling: ray.train.ScalingConfig) -> list[Group]:
+    each = resources_per_rank(scaling)
+    selectors = [scaling.label_selector or {}] * scaling.min_workers
+    if isinstance(scaling.label_selector, list):
+        selectors = scaling.label_selector[: scaling.min_workers]
+    kinds = Counter(tuple(sorted(selector.items())) for selector in selectors)
+    return [
+        Group(
+            name=RANKS if len(kinds) == 1 else f"{RANKS} with {dict(kind)}",
+            count=count,
+            each=each,
+            selector=dict(kind),
+            apart=scaling.placement_strategy == "STRICT_SPREAD",
+            together=scaling.placement_strategy == "STRICT_PACK",
+        )
+        for kind, count in kinds.items()
+    ]
+
+
+def resources_per_rank(scaling: ray.train.ScalingConfig) -> dict[str, float]:
+    """What Ray Train asks for each rank, its accelerator type included."""
+    asked = {"CPU": scaling.num_cpus_per_worker, "GPU": scaling.num_gpus_per_worker}
+    return {name: amount for name, amount in {**asked, **scaling.additional_resources_per_worker}.items() if amount}
+
+
+def _scorers(scaling: ray.train.ScalingConfig, scoring: Scoring) -> Group:
+    options = scorer_options(scaling, scoring)
+    return Group(
+        name=SCORERS,
+        count=scoring.num_scorers,
+        each={"CPU": scoring.cpus_per_scorer, "GPU": scoring.gpus_per_scorer, **options["resources"]},
+        selector=options["label_selector"],
+    )
+
+
+def scorer_options(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, Any]:
+    """Ray's options of a scorer beside CPUs and GPUs: the ranks' labels and, if it takes of a GPU, accelerator type."""
+    kind = f"accelerator_type:{scaling.accelerator_type}"
+    typed = scaling.accelerator_type is not None and scoring.gpus_per_scorer > 0
+    labels = scaling.label_selector if isinstance(scaling.label_selector, dict) else {}
+    return {"resources": {kind: 0.001} if typed else {}, "label_selector": labels}
 
 
 def settle_engine(scaling: ray.train.ScalingConfig, scoring: Scoring) -> tuple[Scoring, str]:
     """The settings with the engine that `auto` stands for on this cluster, and why it is that one."""
-    ranks = next(group for group in _groups(scaling, scoring) if group.name == "ranks")
-    if ranks.count == 0 and scoring.engine == "auto" and not scoring.overlap:
+    ranks = scaling.max_workers
+    if ranks == 0 and scoring.engine == "auto" and not scoring.overlap:
         return replace(scoring, engine="workers"), "num_workers=0 trains and scores in this process"
-    there = ray.cluster_resources()
-    cpus, gpus = (there.get(name, 0) - ranks.count * ranks.each.get(name, 0) for name in ("CPU", "GPU"))
+    each, nodes = resources_per_rank(scaling), [node for node in read_nodes() if node.there]
+    cpus, gpus = (
+        max(0, sum(node.resources.get(name, 0) for node in nodes) - ranks * each.get(name, 0))
+        for name in ("CPU", "GPU")
+    )
     engine, why = choose_engine(scoring, spare_cpus=cpus, spare_gpus=gpus, ranks_use_gpu=scaling.use_gpu)
     return replace(scoring, engine=engine), why
 

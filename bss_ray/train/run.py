@@ -29,7 +29,7 @@ from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
 from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
-from bss_ray.train.resources import check_resources, settle_engine
+from bss_ray.train.resources import Placement, check_resources, settle_engine
 from bss_ray.train.scores import roc_areas, write_scores
 from bss_ray.train.trainer import BalancedTrainer, Message, OnMessage
 from bss_ray.train.weights import read_weights
@@ -63,8 +63,10 @@ class TrainConfig:
         seed: of the order of rows and of the model.
         choose_by: validation metric whose best epoch is tested; null takes val_accuracy_fused, or val_r2_fused for a
             regression. Of mae and rmse the lowest is the best.
-        num_workers: ranks; null takes one per GPU, or two on CPUs.
+        num_workers: ranks; null takes one per GPU, or two on CPUs. [lo, hi] is elastic: as many as fit; nodes may come
+            and go, and the global batches stay the same.
         use_gpu: one GPU per rank; null where the cluster has one.
+        placement: where ranks and scorers run, and what they leave to others.
         max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
         name: of the run; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs.
@@ -90,8 +92,9 @@ class TrainConfig:
     tail: Tail = "keep"
     seed: int = 0
     choose_by: str | None = None
-    num_workers: int | None = None
+    num_workers: int | tuple[int, int] | None = None
     use_gpu: bool | None = None
+    placement: Placement = field(default_factory=Placement)
     max_failures: int = 2
     name: str = "demo"
     storage_path: str = "runs"
@@ -103,6 +106,10 @@ class TrainConfig:
             raise ConfigError(
                 "initial_scores and initial_checkpoint both say what the first epoch is drawn from; give one of them"
             )
+        workers = self.num_workers
+        low, high = workers if isinstance(workers, tuple) else (workers, workers)
+        if low is not None and high is not None and not 1 <= low <= high:
+            raise ConfigError(f"num_workers must be at least 1, and of [lo, hi] hi at least lo; received {workers}")
 
 
 def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
         BssRayError: see `BalancedTrainer.fit`.
     """
     scaling = train_scaling(config)
-    check_resources(scaling, settle_engine(scaling, config.scoring)[0])
+    check_resources(scaling, settle_engine(scaling, config.scoring)[0], config.placement.spare_cpus)
     splits = load_shards(config, on_message)
     if config.initial_checkpoint is not None:
         read_weights(config.initial_checkpoint)  # before anything is started
@@ -188,6 +195,7 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
         batch_size=config.batch_size,
         tail=config.tail,
         seed=config.seed,
+        spare_cpus=config.placement.spare_cpus,
         train_loop_config=LoopArgs(
             loop=config.loop,
             model=config.model,
@@ -199,20 +207,14 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
 
 
 def train_scaling(config: TrainConfig) -> ray.train.ScalingConfig:
-    """Ranks of a run, on the cluster that Ray is connected to.
-
-    Raises:
-        ConfigError: fewer than one.
-    """
+    """Ranks of a run, on the cluster that Ray is connected to."""
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
     use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
     workers = config.num_workers
     if workers is None:
         workers = max(1, gpus if use_gpu else min(2, cpus))
-    if workers < 1:
-        raise ConfigError(f"num_workers must be at least 1; received {workers}")
-    return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu)
+    return config.placement.scaling(workers, use_gpu)
 
 
 def columns_of(config: TrainConfig) -> Columns:

@@ -29,7 +29,15 @@ from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.train.initial import ScoresFile
-from bss_ray.train.resources import check_resources, in_this_process, settle_engine
+from bss_ray.train.resources import (
+    HOLDERS,
+    SCORERS,
+    Request,
+    check_resources,
+    in_this_process,
+    scorer_options,
+    settle_engine,
+)
 from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
 from bss_ray.train.session import Session, TrainSession
 
@@ -61,6 +69,8 @@ class BalancedTrainer:
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
         initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`), or whatever
             else reads scores of rows, that the first epoch is drawn from; there is no burn-in then.
+        spare_cpus: CPUs of the cluster that ranks and scorers must leave, for rows that are made again after a node is
+            lost; default one where there are several nodes.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
             "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
@@ -88,6 +98,7 @@ class BalancedTrainer:
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
         initial_scores: str | SavedScores | None = None,
+        spare_cpus: int | None = None,
         session: Session | None = None,
         on_message: OnMessage | None = None,
     ) -> None:
@@ -103,6 +114,7 @@ class BalancedTrainer:
         if initial_scores is not None:
             self._scheduler = replace(self._scheduler, burn_in=0)
         self._initial_scores = initial_scores
+        self._spare_cpus = spare_cpus
         self._session = session or TrainSession()
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
@@ -128,15 +140,17 @@ class BalancedTrainer:
             ray.train.TrainingFailedError: any other error of the ranks, after all retries.
         """
         scoring, why = settle_engine(self._scaling_config, self._scoring)
-        check_resources(self._scaling_config, scoring)
+        request = check_resources(self._scaling_config, scoring, self._spare_cpus)
         train, validation = self._build_shards()
         check_batch_size(self._batch_size, train.rows)
         self.train_shards = train
 
         if self._scoring.engine == "auto":
             self._on_message({"kind": "notice", "text": f"scoring engine: {scoring.engine}; {why}"})
+        if request.notice:
+            self._on_message({"kind": "notice", "text": request.notice})
         self._on_message({"kind": "status", "text": "starting holders and ranks"})
-        context, actors = self._start_actors(train, validation, scoring)
+        context, actors = self._start_actors(train, validation, scoring, request)
         trainer = ray.train.torch.TorchTrainer(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
             scaling_config=self._scaling_config,
@@ -160,7 +174,7 @@ class BalancedTrainer:
                 ray.kill(actor)
 
     def _start_actors(
-        self, train: Shards, validation: Shards | None, scoring: Scoring
+        self, train: Shards, validation: Shards | None, scoring: Scoring, request: Request
     ) -> tuple[SamplerContext, list[Any]]:
         """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
         measurer = self._measurer.for_task(train.columns.task)
@@ -179,11 +193,13 @@ class BalancedTrainer:
         if in_this_process(self._scaling_config, scoring):
             holders, coordinator = start_here(train, **of_plan)
         else:
-            holders, actors = start_holders(train, scoring)
+            seats = request.seats(train)
+            holders, actors = start_holders(train, scoring, seats[HOLDERS])
             coordinator = start_coordinator(holders, rows=train.rows, **of_plan)
             actors.append(coordinator)
             if scoring.engine == "actors":
-                actors += start_scorers(train, measurer, scoring, holders)
+                options = scorer_options(self._scaling_config, scoring)
+                actors += start_scorers(train, measurer, scoring, holders, seats[SCORERS], options)
         return SamplerContext(
             coordinator=coordinator,
             holders=holders,

@@ -28,7 +28,17 @@ from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
 from bss_ray.train.run import TrainConfig
 
 # Say nothing about what is computed.
-_PLACED = ("name", "storage_path", "ray_address", "verbose", "max_failures", "num_workers", "use_gpu", "store")
+_PLACED = (
+    "name",
+    "storage_path",
+    "ray_address",
+    "verbose",
+    "max_failures",
+    "num_workers",
+    "use_gpu",
+    "placement",
+    "store",
+)
 # Of a user's own scheduler nobody knows what acts when.
 _KNOWN = (Uniform, Learning, Heuristic)
 _FILES = "files.json"

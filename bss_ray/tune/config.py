@@ -130,6 +130,10 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} cannot be negative; received {value}")
+        if isinstance(self.train.num_workers, tuple):
+            raise ConfigError(
+                f"trials have a fixed number of ranks; received train.num_workers={list(self.train.num_workers)}"
+            )
         if self.metrics is not None and not self.objectives:
             raise ConfigError("metrics must name at least one metric, or be null")
         if self.aggregate == "lower" and self.seeds < 2:

@@ -10,7 +10,7 @@ import ray.train
 
 from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.sample.scoring import Scoring
-from bss_ray.train.resources import check_resources
+from bss_ray.train.resources import check_resources, resources_per_rank
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.training import scoring_here
 
@@ -76,8 +76,9 @@ def _apart(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, floa
         cpus += scoring.num_scorers * scoring.cpus_per_scorer
         gpus += scoring.num_scorers * scoring.gpus_per_scorer
     if scaling.num_workers > 1:
-        cpus += 0 if scaling.use_gpu else scaling.num_workers
-        gpus += scaling.num_workers if scaling.use_gpu else 0
+        each = resources_per_rank(scaling)
+        cpus += scaling.num_workers * each.get("CPU", 0)
+        gpus += scaling.num_workers * each.get("GPU", 0)
     return {"CPU": cpus, "GPU": gpus}
 
 

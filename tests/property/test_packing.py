@@ -1,0 +1,96 @@
+"""Counts of processes that nodes hold, against trying every arrangement."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bss_ray.train.packing import Group, Node, fits, most
+from bss_ray.train.placement import place
+
+# Amounts in halves and thirds of what nodes have, so that rounding and left-overs matter.
+AMOUNTS = st.sampled_from([0, 0.5, 1, 1.5, 2, 3])
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[list[Node], list[Group]]:
+    labels = st.sampled_from([{}, {"zone": "a"}, {"zone": "b"}])
+    nodes = [
+        Node(id=str(index), resources={"CPU": draw(AMOUNTS), "disk": draw(AMOUNTS)}, labels=draw(labels))
+        for index in range(draw(st.integers(1, 3)))
+    ]
+    groups = [
+        Group(
+            name=name,
+            count=draw(st.integers(0, 3)),
+            each={"CPU": draw(AMOUNTS), "disk": draw(st.sampled_from([0, 0, 0.5, 1]))},
+            selector=draw(st.sampled_from([{}, {}, {"zone": "a"}])),
+            apart=draw(st.booleans()) and name == "ranks",
+        )
+        for name in ("scorers", "ranks")
+    ]
+    return nodes, groups
+
+
+def arrangements(nodes: Sequence[Node], groups: Sequence[Group]) -> Iterator[list[list[Node]]]:
+    """Every way to give each process of each group a node, of those that hold."""
+    each = [itertools.combinations_with_replacement(nodes, group.count) for group in groups]
+    for chosen in itertools.product(*(list(ways) for ways in each)):
+        if holds(nodes, groups, chosen):
+            yield [list(own) for own in chosen]
+
+
+def holds(nodes: Sequence[Node], groups: Sequence[Group], chosen: Sequence[Sequence[Node]]) -> bool:
+    for node in nodes:
+        counts = [sum(one is node for one in own) for own in chosen]
+        for name in ("CPU", "disk"):
+            if (
+                sum(count * group.each[name] for count, group in zip(counts, groups, strict=True))
+                > node.resources[name]
+            ):
+                return False
+        for count, group in zip(counts, groups, strict=True):
+            zone = group.selector.get("zone")
+            if count and zone is not None and (node.labels or {}).get("zone") != zone:
+                return False
+            if group.apart and count > 1:
+                return False
+    return True
+
+
+@given(clusters())
+@settings(max_examples=300, deadline=None)
+def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[Group]]) -> None:
+    nodes, groups = cluster
+    assert fits(nodes, groups) == any(True for _ in arrangements(nodes, groups))
+    scorers, ranks = groups
+    more = Group(name="ranks", count=4, each=ranks.each, selector=ranks.selector, apart=ranks.apart)
+    seats = [
+        count
+        for count in range(5)
+        if any(
+            True
+            for _ in arrangements(
+                nodes,
+                [scorers, Group(name="ranks", count=count, each=more.each, selector=more.selector, apart=more.apart)],
+            )
+        )
+    ]
+    assert most(nodes, [scorers, more], "ranks") == max(seats, default=-1)
+
+
+@given(clusters(), st.dictionaries(st.sampled_from("0123"), st.integers(1, 9)))
+@settings(max_examples=200, deadline=None)
+def test_scorers_are_placed_so_that_ranks_fit(cluster: tuple[list[Node], list[Group]], rows: dict[str, int]) -> None:
+    nodes, groups = cluster
+    if not fits(nodes, groups):
+        return
+    seats = place(nodes, groups, {"scorers": {node: float(count) for node, count in rows.items()}})["scorers"]
+    by_id = {node.id: node for node in nodes}
+    fixed = [by_id[name] for name in seats]
+    assert len(fixed) == groups[0].count
+    left = itertools.combinations_with_replacement(nodes, groups[1].count)
+    assert any(holds(nodes, groups, [fixed, list(own)]) for own in left)
