@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "score": "bss_ray.score.command:score_command",
     "tune": "bss_ray.tune.command:tune_command",
     "report": "bss_ray.report.command:report_command",
+    "submit": "bss_ray.submit:submit_command",
 }
 
 
@@ -66,6 +67,7 @@ _USAGE = """usage: bss-ray COMMAND [options]
   score    score the rows of any data set with a model and its weights; without options, the demo's
   tune     search the sampler's settings, and compare the best with uniform sampling; without options, a demo
   report   write report.html of a search, run or job again, and print the most important of it
+  submit   run one of the first three on a Ray cluster that is there already, and follow it
 
 bss-ray COMMAND --help shows a command's options. Settings come from YAML (--config FILE) and dotted
 options (--scheduler.temperature 0.25); --print_config prints all of them. A run that was stopped goes

@@ -13,6 +13,7 @@ and the remedy. What only a bug can cause is an `assert`.
     ├── ResourceError (ValueError)      what the cluster can never provide
     ├── ScoringError (RuntimeError)     scores that could not be updated, again and again
     ├── SearchError (RuntimeError)      a search none of whose trials ran to its end
+    ├── SubmitError (RuntimeError)      a cluster that does not take a job
     ├── StorageError (OSError)          a folder that cannot be written or read
     └── MissingDependencyError (ImportError)   an optional package that is not installed
 
@@ -71,6 +72,10 @@ class ScoringError(BssRayError, RuntimeError):
 
 class SearchError(BssRayError, RuntimeError):
     """A search has no trial that ran to its end."""
+
+
+class SubmitError(BssRayError, RuntimeError):
+    """A cluster does not answer, refuses a job, or was lost while one ran."""
 
 
 class StorageError(BssRayError, OSError):
