@@ -6,6 +6,9 @@ from __future__ import annotations
 FUSED = "fused"
 FEATURES = "features"
 
+# Beginnings of the names of an epoch's figures that the clock makes: all others are the same in a run that is repeated.
+CLOCKED = ("seconds_", "loader_stall_share", "scoring_rows_per_second")
+
 
 def presence_column(modality: str) -> str:
     """Boolean column (rows,) of a batch: does the row have this modality? Only where some row has not."""

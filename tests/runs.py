@@ -14,6 +14,7 @@ import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
+from bss_ray.names import CLOCKED
 from bss_ray.testing import Fault
 
 # The ranks do not know this module: send what it defines along with the loop.
@@ -143,7 +144,7 @@ class Outcome:
     @property
     def figures(self) -> dict[str, float]:
         """The last epoch's metrics, without the clock's."""
-        return {name: value for name, value in self.metrics.items() if not name.startswith("seconds_")}
+        return {name: value for name, value in self.metrics.items() if not name.startswith(CLOCKED)}
 
 
 def run(

@@ -261,7 +261,7 @@ def _fingerprint(features: dict[str, Feature], reports: list[Report], leave_out:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-@ray.remote
+@ray.remote(name="bss_ray.check_ids")
 def _equal_hashes(*id_hashes: np.ndarray) -> np.ndarray:
     """Row ids whose id hash occurs more than once, ascending; 8 bytes a row in one process."""
     hashes = np.concatenate(id_hashes)

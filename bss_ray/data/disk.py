@@ -137,7 +137,9 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 def _ask(node: str, function: Callable[..., Any], *args: Any) -> Any:
     """Reference to the function's result on that node."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return _call.options(scheduling_strategy=there, name=function.__name__).remote(function, *args)
+    return _call.options(scheduling_strategy=there, name=f"bss_ray.{function.__name__.lstrip('_')}").remote(
+        function, *args
+    )
 
 
 def _get(ref: Any) -> Any:

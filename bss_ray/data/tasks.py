@@ -149,7 +149,7 @@ class Tasks:
                 self.on_progress(begun - len(self._pending) - len(self._waiting), begun)
 
 
-@ray.remote(num_returns=3)
+@ray.remote(num_returns=3, name="bss_ray.build_shard")
 def _make_shard(
     writer: Writer,
     columns: Columns,

@@ -6,12 +6,13 @@ import collections
 import contextlib
 import itertools
 import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -22,6 +23,7 @@ from bss_ray.errors import BssRayError
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.sample.coordinator import Coordinator, Holders, Publication, Review
+from bss_ray.sample.gauges import Gauges
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.plan import Plan, Tail
@@ -67,7 +69,14 @@ class SavedScores(Protocol):
         ...
 
 
-class HolderActor:
+class _Named:
+    """An actor that Ray's logs and `ray list actors` show by its name."""
+
+    def __repr__(self) -> str:
+        return ray.get_runtime_context().get_actor_name() or type(self).__name__
+
+
+class HolderActor(_Named):
     """A `Holder` of rows of the run."""
 
     def __init__(self, spans: list[tuple[int, int]]) -> None:
@@ -142,7 +151,7 @@ class ActorHolders:
         ray.get(sent)
 
 
-class ScorerActor:
+class ScorerActor(_Named):
     """A `Scorer` that measures shards and delivers what it found to the holders."""
 
     def __init__(self, label: str, measurer: Measurer, scoring: Scoring, holders: ActorHolders) -> None:
@@ -182,7 +191,15 @@ class ScorerActor:
         return self._job
 
 
-class CoordinatorActor:
+class _Measured(NamedTuple):
+    """All shards, by the scorers."""
+
+    sound: int
+    notices: tuple[str, ...]
+    seconds: float
+
+
+class CoordinatorActor(_Named):
     """A `Coordinator` over holder actors, the scorers' pool, and the run's message board.
 
     One thread does all of the coordinator's work, in the order it is asked for, so that the next window
@@ -190,16 +207,19 @@ class CoordinatorActor:
     or not. The board has a thread of its own, so that the driver can look while scores are being made.
     """
 
-    def __init__(self, holders: StartedHolders, pool: ScorerPool | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, holders: StartedHolders, pool: ScorerPool | None, settings: dict[str, Any], run: str = "run"
+    ) -> None:
         self._holders = holders
         self._pool = pool
         self._coordinator = Coordinator(self._holders, **settings)
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-planner")
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-scoring")
-        self._running: Future[tuple[int, list[str]]] | None = None
+        self._running: Future[_Measured] | None = None
         self._windows: collections.OrderedDict[_WindowKey, Future[Any]] = collections.OrderedDict()
         self._messages: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        self._gauges = Gauges(run)
 
     def reset(self) -> str:
         """`Coordinator.reset`; returns the new attempt."""
@@ -220,10 +240,12 @@ class CoordinatorActor:
         """Have all rows measured, beside whatever else is done; `finish_scoring` publishes."""
         self._running = self._scoring.submit(self._measure_all, job)
 
-    def _measure_all(self, job: ScoringJob) -> tuple[int, list[str]]:
+    def _measure_all(self, job: ScoringJob) -> _Measured:
         assert self._pool is not None, "only engine=actors has scorers"
+        started = time.perf_counter()
         try:
-            return self._pool.run(job, [part.node for part in job.shards.parts])
+            sound, notices = self._pool.run(job, [part.node for part in job.shards.parts])
+            return _Measured(sound, tuple(notices), time.perf_counter() - started)
         except ScoringFailedError:
             self._do("forget")  # some rows may have been measured, and a version is whole or not there
             raise
@@ -234,10 +256,10 @@ class CoordinatorActor:
             return self.publish(version, None)
         running, self._running = self._running, None
         try:
-            sound, notices = running.result()
+            measured = running.result()
         except ScoringFailedError as error:
             return Publication(self._coordinator.version, failure=str(error))
-        return self.publish(version, sound)._replace(notices=tuple(notices))
+        return self.publish(version, measured.sound)._replace(notices=measured.notices, seconds=measured.seconds)
 
     def publish(self, version: int, expected: int | None) -> Publication:
         """`Coordinator.publish`."""
@@ -311,6 +333,7 @@ class CoordinatorActor:
         """Put a message on the board."""
         with self._lock:
             self._messages.append(message)
+            self._gauges.take(message)
 
     @ray.method(concurrency_group="board")
     def read(self, start: int) -> list[dict[str, Any]]:
@@ -319,13 +342,16 @@ class CoordinatorActor:
             return self._messages[start:]
 
 
-def start_holders(shards: Shards, scoring: Scoring, nodes: Sequence[str] = ()) -> tuple[ActorHolders, list[Any]]:
+def start_holders(
+    shards: Shards, scoring: Scoring, nodes: Sequence[str] = (), *, run: str = "run"
+) -> tuple[ActorHolders, list[Any]]:
     """Start holder actors; shards are dealt out in runs, so that a holder's rows lie together.
 
     Args:
         shards: all rows.
         scoring: how many holders.
         nodes: where each of them goes first, see `_near`.
+        run: its name, for people. All actors of one start are `bss_ray-<run>-<8 hex digits>-<role>`.
 
     Returns:
         All of them together, and their handles, which keep them alive.
@@ -335,13 +361,13 @@ def start_holders(shards: Shards, scoring: Scoring, nodes: Sequence[str] = ()) -
     # It comes back empty, and the next attempt of the ranks fills it from the checkpoint.
     actor = ray.remote(num_cpus=scoring.cpus_per_holder, max_restarts=-1)(HolderActor)
     spans = [(part.first_row, part.rows) for part in shards.parts]
-    run = uuid.uuid4().hex[:8]
-    names = [f"bss_ray-{run}-holder-{index}" for index in range(count)]
+    start = uuid.uuid4().hex[:8]
+    names = [f"bss_ray-{run}-{start}-holder-{index}" for index in range(count)]
     handles = [
-        actor.options(name=name, **_near(nodes, index)).remote(spans[start:stop])
-        for index, (name, (start, stop)) in enumerate(zip(names, itertools.pairwise(edges), strict=True))
+        actor.options(name=name, **_near(nodes, index)).remote(spans[begin:stop])
+        for index, (name, (begin, stop)) in enumerate(zip(names, itertools.pairwise(edges), strict=True))
     ]
-    return ActorHolders(names, [spans[start][0] for start in edges[:-1]]), handles
+    return ActorHolders(names, [spans[edge][0] for edge in edges[:-1]]), handles
 
 
 def start_scorers(
@@ -397,9 +423,10 @@ def start_coordinator(
     seed: int,
     batch_size: int,
     tail: Tail,
+    run: str = "run",
     window_rows: int = WINDOW_ROWS,
 ) -> Any:
-    """Start the coordinator actor of the run of these holders."""
+    """Start the coordinator actor of the run of these holders; metrics are tagged with the name `run`."""
     settings = coordinator_settings(
         rows=rows,
         scheduler=scheduler,
@@ -412,7 +439,7 @@ def start_coordinator(
     pool = ScorerPool(scorer_names(holders, scoring), scoring.restart_timeout_s)
     actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
     return actor.options(name=_sibling(holders, "coordinator"), num_cpus=0, max_restarts=-1).remote(
-        holders, pool, settings
+        holders, pool, settings, run
     )
 
 

@@ -91,6 +91,7 @@ class Publication(NamedTuple):
         refused: publications and deliveries that were refused so far, because they were stale or came twice.
         failure: why there is no new version; empty if there is.
         notices: what the user should read.
+        seconds: that a scoring pass took; 0 where there was none.
     """
 
     version: int
@@ -98,6 +99,7 @@ class Publication(NamedTuple):
     refused: int = 0
     failure: str = ""
     notices: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 class _Planned(NamedTuple):

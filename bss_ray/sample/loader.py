@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -79,6 +80,7 @@ class Loader:
     Attributes:
         read: rows that the last `batches` has handed out so far, filler rows left out.
         moved: how many of them came from another node.
+        waited: seconds that its loop has waited for them.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Loader:
         homes = set(self._shard_homes.tolist())
         self._one_home = homes == {-1} or (len(nodes) == 1 and len(homes) == 1)
         self._transfers: dict[int, Transfer] = {}  # by their rows; their memory serves all epochs
-        self.read, self.moved = 0, 0
+        self.read, self.moved, self.waited = 0, 0, 0.0
 
     @property
     def moved_share(self) -> float:
@@ -117,16 +119,19 @@ class Loader:
         Raises:
             ConfigError: the transform returned something else than a batch.
         """
-        self.read, self.moved = 0, 0
+        self.read, self.moved, self.waited = 0, 0, 0.0
         parts = (self._part(number, order.take(*plan.span(number))) for number in range(start, plan.batches))
         largest = -(-plan.batch_size // len(self._rank_homes))
         loaded = self._load(parts, largest, f"epoch {plan.epoch}", self._finish(transform, plan.epoch))
+        asked = time.perf_counter()
         with contextlib.closing(loaded):
             for part, tensors in loaded:
                 if part.loss_scale > 0:
                     self.read += len(part.row_ids)
                     self.moved += self._reader.far(part.row_ids)
+                self.waited += time.perf_counter() - asked
                 yield RankBatch(part.number, tensors, part.loss_scale)
+                asked = time.perf_counter()
 
     def rows(self, batch_size: int, transform: Transform | None = None) -> Generator[Tensors, None, None]:
         """The rank's share of all rows in batches, each row on one rank (evaluation).

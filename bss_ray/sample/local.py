@@ -63,11 +63,18 @@ class InProcessHolder:
 
 
 def start_here(
-    shards: Shards, *, scheduler: Scheduler, scoring: Scoring, seed: int, batch_size: int, tail: Tail
+    shards: Shards,
+    *,
+    scheduler: Scheduler,
+    scoring: Scoring,
+    seed: int,
+    batch_size: int,
+    tail: Tail,
+    run: str = "run",
 ) -> tuple[InProcessHolder, InProcess]:
     """Holder and coordinator in this process; arguments as of `start_coordinator`."""
     holder = InProcessHolder([(part.first_row, part.rows) for part in shards.parts])
     settings = coordinator_settings(
         rows=shards.rows, scheduler=scheduler, scoring=scoring, seed=seed, batch_size=batch_size, tail=tail
     )
-    return holder, InProcess(CoordinatorActor(holder, None, settings))
+    return holder, InProcess(CoordinatorActor(holder, None, settings, run))

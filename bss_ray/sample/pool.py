@@ -213,7 +213,7 @@ class _Run:
     def _next(self, name: str) -> None:
         shard = self._queue.take(self._nodes[name])
         if shard is not None:
-            ref = self._actors[name].measure.options(name=f"measure shard {shard}").remote([self._job], shard)
+            ref = self._actors[name].measure.options(name=f"scorer.measure shard {shard}").remote([self._job], shard)
             self._measuring[ref] = (name, shard)
 
 
@@ -234,7 +234,7 @@ class _Absence:
 
 def _role(name: str) -> str:
     """`scorer-0` of an actor's name."""
-    return name.split("-", 2)[-1]
+    return "-".join(name.rsplit("-", 2)[-2:])
 
 
 def _first_line(error: Exception) -> str:

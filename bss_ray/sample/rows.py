@@ -99,6 +99,6 @@ class RowReader:
         return _pick_rows.options(scheduling_strategy=where).remote(shards, row_ids)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, name="bss_ray.pick_rows")
 def _pick_rows(shards: Shards, row_ids: np.ndarray) -> Arrays:
     return shards.gather(row_ids)

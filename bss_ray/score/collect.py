@@ -148,7 +148,7 @@ class Collector:
             self._said.add(notice)
 
 
-@ray.remote
+@ray.remote(name="bss_ray.look_at_measures")
 def _look(first_rows: list[int], normalise: Normalise, unpaired: Unpaired, *tables: pa.Table) -> Look:
     """Norms and reports of blocks."""
     look = Look()

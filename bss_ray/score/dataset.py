@@ -139,7 +139,7 @@ def _collect(measured: ray.data.Dataset, collector: Collector) -> None:
     collector.finish()
 
 
-@ray.remote
+@ray.remote(name="bss_ray.score_block")
 def _score(table: pa.Table, first_row: int, norms: Norms, unpaired: Unpaired) -> pa.Table:
     """A block of scores."""
     return with_scores(with_row_ids(table.drop_columns([REPORT]), first_row), norms, unpaired)

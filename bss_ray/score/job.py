@@ -167,7 +167,7 @@ def open_source(job: Job, room: Room, on_message: OnMessage) -> Source:
     return Source(shard_units(shards), shards.features, shards.fingerprint)
 
 
-@ray.remote
+@ray.remote(name="bss_ray.look_at_rows")
 def _known_features(units: Sequence[Unit], columns: Columns) -> dict[str, Feature]:
     """A task: the nodes that read the rows look at them, not the driver."""
     return known_features(units, columns)

@@ -84,7 +84,7 @@ def score_rows(task: SecondPass, path: Path) -> dict[str, Any]:
     return {"bounds": _bounds(norms), **Summary.union(parts).to_json()}
 
 
-@ray.remote
+@ray.remote(name="bss_ray.look_at_measures")
 def _look(task: SecondPass, group: Sequence[Piece]) -> _Look:
     """Norms of some pieces, and rows that may be an error."""
     norms, unpaired, bad = [], list[Problem](), list[Problem]()
@@ -96,7 +96,7 @@ def _look(task: SecondPass, group: Sequence[Piece]) -> _Look:
     return _Look(Norms.union(norms), unpaired, bad)
 
 
-@ray.remote
+@ray.remote(name="bss_ray.write_scores")
 def _write_part(task: SecondPass, group: Sequence[Piece], norms: Norms, folder: Path, index: int) -> Summary:
     """Scores of some pieces: a file, and what there is to say of them."""
     table = pa.concat_tables([read_piece(task.measures, piece) for piece in group], promote_options="permissive")

@@ -10,6 +10,7 @@ All of them deliver measures to the holders, and the coordinator publishes them 
 from __future__ import annotations
 
 import abc
+import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -218,9 +219,10 @@ class WorkersEngine(DeliveringEngine):
                 device=context.device,
                 model=model,
             )
+        started = time.perf_counter()
         found = self._scorer.measure_batches(context.loader.rows(context.scoring.batch_size))
         self._deliver(epoch, version + 1, found, _AFTER_ALL_STEPS)
-        return self._publish(version + 1, found, whole=True)
+        return self._publish(version + 1, found, whole=True)._replace(seconds=time.perf_counter() - started)
 
 
 class OnlineEngine(DeliveringEngine):

@@ -323,7 +323,7 @@ def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
 
 
-@ray.remote
+@ray.remote(name="bss_ray.test_checkpoint")
 def _test_checkpoint(config: TrainConfig, saved: SavedCheckpoint, shards: Shards) -> dict[str, float]:
     """Test metrics of a checkpoint's model."""
     return test_model(config, saved.state("model"), shards)

@@ -101,7 +101,7 @@ class Sampler:
         self._ended = False
         self._position = Position()
         self._history: list[dict[str, Any]] = []
-        self._posted = 0.0
+        self._posted, self._new_rows = 0.0, 0
         self._warned: set[str] = set()
         self._seconds = {"scoring": 0.0, "planning": 0.0, "training": 0.0}
         self._observed = Observed(self.device)
@@ -111,6 +111,7 @@ class Sampler:
         self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._notice)
         self.resumed = self._saved is not None
         self._restored = False
+        self._post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
 
     def _make_loaders(self) -> tuple[Loader, Loader | None]:
         nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
@@ -242,7 +243,7 @@ class Sampler:
                     self.loss_scale = batch.loss_scale
                     # Set before the batch is used: who saves in the loop's body has trained on it.
                     self._position = replace(self._position, batch=batch.number + 1)
-                    self._post_progress(epoch, batch.number, plan.batches)
+                    self._post_progress(plan, batch.number, started)
                     yield batch.tensors
         finally:
             self._ended = True
@@ -336,18 +337,21 @@ class Sampler:
         self._warn(review.warnings)
         self._model = model
         self._update_scores(epoch, model)
-        row = {"epoch": epoch, **self._figures(plan), **self._score_figures(review), **metrics}
+        row = {"epoch": epoch, **self._figures(plan), **self._score_figures(review)}
+        if self._updates.rows_per_second is not None:
+            row["scoring_rows_per_second"] = round(self._updates.rows_per_second, 1)
+        row |= metrics
         self._history = [*self._history, row]
         following = Position(epoch + 1, 0, self._position.version)
         self._save(row, following, Sums(), model, stateful)
         self._position = following
-        self._post({"kind": "epoch", "row": row, "history": self._history})
+        self._post({"kind": "epoch", "epoch": epoch, "row": row, "history": self._history})
         return row
 
     def _figures(self, plan: Plan) -> dict[str, Any]:
         """The sampler's own metrics of the epoch just ended; starts the next epoch's."""
         figures: dict[str, Any] = {"rows": plan.rows, "score_version": plan.version, **plan.diagnostics}
-        figures["moved_share"] = self._moved_share()
+        figures |= self._loader_figures()
         figures |= self._observed.over(self._ranks).means()
         figures |= {f"seconds_{name}": round(seconds, 3) for name, seconds in self._seconds.items()}
         self._observed.reset()
@@ -364,11 +368,16 @@ class Sampler:
             "unscored_rows": self.shards.rows - ages.scored,
         }
 
-    def _moved_share(self) -> float:
-        """Share of the rows of this epoch, over all ranks, that came from another node than their rank's."""
-        counts = torch.tensor([self._loader.moved, self._loader.read], dtype=torch.float64, device=self.device)
-        moved, read = self._ranks.sum(counts)
-        return float(moved / max(read, 1))
+    def _loader_figures(self) -> dict[str, Any]:
+        """Over all ranks: which of the epoch's rows came from another node than their rank's, and was it waited for."""
+        loader = self._loader
+        own = [loader.moved, loader.read, loader.waited, self._seconds["training"]]
+        moved, read, waited, training = self._ranks.sum(torch.tensor(own, dtype=torch.float64, device=self.device))
+        return {
+            "moved_share": moved / max(read, 1),
+            "moved_rows": int(moved),
+            "loader_stall_share": round(waited / max(training, 1e-9), 4),
+        }
 
     def _update_scores(self, epoch: int, model: nn.Module) -> None:
         """New scores after `epoch`, if they are due; errors as of `ScoreUpdates.after`."""
@@ -455,11 +464,24 @@ class Sampler:
         window = self._context.coordinator.window.remote(self.plan.epoch, index, self.plan.version)
         return ray.get(ray.get(window)[0])
 
-    def _post_progress(self, epoch: int, batch: int, batches: int) -> None:
-        now = time.monotonic()
-        if self._ranks.rank == 0 and now - self._posted > _POST_INTERVAL_S:
-            self._posted = now
-            self._post({"kind": "batch", "epoch": epoch, "batch": batch, "batches": batches})
+    def _post_progress(self, plan: Plan, batch: int, started: float) -> None:
+        """Now and then, and at the end of an epoch: how far it is, and the rows since the last such message."""
+        start, stop = plan.span(batch)
+        self._new_rows += stop - start
+        now = time.perf_counter()
+        if batch + 1 < plan.batches and now - self._posted < _POST_INTERVAL_S:
+            return
+        stalled = round(self._loader.waited / (now - started), 4)
+        self._post(
+            {
+                "kind": "batch",
+                "batch": batch,
+                "batches": plan.batches,
+                "new_rows": self._new_rows,
+                "loader_stall_share": stalled,
+            }
+        )
+        self._posted, self._new_rows = now, 0
 
     def _warn(self, warnings: dict[str, str]) -> None:
         """Tell the user of each kind of trouble once, not in every epoch."""
@@ -473,8 +495,10 @@ class Sampler:
         self._post({"kind": "notice", "text": text})
 
     def _post(self, message: dict[str, Any]) -> None:
+        """Put a message on the board, with where training stands; rank 0 speaks for all."""
         if self._ranks.rank == 0:
-            self._context.coordinator.post.remote(message)
+            where = {"epoch": self._position.epoch, "version": self._position.version, "rank": 0}
+            self._context.coordinator.post.remote({**where, **message})
 
 
 _current: Sampler | None = None

@@ -26,7 +26,7 @@ def write_scores(path: Path, saved: SavedCheckpoint, shards: Shards) -> None:
     temporary.rename(path)
 
 
-@ray.remote
+@ray.remote(name="bss_ray.write_scores")
 def _write_part(folder: Path, saved: SavedCheckpoint, shards: Shards, index: int) -> None:
     part, columns = shards.parts[index], shards.columns
     names = {"similarity": np.float32, "information": np.float32, "score": np.float32}

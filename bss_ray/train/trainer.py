@@ -187,6 +187,7 @@ class BalancedTrainer:
             "seed": self._seed,
             "batch_size": self._batch_size,
             "tail": self._tail,
+            "run": str(self._run_config.name),
         }
         holders: StartedHolders
         actors: list[Any] = []
@@ -194,7 +195,7 @@ class BalancedTrainer:
             holders, coordinator = start_here(train, **of_plan)
         else:
             seats = request.seats(train)
-            holders, actors = start_holders(train, scoring, seats[HOLDERS])
+            holders, actors = start_holders(train, scoring, seats[HOLDERS], run=of_plan["run"])
             coordinator = start_coordinator(holders, rows=train.rows, **of_plan)
             actors.append(coordinator)
             if scoring.engine == "actors":

@@ -20,6 +20,9 @@ class ScoreUpdates:
         engine: makes them.
         allowed_failures: in a row.
         notice: tells the user.
+
+    Attributes:
+        rows_per_second: of the scoring pass that the last update came from; None where there was none.
     """
 
     def __init__(self, engine: Engine, allowed_failures: int, notice: Callable[[str], None]) -> None:
@@ -27,6 +30,7 @@ class ScoreUpdates:
         self._allowed = allowed_failures
         self._notice = notice
         self._failures = 0
+        self.rows_per_second: float | None = None
 
     def after(self, epoch: int, version: int, model: nn.Module) -> int:
         """The score version in force after `epoch`, where `version` was.
@@ -36,6 +40,7 @@ class ScoreUpdates:
             ScoringFailedError: this one has failed, and there are no scores to go on with.
             LostStateError: the coordinator was restarted.
         """
+        self.rows_per_second = None
         publication = self._engine.update(epoch, version, model)
         if publication is None:
             return version
@@ -49,6 +54,8 @@ class ScoreUpdates:
                 f"the coordinator stands at score version {publication.version}, not {version + 1}: it was restarted"
             )
         self._failures = 0
+        if publication.seconds > 0:
+            self.rows_per_second = publication.measured / publication.seconds
         return publication.version
 
     def _go_on_without(self, epoch: int, version: int, publication: Publication) -> None:

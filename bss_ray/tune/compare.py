@@ -47,7 +47,7 @@ def compare(
     seeds = list(range(first, first + config.compare_seeds))
     runs = [(name, tree, seed) for seed in seeds for name, tree in (("best", best), (CONTROL, control))]
     each = trial_resources(config, setup.scaling)
-    task = ray.remote(num_cpus=each["CPU"], num_gpus=each["GPU"], max_retries=1)(run_seed)
+    task = ray.remote(num_cpus=each["CPU"], num_gpus=each["GPU"], max_retries=1, name="bss_ray.compare_seed")(run_seed)
     shared = ray.put(setup)
 
     found: dict[tuple[str, int], dict[str, Any]] = {}

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from bss_ray.names import CLOCKED
+
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 
 EPOCHS = 4
@@ -47,7 +49,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{name: value for name, value in row.items() if not name.startswith("seconds_")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKED)} for row in rows]
 
 
 def wait_for_epochs(folder: Path, epochs: int, process: subprocess.Popen[str]) -> None:

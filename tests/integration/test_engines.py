@@ -109,8 +109,8 @@ def test_same_weights_same_scores(shards: Shards, tmp_path: Path, monkeypatch: p
     real = trainer.start_holders
     scorers = []
 
-    def with_scorers(shards: Shards, scoring: bss_ray.Scoring) -> Any:
-        holders, handles = real(shards, scoring)
+    def with_scorers(shards: Shards, scoring: bss_ray.Scoring, *placed: Any, **named: Any) -> Any:
+        holders, handles = real(shards, scoring, *placed, **named)
         scorers.extend(trainer.start_scorers(shards, bss_ray.Measurer(), scoring, holders))
         return holders, [*handles, *scorers]
 

@@ -17,7 +17,7 @@ from bss_ray.errors import DataError
 from bss_ray.measure import Measurer, balance_scores
 from bss_ray.measure.normalise import Bounds
 from bss_ray.measure.score import Accumulation
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.state import Ages, ComingMeasures, Delivery, LostStateError, PartState
@@ -304,7 +304,7 @@ class TestPublish:
         run = Published(momentum=0.5)
         old, new = measures(1), measures(2)
         run.deliver(EVERYONE, *old)
-        assert run.coordinator.publish(1, expected=ROWS) == (1, ROWS, 0, "", ())
+        assert run.coordinator.publish(1, expected=ROWS) == Publication(1, measured=ROWS)
         before = run.column("score")
         assert before == balance_scores(*old).tolist()
         some = [1, 5, 6, 10]
