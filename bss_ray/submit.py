@@ -266,9 +266,10 @@ def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
 
 
 def _next_steps(job: str, address: str) -> str:
+    ray = "RAY_AUTH_MODE=token ray" if os.environ.get("RAY_AUTH_MODE") == "token" else "ray"
     return (
         f"submitted {job} to {address}\n"
-        f"  follow it   ray job logs --follow {job} --address {address}\n"
-        f"  stop it     ray job stop {job} --address {address}\n"
+        f"  follow it   {ray} job logs --follow {job} --address {address}\n"
+        f"  stop it     {ray} job stop {job} --address {address}\n"
         f"  ctrl-C here ends the following alone"
     )
