@@ -32,6 +32,7 @@ import pyarrow as pa
 from bss_ray.data.arrow import to_arrays, to_batch
 from bss_ray.data.store import Arrays
 from bss_ray.errors import StorageError
+from bss_ray.storage import sync_folder, write_local
 
 # A data set is not removed for so long after its last use: processes of a new run may be about to open it.
 _IDLE_S = 3600.0
@@ -289,19 +290,4 @@ def _make(data_set: Path) -> None:
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file whole or not at all, down to the disk."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names down to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_local(path, lambda stream: stream.write(json.dumps(content, indent=1).encode()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 
 import pyarrow.fs
 import ray.data
@@ -12,7 +11,8 @@ import ray.data
 from bss_ray.data.av_digits import av_digits
 from bss_ray.data.columns import Columns
 from bss_ray.data.manifest import digest
-from bss_ray.errors import DataError, nearest
+from bss_ray.errors import ConfigError, DataError, nearest
+from bss_ray.storage import StoragePath
 
 AV_DIGITS = "av-digits"
 AV_DIGITS_COLUMNS = Columns(modalities=("audio", "image"), label="label", extra=("mispaired",))
@@ -26,8 +26,9 @@ def load_splits(
     """Ray Datasets of the splits; None for a split that there is none of.
 
     Args:
-        source: `av-digits`; a Parquet file or folder; a folder with the sub-folders `train`, `validation`
-            and `test`; or `module:function`, called with each split's name, returning a Ray Dataset or None.
+        source: `av-digits`; path or URI of a Parquet file or folder, or of a folder with the sub-folders `train`,
+            `validation` and `test`; or `module:function`, called with each split's name, returning a Ray Dataset or
+            None.
         validation: Parquet file or folder, where `source` is one of training rows.
         test: likewise.
         mispaired: share of AV-Digits' training rows that is paired wrongly.
@@ -50,27 +51,37 @@ def parquet_paths(source: str, *, validation: str | None = None, test: str | Non
     """Which Parquet file or folder each split is read from (see `load_splits`); None where it is none."""
     if source == AV_DIGITS or _is_function(source):
         return dict.fromkeys(SPLITS)
-    if "://" not in source and (Path(source) / "train").is_dir():
-        folder = Path(source)
-        paths = {split: str(folder / split) if (folder / split).is_dir() else None for split in SPLITS}
+    folder = _known_place(source)
+    if folder is not None and (folder / "train").is_dir():
+        paths = {split: (folder / split).uri if (folder / split).is_dir() else None for split in SPLITS}
         return {**paths, **{k: v for k, v in {"validation": validation, "test": test}.items() if v is not None}}
     return {"train": source, "validation": validation, "test": test}
 
 
 def files_key(path: str) -> str | None:
     """Digest of the files under a path or URI: their names, sizes and times of change; None where they have none."""
-    try:
-        system, root = pyarrow.fs.FileSystem.from_uri(path if "://" in path else os.path.abspath(path))
-        found = system.get_file_info(root)
-        if found.type == pyarrow.fs.FileType.Directory:
-            files = system.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
-        else:
-            files = [found]
-    except (OSError, ValueError):
-        return None  # a file system that Ray Data may know and Arrow does not
+    place = _known_place(path)
+    if place is None:
+        return None
+    if place.is_dir():
+        files = place.system.get_file_info(pyarrow.fs.FileSelector(place.path, recursive=True))
+    else:
+        files = [place.system.get_file_info(place.path)]
     if any(file.is_file and file.mtime_ns is None for file in files):
         return None
     return digest(sorted([file.path, file.size, file.mtime_ns] for file in files if file.is_file))
+
+
+def _known_place(path: str) -> StoragePath | None:
+    """A path or URI; None on a file system that Ray Data may know and Arrow does not.
+
+    Raises:
+        StorageError: its file system does not answer, or refuses.
+    """
+    try:
+        return StoragePath.of(path)
+    except ConfigError:
+        return None
 
 
 def _is_function(source: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.settings import Parser
+from bss_ray.storage import StoragePath
 
 _DESCRIPTION = (
     "Write report.html of a search (also while it is going on), a training run or a scoring job, and print the most "
@@ -23,13 +23,15 @@ _DESCRIPTION = (
 def report_parser() -> ArgumentParser:
     """The parser of `bss-ray report`."""
     parser = Parser(prog="bss-ray report", description=_DESCRIPTION)
-    parser.add_argument("folder", type=str, nargs="?", default="runs/tune", help="of the search, run or job.")
+    parser.add_argument(
+        "folder", type=str, nargs="?", default="runs/tune", help="path or URI of the search, run or job."
+    )
     return parser
 
 
 def report_command(argv: Sequence[str]) -> int:
     """`bss-ray report`; returns the exit code."""
-    folder = Path(report_parser().parse_args(list(argv)).folder)
+    folder = StoragePath.of(report_parser().parse_args(list(argv)).folder)
     config = _config(folder)
     from rich.console import Console
 
@@ -52,21 +54,24 @@ def report_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _search(folder: Path, config: dict[str, Any], console: Any) -> None:
+def _search(folder: StoragePath, config: dict[str, Any], console: Any) -> None:
     from bss_ray.report.study import study_table, write_study_report
     from bss_ray.tune.record import load_study
 
-    study = load_study(config["storage"], config["name"], folder)
+    local = folder.local
+    if local is None:
+        raise ConfigError(f"{folder} is of a search, which is reported from the file system that it was made on")
+    study = load_study(config["storage"], config["name"], local)
     result = folder / "result.json"
     comparison = json.loads(result.read_text())["comparison"] if result.exists() else None
-    write_study_report(study, folder, comparison)
-    console.print(study_table(study, comparison, folder))
+    write_study_report(study, local, comparison)
+    console.print(study_table(study, comparison, local))
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: StoragePath) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.exists():
-        runs = sorted(found.parent.name for found in folder.parent.glob("*/config.yaml"))
+        runs = [run.name for run in folder.parent.glob() if (run / "config.yaml").exists()]
         there = f"; {folder.parent} has {', '.join(runs)}" if runs else ""
         raise ConfigError(f"{folder} is no folder of a search, run or job: it has no config.yaml{there}")
     return dict(yaml.safe_load(path.read_text()))

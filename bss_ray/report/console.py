@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from bss_ray.storage import StoragePath
 
 # Metrics that are shares, and shown in per cent; a regression's are plain numbers.
 _SHARES = ("accuracy", "map", "f1")
@@ -112,7 +113,7 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.2%}" if name.split("_")[1] in _SHARES else f"{value:.4g}"
 
 
-def result_table(result: Mapping[str, Any], folder: Path) -> Table:
+def result_table(result: Mapping[str, Any], folder: StoragePath) -> Table:
     """The run's end: the chosen epoch's metrics by head, and where everything lies."""
     table = Table(title=f"epoch {result['chosen_epoch']}, chosen on validation", title_justify="left")
     figures = {**result["validation"], **result["test"]}

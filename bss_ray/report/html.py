@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import html
+import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bss_ray.errors import optional_import
+from bss_ray.storage import StoragePath
 
 # A histogram needs no more; the file stays small however many rows there are.
 _SAMPLE_ROWS = 200_000
@@ -25,7 +25,7 @@ _STYLE = (
 )
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: StoragePath) -> StoragePath:
     """Draw the run in `folder` from its metrics and scores.
 
     Returns:
@@ -46,7 +46,7 @@ def write_report(folder: Path) -> Path:
     return write_page(folder, "Run", figures)
 
 
-def write_page(folder: Path, kind: str, parts: Iterable[Any]) -> Path:
+def write_page(folder: StoragePath, kind: str, parts: Iterable[Any]) -> StoragePath:
     """Write `report.html`, a page headed `kind` and the folder's name.
 
     Args:
@@ -68,32 +68,30 @@ def write_page(folder: Path, kind: str, parts: Iterable[Any]) -> Path:
     path = folder / "report.html"
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{kind} {title}</h1>" + "\n".join(pieces),
-        encoding="utf-8",
+        f"<h1>{kind} {title}</h1>" + "\n".join(pieces)
     )
     return path
 
 
-def _validation_figure(go: Any, folder: Path) -> Any:
+def _validation_figure(go: Any, folder: StoragePath) -> Any:
     """Accuracy by head; R² where labels are numbers."""
     numbers = _series(folder, "val_r2_")
     name, series = ("R²", numbers) if numbers else ("accuracy", _series(folder, "val_accuracy_"))
     return _figure(go, f"Validation {name} by head", series, "epoch", name)
 
 
-def _history(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def _history(folder: StoragePath) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / "metrics.csv").read_text(), newline="")))
 
 
-def _series(folder: Path, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+def _series(folder: StoragePath, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
     """Columns of the metrics that start with `prefix`: name -> (epochs from 1, values)."""
     rows = _history(folder)
     names = [name for name in rows[0] if name.startswith(prefix)]
     return {name.removeprefix(prefix): _column(rows, name) for name in names}
 
 
-def _sizes(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+def _sizes(folder: StoragePath) -> dict[str, tuple[list[int], list[float]]]:
     rows = _history(folder)
     return {name.replace("_", " "): _column(rows, name) for name in ("rows", "eligible_rows", "effective_sample_size")}
 
@@ -110,9 +108,9 @@ def _figure(go: Any, title: str, series: dict[str, tuple[list[int], list[float]]
     return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
 
 
-def _scores_figure(go: Any, path: Path) -> Any:
+def _scores_figure(go: Any, path: StoragePath) -> Any:
     """Histogram of the final scores, apart by the truth column where there is one."""
-    table = pq.read_table(path)
+    table = path.read_table()
     if len(table) > _SAMPLE_ROWS:
         table = table.take(np.linspace(0, len(table) - 1, _SAMPLE_ROWS).astype(np.int64))
     score = table["score"].to_numpy()

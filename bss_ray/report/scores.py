@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from bss_ray.errors import optional_import
 from bss_ray.report.console import Display
+from bss_ray.storage import StoragePath
 
 # Off a terminal a line of progress comes so often.
 _LINE_S = 10.0
@@ -59,7 +59,7 @@ def _minutes(seconds: int) -> str:
 # ---- terminal -------------------------------------------------------------------------------------
 
 
-def print_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
+def print_summary(console: Console, summary: Mapping[str, Any], folder: StoragePath) -> None:
     """The end of a job: all rows, modalities, classes, lowest and highest rows, and where everything lies."""
     console.print(_all_rows(summary))
     for title, rows in _tables(summary, _SHOWN_CLASSES):
@@ -137,7 +137,7 @@ _STYLE = (
 )
 
 
-def write_scores_report(folder: Path, summary: Mapping[str, Any]) -> Path:
+def write_scores_report(folder: StoragePath, summary: Mapping[str, Any]) -> StoragePath:
     """Draw a job's summary, in one file that opens without a network.
 
     Returns:

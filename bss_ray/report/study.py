@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bss_ray.errors import optional_import
 from bss_ray.report.html import write_page
+from bss_ray.storage import StoragePath
 from bss_ray.tune.insight import (
     FEWEST_TRIALS,
     Interval,
@@ -129,7 +130,8 @@ def write_study_report(study: Study, folder: Path, comparison: Comparison | None
         *_course(study),
         *_failed(study),
     ]
-    return write_page(folder, "Search", parts)
+    write_page(StoragePath.of(folder), "Search", parts)
+    return folder / "report.html"
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bss_ray.data.cache import sync_folder
 from bss_ray.errors import CheckpointError, StorageError
 from bss_ray.sample.state import COMING_COLUMNS, STATE_COLUMNS, ComingMeasures, PartState
+from bss_ray.storage import write_local
 
 # Prefix of the arrays of measures that are not yet published.
 _COMING = "coming_"
@@ -57,18 +56,17 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
     Raises:
         StorageError: the disk is full, or the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    found = ""
+
+    def write_and_read(stream: BinaryIO) -> None:
+        nonlocal found
+        write(stream)
+        stream.seek(0)
+        found = digest(stream)
+
     try:
-        with temporary.open("w+b") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.seek(0)
-            found = digest(stream)
-        temporary.replace(path)
-        sync_folder(path.parent)  # a rename is an entry of the folder
+        write_local(path, write_and_read)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise StorageError(
             f"{path} cannot be written: {error}. Free space on that disk, or choose another folder; what was saved "
             "before is untouched"

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -15,6 +14,7 @@ from jsonargparse import ArgumentParser
 from bss_ray.connect import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
 from bss_ray.settings import Parser, add_model_arguments, instantiate, make
+from bss_ray.storage import StoragePath
 
 _DESCRIPTION = (
     "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
@@ -98,7 +98,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _write_report(folder: Path, summary: dict[str, Any], display: Any) -> None:
+def _write_report(folder: StoragePath, summary: dict[str, Any], display: Any) -> None:
     from bss_ray.report.scores import write_scores_report
 
     try:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import inspect
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
@@ -26,6 +25,7 @@ from bss_ray.sample.scoring import BadRows
 from bss_ray.score.measuring import Measuring
 from bss_ray.score.pieces import PIECE_ROWS
 from bss_ray.score.pool import Pool
+from bss_ray.storage import absolute
 from bss_ray.train.loop import ModelSpec as ModelSpec  # for the command, too
 from bss_ray.train.weights import Weights
 
@@ -81,7 +81,7 @@ class ScoreConfig:
         gpus_per_actor: share of a GPU of an actor; null takes 1 where the cluster has GPUs.
         piece_rows: most rows whose measures make a file; a stop loses no more than the pieces being made.
         name: of the job; the same name and settings: it goes on where it stopped.
-        storage_path: folder of all runs, on a file system that all nodes share.
+        storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
         verbose: show what Ray prints.
     """
@@ -218,7 +218,7 @@ def resolve(config: ScoreConfig, weights: Weights) -> Job:
         raise DataError(f"name the columns of {data}: --columns.modalities '[audio, image]' --columns.label label")
     filled = {
         # An absolute path: the same command from another folder is another one.
-        "checkpoint": str(Path(weights.source).absolute()),
+        "checkpoint": absolute(weights.source),
         "data": data,
         "columns": columns,
         "model": config.model or _made(ModelSpec, known.get("model")) or ModelSpec(),

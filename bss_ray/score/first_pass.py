@@ -8,7 +8,6 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from bss_ray.score.pieces import Piece, cut_runs, read_piece, within, write_piec
 from bss_ray.score.pool import Room, settings_of, users_error
 from bss_ray.score.scores import column, with_row_ids
 from bss_ray.score.units import Unit
+from bss_ray.storage import StoragePath
 
 # Rows that so many actors have died of are not given to another. Ray Data would go on for ever.
 _MAX_DEATHS = 3
@@ -39,13 +39,13 @@ class Pass:
     Attributes:
         measuring: how rows are measured.
         features: shape and dtype of the modalities.
-        folder: of the pieces, on a file system that all nodes share.
+        folder: of the pieces; all nodes can write there.
         piece_rows: most rows of a piece.
     """
 
     measuring: Measuring
     features: Mapping[str, Feature]
-    folder: Path
+    folder: StoragePath
     piece_rows: int
 
 
@@ -161,7 +161,7 @@ class _MeasurePieces:
         return PieceReport(piece, sum(problem.count for problem in found.problems), ids, found.notices)
 
 
-def _report_on(folder: Path, piece: Piece) -> PieceReport:
+def _report_on(folder: StoragePath, piece: Piece) -> PieceReport:
     """Of a piece that is there."""
     bad = np.isnan(column(read_piece(folder, piece), INFORMATION))
     ids = [piece.first_row + int(row) for row in np.flatnonzero(bad)[:_NAMED]]
@@ -172,33 +172,32 @@ def _report_on(folder: Path, piece: Piece) -> PieceReport:
 
 
 @contextlib.contextmanager
-def marked(folder: Path, piece: Piece) -> Iterator[None]:
+def marked(folder: StoragePath, piece: Piece) -> Iterator[None]:
     """Leaves a file behind if the process dies in the block.
 
     Raises:
         ResourceError: that has happened too often with this piece.
     """
     marks = _marks(folder)
-    marks.mkdir(exist_ok=True)
-    deaths = len(list(marks.glob(f"{piece.first_row}-*")))
+    marks.mkdir()
+    deaths = len(marks.glob(f"{piece.first_row}-*"))
     if deaths >= _MAX_DEATHS:
         raise ResourceError(
             f"{deaths} actors were lost while they scored rows {piece.first_row}..{piece.stop_row - 1}. Most often the "
             "memory of the node does not suffice: lower --batch_size or --max_actors, or look into Ray's logs"
         )
     mark = marks / f"{piece.first_row}-{os.getpid()}-{uuid.uuid4().hex}"
-    mark.touch()
+    mark.write_bytes(b"")
     try:
         yield
     finally:
-        mark.unlink(missing_ok=True)
+        mark.remove()
 
 
-def clear_marks(folder: Path) -> None:
+def clear_marks(folder: StoragePath) -> None:
     """Forget the deaths of an earlier command: it may have been killed as a whole."""
-    for mark in _marks(folder).glob("*"):
-        mark.unlink(missing_ok=True)
+    _marks(folder).remove()
 
 
-def _marks(folder: Path) -> Path:
+def _marks(folder: StoragePath) -> StoragePath:
     return folder / ".begun"

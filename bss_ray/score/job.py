@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature
 from bss_ray.data.sources import files_key, load_splits, parquet_paths
-from bss_ray.errors import CheckpointError, DataError
+from bss_ray.errors import CheckpointError, DataError, StorageError
 from bss_ray.measure.snapshot import pack_model
+from bss_ray.probe import check_storage
 from bss_ray.score.config import Job
 from bss_ray.score.first_pass import Pass, PieceReport, measure_rows
 from bss_ray.score.measuring import kept_notice
@@ -29,6 +27,7 @@ from bss_ray.score.pieces import find_pieces, missing_rows
 from bss_ray.score.pool import Room, get
 from bss_ray.score.second_pass import SecondPass, score_rows
 from bss_ray.score.units import Unit, known_features, parquet_units, shard_units
+from bss_ray.storage import StoragePath
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.scores import roc_areas
 
@@ -80,18 +79,20 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
         BssRayError: a setting, the weights, the data or the model is to blame; what is done stays.
     """
     room = job.config.pool.on_cluster()
+    check_storage(folder.path)
     on_message({"kind": "status", "text": f"looking at the {job.config.split} rows of {job.data}"})
     source = open_source(job, room, on_message)
     _claim_plan(folder.path / "plan.json", job, source)
     measures = folder.path / "measures"
-    measures.mkdir(exist_ok=True)
+    measures.mkdir()
     figures = _measure(job, source, measures, room, on_message)
     on_message({"kind": "status", "text": "scoring: second pass, over the measures"})
     settings = SecondPass(measures, job.columns, job.config.normalise, job.config.unpaired, job.config.bad_rows)
     found = score_rows(settings, folder.path / "scores.parquet")
     result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
     folder.write_result(result)
-    shutil.rmtree(measures, ignore_errors=True)  # all of it is in the scores, too
+    with contextlib.suppress(StorageError):  # the result is there
+        measures.remove()  # all of it is in the scores, too
     return result
 
 
@@ -106,7 +107,7 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _roc_areas(job: Job, folder: Path, found: Mapping[str, Any]) -> dict[str, float]:
+def _roc_areas(job: Job, folder: StoragePath, found: Mapping[str, Any]) -> dict[str, float]:
     """How well the score finds rows that a boolean extra column marks."""
     if found["bad_rows"] or found["rows"] > _MOST_ROC_ROWS:
         return {}
@@ -117,24 +118,24 @@ def _roc_areas(job: Job, folder: Path, found: Mapping[str, Any]) -> dict[str, fl
         return roc_areas(path, marks)
 
 
-def _varies(path: Path, name: str) -> bool:
+def _varies(path: StoragePath, name: str) -> bool:
     """Whether a column is boolean, and both values occur."""
-    if name not in pq.read_schema(next(path.glob("*.parquet"))).names:
-        return False
-    column = pq.read_table(path, columns=[name])[name]
+    with path.glob("*.parquet")[0].open_parquet() as part:
+        if name not in part.schema_arrow.names:
+            return False
+    column = path.read_table([name])[name]
     return bool(pa.types.is_boolean(column.type)) and not column.null_count and len(column.unique()) == 2
 
 
-def forget_beginning(path: Path) -> None:
+def forget_beginning(path: StoragePath) -> None:
     """Take back the claim of a job that has failed before anything was measured, so that its name is free again."""
     measures = path / "measures"
     if find_pieces(measures) or (path / SUMMARY_FILE).exists():
         return
-    shutil.rmtree(measures, ignore_errors=True)
-    for name in ("plan.json", "config.yaml"):
-        (path / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something of another's is in it
-        path.rmdir()
+    for name in ("measures", "plan.json", "config.yaml"):
+        (path / name).remove()
+    if not path.glob():  # else something of another's is in it
+        path.remove()
 
 
 # ---- the rows -------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def _known_features(units: Sequence[Unit], columns: Columns) -> dict[str, Featur
     return known_features(units, columns)
 
 
-def _claim_plan(path: Path, job: Job, source: Source) -> None:
+def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
     """Write down which rows and weights this job is of, or compare them with what is there.
 
     Raises:
@@ -181,9 +182,7 @@ def _claim_plan(path: Path, job: Job, source: Source) -> None:
     """
     plan = {"rows": source.rows, "data": source.key, "weights": job.weights.digest}
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(plan))
-        temporary.replace(path)
+        path.write_text(json.dumps(plan))
         return
     try:
         there = json.loads(path.read_text())
@@ -200,7 +199,7 @@ def _claim_plan(path: Path, job: Job, source: Source) -> None:
 # ---- first pass -----------------------------------------------------------------------------------
 
 
-def _measure(job: Job, source: Source, folder: Path, room: Room, on_message: OnMessage) -> dict[str, Any]:
+def _measure(job: Job, source: Source, folder: StoragePath, room: Room, on_message: OnMessage) -> dict[str, Any]:
     """Measure the rows that no piece holds; figures of it."""
     done = find_pieces(folder)
     runs = missing_rows(done, source.rows)

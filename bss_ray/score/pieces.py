@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bss_ray.errors import CheckpointError
-from bss_ray.sample.score_files import write_file
+from bss_ray.storage import StoragePath
 
 # Rows of a piece: what a killed actor has to do again. A file of so many rows is about 2 MB.
 PIECE_ROWS = 1 << 16
@@ -51,20 +50,16 @@ def cut_runs(row_ids: np.ndarray, piece_rows: int = PIECE_ROWS) -> Iterator[tupl
         yield slice(start, stop), Piece(int(row_ids[start]), stop - start)
 
 
-def write_piece(folder: Path, piece: Piece, table: pa.Table) -> None:
+def write_piece(folder: StoragePath, piece: Piece, table: pa.Table) -> None:
     """Write a piece's file, whole or not at all.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written to.
     """
-
-    def write(stream: BinaryIO) -> None:
-        pq.write_table(table, stream)
-
-    write_file(folder / piece.name, write)
+    (folder / piece.name).write(lambda stream: pq.write_table(table, stream))
 
 
-def read_piece(folder: Path, piece: Piece) -> pa.Table:
+def read_piece(folder: StoragePath, piece: Piece) -> pa.Table:
     """A piece's measures.
 
     Raises:
@@ -72,7 +67,7 @@ def read_piece(folder: Path, piece: Piece) -> pa.Table:
     """
     path = folder / piece.name
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = path.read_table()
     except (OSError, pa.ArrowInvalid) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}). Remove it and give the same command again: its rows are scored anew"
@@ -85,7 +80,7 @@ def read_piece(folder: Path, piece: Piece) -> pa.Table:
     return table
 
 
-def find_pieces(folder: Path) -> list[Piece]:
+def find_pieces(folder: StoragePath) -> list[Piece]:
     """Pieces that are finished, ascending; those that overlap another are left out."""
     names = (_NAME.fullmatch(path.name) for path in folder.glob("measures-*.parquet"))
     found = sorted((Piece(int(name[1]), int(name[2])) for name in names if name), key=lambda p: (p[0], -p[1]))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +21,7 @@ from bss_ray.score.pieces import Piece, find_pieces, group_pieces, read_piece
 from bss_ray.score.pool import get
 from bss_ray.score.scores import Norms, check_pairs, column, with_scores
 from bss_ray.score.summary import Summary
+from bss_ray.storage import StoragePath
 
 # Rows of a file of scores, at least.
 _PART_ROWS = 1 << 20
@@ -41,7 +39,7 @@ class SecondPass:
         bad_rows: whether rows without measures are an error.
     """
 
-    measures: Path
+    measures: StoragePath
     columns: Columns
     normalise: Normalise
     unpaired: Unpaired
@@ -56,7 +54,7 @@ class _Look(NamedTuple):
     bad: list[Problem]
 
 
-def score_rows(task: SecondPass, path: Path) -> dict[str, Any]:
+def score_rows(task: SecondPass, path: StoragePath) -> dict[str, Any]:
     """Write the scores of all measured rows, a folder of Parquet files, replacing an older one.
 
     Returns:
@@ -75,12 +73,9 @@ def score_rows(task: SecondPass, path: Path) -> dict[str, Any]:
     if task.bad_rows == "error":
         raise_first_problem([problem for look in looks for problem in look.bad], ModelOutputError)
     norms = Norms.union([look.norms for look in looks])
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    temporary.mkdir()
     shared = ray.put(norms)
-    parts = get([_write_part.remote(task, group, shared, temporary, index) for index, group in enumerate(groups)])
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with path.replaced() as folder:
+        parts = get([_write_part.remote(task, group, shared, folder, index) for index, group in enumerate(groups)])
     return {"bounds": _bounds(norms), **Summary.union(parts).to_json()}
 
 
@@ -97,11 +92,11 @@ def _look(task: SecondPass, group: Sequence[Piece]) -> _Look:
 
 
 @ray.remote(name="bss_ray.write_scores")
-def _write_part(task: SecondPass, group: Sequence[Piece], norms: Norms, folder: Path, index: int) -> Summary:
+def _write_part(task: SecondPass, group: Sequence[Piece], norms: Norms, folder: StoragePath, index: int) -> Summary:
     """Scores of some pieces: a file, and what there is to say of them."""
     table = pa.concat_tables([read_piece(task.measures, piece) for piece in group], promote_options="permissive")
     table = with_scores(table, norms, task.unpaired)
-    pq.write_table(table, folder / f"part-{index:05d}.parquet")
+    (folder / f"part-{index:05d}.parquet").write(lambda stream: pq.write_table(table, stream))
     return Summary.of(table, task.columns)
 
 

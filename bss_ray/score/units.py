@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.fs
@@ -17,6 +16,7 @@ from bss_ray.data.shards import Feature, Shards
 from bss_ray.errors import DataError, nearest, raise_first_problem
 from bss_ray.score.pieces import within
 from bss_ray.score.rows import Arrays, Rows, read_rows
+from bss_ray.storage import StoragePath
 
 # A unit has about so many bytes, as Parquet counts them, and at least one row group. Ray Data passes rows on in blocks
 # of the same size.
@@ -55,14 +55,14 @@ class ParquetUnit:
     """Row groups of a Parquet file.
 
     Attributes:
-        path: path or URI of the file.
+        file: it.
         row_groups: consecutive ones.
         first_row: row id of the first row.
         rows: how many there are.
         batch_rows: rows that are decoded at a time.
     """
 
-    path: str
+    file: StoragePath
     row_groups: tuple[int, ...]
     first_row: int
     rows: int
@@ -73,7 +73,7 @@ class ParquetUnit:
     ) -> Iterator[tuple[int, Rows]]:
         """See `Unit`. Rows outside of `runs` are decoded, as Parquet cannot begin inside a row group, and dropped."""
         first_row = self.first_row
-        with _open(self.path) as file:
+        with _open(self.file) as file:
             for batch in file.iter_batches(self.batch_rows, row_groups=list(self.row_groups), columns=[*columns.all]):
                 table = pa.Table.from_batches([batch])
                 for start, stop in within(runs, first_row, first_row + len(table)):
@@ -138,7 +138,7 @@ def parquet_units(path: str, columns: Columns) -> list[Unit]:
     return units
 
 
-def _cut_file(file: str, footer: pq.FileMetaData, first_row: int) -> list[Unit]:
+def _cut_file(file: StoragePath, footer: pq.FileMetaData, first_row: int) -> list[Unit]:
     """Units of a file: row groups together while they are small."""
     units: list[Unit] = []
     groups: list[int] = []
@@ -162,47 +162,43 @@ def _cut_file(file: str, footer: pq.FileMetaData, first_row: int) -> list[Unit]:
     return units
 
 
-def _files(path: str) -> list[str]:
+def _files(path: str) -> list[StoragePath]:
     """Files under a path or URI, in Ray Data's order: sorted by their whole path, hidden ones left out."""
-    scheme, separator, _ = path.rpartition("://")
+    place = StoragePath.of(path)
     try:
-        system, root = pyarrow.fs.FileSystem.from_uri(path if separator else os.path.abspath(path))
-        info = system.get_file_info(root)
-        if info.type == pyarrow.fs.FileType.Directory:
-            found = system.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
-            names = sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path, root))
-        else:
-            names = [root] if info.is_file else []
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot list {path}: {error}") from error
+        if place.is_file():
+            return [place]
+        found = place.system.get_file_info(pyarrow.fs.FileSelector(place.path, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise DataError(f"cannot list {place}: {error}") from error
+    names = sorted(entry.path for entry in found if entry.is_file and not _hidden(entry.path, place.path))
     if not names:
-        raise DataError(f"no such file or folder with files: {path}. --data takes a Parquet file or folder")
-    return [f"{scheme}://{name}" if separator else name for name in names]
+        raise DataError(f"no such file or folder with files: {place}. --data takes a Parquet file or folder")
+    return [place / name[len(place.path) :].strip("/") for name in names]
 
 
 def _hidden(path: str, root: str) -> bool:
     return path[len(root) :].lstrip("/").startswith((".", "_"))
 
 
-def _open(path: str) -> Any:
+def _open(path: StoragePath) -> pq.ParquetFile:
     """A Parquet file.
 
     Raises:
         DataError: it is none.
     """
-    system, name = pyarrow.fs.FileSystem.from_uri(path)
     try:
-        return pq.ParquetFile(name, filesystem=system)
+        return path.open_parquet()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read Parquet from {path}: {error}") from error
 
 
-def _footer(path: str) -> pq.FileMetaData:
+def _footer(path: StoragePath) -> pq.FileMetaData:
     with _open(path) as file:
         return file.metadata
 
 
-def _check_columns(file: str, footer: pq.FileMetaData, columns: Columns) -> None:
+def _check_columns(file: StoragePath, footer: pq.FileMetaData, columns: Columns) -> None:
     names = footer.schema.to_arrow_schema().names
     for name in columns.all:
         if name not in names:

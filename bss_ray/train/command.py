@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bss_ray.connect import STOPPED, start_ray
 from bss_ray.errors import BssRayError
 from bss_ray.settings import instantiate, make, resolved, train_parser
+from bss_ray.storage import StoragePath
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def train_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write_report(folder: Path, display: Any) -> None:
+def _write_report(folder: StoragePath, display: Any) -> None:
     from bss_ray.errors import MissingDependencyError
     from bss_ray.report.html import write_report
 

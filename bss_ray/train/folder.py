@@ -11,17 +11,16 @@ report.html      figures, where plotly is installed
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
-import uuid
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tensorboardX import SummaryWriter
 
 from bss_ray.errors import CheckpointError, ConfigError, StorageError
+from bss_ray.storage import StoragePath
 
 # What may differ between two commands of one training run: where and how it is shown, not what is computed.
 # Another number of ranks changes nothing but the rounding of gradients.
@@ -32,14 +31,14 @@ class RunFolder:
     """Writes and reads a run folder.
 
     Args:
-        storage_path: folder of all runs, on a file system that all nodes share.
+        storage_path: folder of all runs, on a file system that all nodes share, or a URI (see `bss_ray.storage`).
         name: of the run.
         may_change: settings that may differ between two commands of one run.
         result_file: name of the file that is written last.
 
     Raises:
         StorageError: the folder cannot be made or written.
-        ConfigError: a URI, or a name that is no folder name.
+        ConfigError: a URI of no known kind, or a name that is no folder name.
     """
 
     def __init__(
@@ -52,24 +51,21 @@ class RunFolder:
     ) -> None:
         self._may_change = may_change
         self._result_file = result_file
-        if "://" in storage_path:
-            raise ConfigError(
-                f"storage_path must be a folder that all nodes share; received the URI {storage_path}. Mount it, or "
-                "use BalancedTrainer with run_config=RunConfig(storage_path=...) for checkpoints alone"
-            )
         if not name or name in (".", "..") or "/" in name:
             raise ConfigError(f"name must be the name of one folder; received {name!r}")
-        self.storage_path = Path(storage_path).absolute()
+        self.storage_path = StoragePath.of(storage_path)
         self.path = self.storage_path / name
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{uuid.uuid4().hex}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise StorageError(
-                f"the run folder {self.path} cannot be written: {error.strerror}. Choose another --storage_path"
-            ) from error
+            self.path.check_writable()
+        except StorageError as error:
+            raise StorageError(f"the run folder {error}. It is in --storage_path") from error
+
+    @property
+    def local(self) -> Path:
+        """The folder of a run that is never on an object store."""
+        path = self.path.local
+        assert path is not None, "its configuration refuses URIs"
+        return path
 
     # ---- configuration ------------------------------------------------------------------------
 
@@ -87,7 +83,7 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         if not path.exists():
-            write_whole(path, config)
+            path.write_text(config)
             return False
         there, here = _flatten(_parse(path)), _flatten(yaml.safe_load(config))
         changed = [
@@ -100,30 +96,25 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration; it goes on only with its own.\n  "
                 + "\n  ".join(changed)
                 + "\nChoose another --name, or give the run's settings again: --config "
-                + str(path)
+                + (str(path) if path.local is not None else f"with a copy of {path}")
             )
         return True
 
     def release(self) -> None:
         """Free the name of a run that has failed before its first checkpoint: the next try may have other settings."""
-        if not any(self.path.glob("checkpoint_*")):
-            (self.path / "config.yaml").unlink(missing_ok=True)
+        if not self.path.glob("checkpoint_*"):
+            (self.path / "config.yaml").remove()
 
     # ---- metrics ------------------------------------------------------------------------------
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Write all epochs to `metrics.csv`: whole, so that it always agrees with the checkpoints."""
         names = list(dict.fromkeys(name for row in history for name in row))
-        temporary = self.path / "metrics.csv.tmp"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(history)
-        os.replace(temporary, self.path / "metrics.csv")
-
-    def events(self) -> SummaryWriter:
-        """A writer of TensorBoard events."""
-        return SummaryWriter(str(self.path / "tensorboard"))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(history)
+        self.write_text("metrics.csv", text.getvalue())
 
     # ---- result -------------------------------------------------------------------------------
 
@@ -140,24 +131,14 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder whole or not at all."""
-        write_whole(self.path / name, text)
+        (self.path / name).write_text(text)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as complete."""
-        write_whole(self.path / self._result_file, json.dumps(result, indent=1))
+        self.write_text(self._result_file, json.dumps(result, indent=1))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: StoragePath) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:

@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.fs
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import DataError, first_ids, nearest
 from bss_ray.sample.state import PartState
+from bss_ray.storage import StoragePath
 
 _MEASURES = ("similarity", "information")
 
@@ -31,7 +31,7 @@ class ScoresFile:
     """
 
     def __init__(self, path: str, shards: Shards) -> None:
-        self._path = path
+        self._path = StoragePath.of(path)
         self._shards = shards
         dataset = self._open()
         names = dataset.schema.names
@@ -117,7 +117,7 @@ class ScoresFile:
 
     def _open(self) -> pa.dataset.Dataset:
         try:
-            return pa.dataset.dataset(self._path, format="parquet")
+            return pa.dataset.dataset(self._path.path, filesystem=self._path.system, format="parquet")
         except FileNotFoundError:
             raise DataError(f"initial scores: no such file or folder: {self._path}") from None
         except (OSError, ValueError) as error:

@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from os.path import abspath
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,16 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, files_key, load_splits, parquet_paths
 from bss_ray.data.store import StoreConfig
-from bss_ray.errors import ConfigError, DataError, nearest
+from bss_ray.errors import ConfigError, DataError, StorageError, nearest
 from bss_ray.measure.forward import to_tensors
 from bss_ray.measure.measurer import Measurer
+from bss_ray.probe import check_storage
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.storage import absolute
 from bss_ray.train.checkpoint import SavedCheckpoint
+from bss_ray.train.events import Events
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
 from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
@@ -69,7 +71,7 @@ class TrainConfig:
         placement: where ranks and scorers run, and what they leave to others.
         max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
         name: of the run; the same name and settings: it goes on where it stopped.
-        storage_path: folder of all runs.
+        storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
         verbose: show what Ray prints.
     """
@@ -130,6 +132,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     """
     scaling = train_scaling(config)
     check_resources(scaling, settle_engine(scaling, config.scoring)[0], config.placement.spare_cpus)
+    check_storage(folder.path)
     splits = load_shards(config, on_message)
     if config.initial_checkpoint is not None:
         read_weights(config.initial_checkpoint)  # before anything is started
@@ -149,7 +152,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=folder.path.name,
-                storage_path=str(folder.storage_path),
+                storage_path=folder.storage_path.uri,
                 checkpoint_config=checkpoints,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
@@ -200,7 +203,7 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
             loop=config.loop,
             model=config.model,
             seed=config.seed,
-            initial_checkpoint=None if config.initial_checkpoint is None else abspath(config.initial_checkpoint),
+            initial_checkpoint=None if config.initial_checkpoint is None else absolute(config.initial_checkpoint),
         ),
         **{"initial_scores": config.initial_scores, **placed},
     )
@@ -274,15 +277,15 @@ def _shards_made(split: str, on_message: OnMessage) -> Callable[[int, int], None
 @contextlib.contextmanager
 def _recording(folder: RunFolder, on_message: OnMessage) -> Iterator[OnMessage]:
     """Writes each epoch to the run folder as it is reported, before it is passed on."""
-    with contextlib.closing(folder.events()) as events:
+    with Events(folder.path / "tensorboard") as events:
 
         def record(message: Message) -> None:
             if message["kind"] == "epoch":
-                row = message["row"]
-                for name, value in row.items():
-                    if isinstance(value, (int, float)) and math.isfinite(value):
-                        events.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-                folder.write_metrics(message["history"])
+                try:
+                    events.add(message["row"])
+                    folder.write_metrics(message["history"])
+                except StorageError as error:  # the next epoch writes all of it again, and so does the end
+                    on_message({"kind": "notice", "text": f"the metrics of this epoch are not written: {error}"})
             on_message(message)
 
         yield record

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,20 +10,18 @@ import torch
 from torchmetrics.functional.classification import binary_auroc
 
 from bss_ray.data.shards import Shards
+from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
 
 
-def write_scores(path: Path, saved: SavedCheckpoint, shards: Shards) -> None:
+def write_scores(path: StoragePath, saved: SavedCheckpoint, shards: Shards) -> None:
     """Write a checkpoint's scores as a folder of Parquet files, one a shard, replacing an older one."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    temporary.mkdir()
-    ray.get([_write_part.remote(temporary, saved, shards, index) for index in range(len(shards.parts))])
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    with path.replaced() as folder:
+        ray.get([_write_part.remote(folder, saved, shards, index) for index in range(len(shards.parts))])
 
 
 @ray.remote(name="bss_ray.write_scores")
-def _write_part(folder: Path, saved: SavedCheckpoint, shards: Shards, index: int) -> None:
+def _write_part(folder: StoragePath, saved: SavedCheckpoint, shards: Shards, index: int) -> None:
     part, columns = shards.parts[index], shards.columns
     names = {"similarity": np.float32, "information": np.float32, "score": np.float32}
     table = {"row_id": np.arange(part.first_row, part.first_row + part.rows)}
@@ -41,12 +35,12 @@ def _write_part(folder: Path, saved: SavedCheckpoint, shards: Shards, index: int
     arrays = shards.read(index)
     kept = (columns.label, *(() if columns.id is None else (columns.id,)), *columns.extra)
     table |= {name: arrays[name] for name in kept if arrays[name].ndim == 1}
-    pq.write_table(pa.table(table), folder / f"part-{index:05d}.parquet")
+    (folder / f"part-{index:05d}.parquet").write(lambda stream: pq.write_table(pa.table(table), stream))
 
 
-def roc_areas(path: Path, columns: tuple[str, ...]) -> dict[str, float]:
+def roc_areas(path: StoragePath, columns: tuple[str, ...]) -> dict[str, float]:
     """Area under the ROC curve of -score against each truth column (boolean) of a scores file."""
-    table = pq.read_table(path)
+    table = path.read_table()
     areas = {}
     for name in columns:
         if name in table.column_names and pa.types.is_boolean(table.schema.field(name).type):

@@ -21,6 +21,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
+from bss_ray.probe import check_storage
 from bss_ray.sample.actors import SavedScores, StartedHolders, start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.local import start_here
@@ -28,6 +29,7 @@ from bss_ray.sample.memory import ONE_ARENA, keep_freed_memory
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.storage import StoragePath
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.resources import (
     HOLDERS,
@@ -136,11 +138,14 @@ class BalancedTrainer:
         Raises:
             DataError: the data breaks a rule (see `build_split`).
             ResourceError: the cluster can never run it.
+            StorageError: a node cannot write to the run's storage.
             BssRayError: whatever else a setting, the data or the model causes inside the ranks.
             ray.train.TrainingFailedError: any other error of the ranks, after all retries.
         """
         scoring, why = settle_engine(self._scaling_config, self._scoring)
         request = check_resources(self._scaling_config, scoring, self._spare_cpus)
+        if self._scaling_config.num_workers:  # else nothing of this run is kept by Ray Train
+            check_storage(StoragePath.of(self._run_config.storage_path, self._run_config.storage_filesystem))
         train, validation = self._build_shards()
         check_batch_size(self._batch_size, train.rows)
         self.train_shards = train

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from bss_ray.errors import CheckpointError, ConfigError
+from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import MANIFEST, SavedCheckpoint
 
 # Where a `.pt` file that holds more than a state dict may keep it.
@@ -58,22 +59,23 @@ def read_weights(checkpoint: str | None, storage_path: str = "runs") -> Weights:
     """Weights of a file, a checkpoint or a run.
 
     Args:
-        checkpoint: a `.pt` file with a state dict; a checkpoint folder of a run; or the folder of a run: the epoch that
-            it has chosen, or its last checkpoint. None: the run `demo`.
+        checkpoint: path or URI of a `.pt` file with a state dict; of a checkpoint folder of a run; or of the folder of
+            a run: the epoch that it has chosen, or its last checkpoint. None: the run `demo`.
         storage_path: folder of all runs.
 
     Raises:
         CheckpointError: it is missing, damaged, or something else.
+        StorageError: its file system does not answer, or refuses.
     """
     if checkpoint is None:
-        path = Path(storage_path) / _DEMO
+        path = StoragePath.of(storage_path) / _DEMO
         if not (path / "config.yaml").exists():
             raise CheckpointError(
                 f"name the weights to score with: --checkpoint with a .pt file, a checkpoint folder or a run folder. "
                 f"Without it those of {path} are taken, which is not there: `bss-ray train` makes it"
             )
     else:
-        path = Path(checkpoint)
+        path = StoragePath.of(checkpoint)
     if path.is_file():
         return Weights(_read_file(path), str(path))
     if (path / MANIFEST).exists():
@@ -86,10 +88,10 @@ def read_weights(checkpoint: str | None, storage_path: str = "runs") -> Weights:
     )
 
 
-def _read_file(path: Path) -> Mapping[str, Any]:
+def _read_file(path: StoragePath) -> Mapping[str, Any]:
     """A state dict, read without executing any code from the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a state dict ({_first_line(error)}). Save one with "
@@ -106,14 +108,18 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _of_checkpoint(path: Path, run: Path) -> Weights:
+def _of_checkpoint(path: StoragePath, run: StoragePath) -> Weights:
     """Weights of a checkpoint of a run, whose digests are checked."""
-    saved = SavedCheckpoint(ray.train.Checkpoint.from_directory(str(path.absolute())))
+    saved = _saved(path)
     settings = _settings(run / "config.yaml") if (run / "config.yaml").exists() else {}
     return Weights(saved.state("model"), str(path), {**settings, "num_classes": saved.manifest().num_classes})
 
 
-def _choose(run: Path) -> Path:
+def _saved(path: StoragePath) -> SavedCheckpoint:
+    return SavedCheckpoint(ray.train.Checkpoint(path.path, path.system))
+
+
+def _choose(run: StoragePath) -> StoragePath:
     """The checkpoint of the epoch that a run has chosen; while it has not, or that is gone, the last one."""
     found = {path: _position(path) for path in run.glob("checkpoint_*") if (path / MANIFEST).exists()}
     if not found:
@@ -125,13 +131,13 @@ def _choose(run: Path) -> Path:
     return max(found, key=lambda path: (found[path], path.name))
 
 
-def _position(path: Path) -> tuple[int, int]:
+def _position(path: StoragePath) -> tuple[int, int]:
     """Next epoch and global batch of a checkpoint."""
-    position = SavedCheckpoint(ray.train.Checkpoint.from_directory(str(path.absolute()))).manifest().position
+    position = _saved(path).manifest().position
     return position.epoch, position.batch
 
 
-def _chosen_epoch(run: Path) -> int:
+def _chosen_epoch(run: StoragePath) -> int:
     try:
         return int(json.loads((run / "result.json").read_text())["chosen_epoch"])
     except FileNotFoundError:
@@ -142,7 +148,7 @@ def _chosen_epoch(run: Path) -> int:
         ) from error
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: StoragePath) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:

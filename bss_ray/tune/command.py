@@ -93,10 +93,10 @@ def tune_command(argv: Sequence[str]) -> int:
             except KeyboardInterrupt:
                 display.say("stopped. The same command goes on: finished trials are kept, running ones start again")
                 return STOPPED
-            _write_report(config, folder.path, result, display)
+            _write_report(config, folder.local, result, display)
         else:
             display.say("this search is complete. A larger --trials searches on; another --name starts a new one")
-    display.show(result, folder.path)
+    display.show(result, folder.local)
     return 0
 
 

@@ -12,8 +12,8 @@ import ray
 import ray.train
 
 from bss_ray.settings import overlay, training_config
+from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
-from bss_ray.train.folder import write_whole
 from bss_ray.train.run import TrainConfig, best_row, test_model
 from bss_ray.train.trainer import OnMessage, user_error
 from bss_ray.tune.config import TuneConfig
@@ -68,7 +68,7 @@ def compare(
         name, seed, path = working.pop(done)
         found[name, seed] = _result(done)
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, json.dumps(found[name, seed]))
+        StoragePath.of(path).write_text(json.dumps(found[name, seed]))
     on_message({"kind": "comparison", "done": len(found), "of": len(runs)})
     return {
         "metric": setup.objective.choose_by,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from bss_ray.errors import ConfigError, nearest
+from bss_ray.storage import hidden, is_uri
 from bss_ray.train.run import TrainConfig
 
 LOGGERS = ("mlflow", "wandb")
@@ -85,7 +86,7 @@ class TuneConfig:
         storage: Optuna storage: a URL, or a journal file; null keeps `study.journal` in the search's folder.
         loggers: beside Ray Tune's own CSV, JSON and TensorBoard: `mlflow`, `wandb`.
         name: of the search; the same name and settings: it goes on where it stopped.
-        storage_path: folder of all runs and searches.
+        storage_path: folder of all runs and searches, on a file system that all nodes share; no URI.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
         verbose: show what Ray prints.
 
@@ -133,6 +134,12 @@ class TuneConfig:
         if isinstance(self.train.num_workers, tuple):
             raise ConfigError(
                 f"trials have a fixed number of ranks; received train.num_workers={list(self.train.num_workers)}"
+            )
+        if is_uri(self.storage_path):
+            raise ConfigError(
+                "storage_path of a search must be a folder that all nodes share, such as /shared/runs: trials lock, "
+                f"rename and link files there, which an object store cannot do; received {hidden(self.storage_path)}. "
+                "What a search finds trains anywhere: bss-ray train --config best.yaml --storage_path URI"
             )
         if self.metrics is not None and not self.objectives:
             raise ConfigError("metrics must name at least one metric, or be null")

@@ -16,6 +16,7 @@ import ray.tune
 import yaml
 
 from bss_ray.errors import ConfigError, SearchError
+from bss_ray.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import columns_of, load_shards, train_scaling
 from bss_ray.train.trainer import OnMessage
@@ -53,17 +54,18 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         Interrupted: ctrl-C; the same command goes on.
         BssRayError: a setting, the data, the storage or the resources are at fault.
     """
-    with alone(folder.path):
-        storage = open_storage(config.storage, folder.path)
+    with alone(folder.local):
+        storage = open_storage(config.storage, folder.local)
         objective = Objective.of(config.objectives, config.train.choose_by, columns_of(config.train), config.aggregate)
         scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
         seats = count_seats(config, scaling)
+        check_storage(folder.path)
         splits = load_shards(config.train, on_message)
         if splits["validation"] is None:
             raise ConfigError("a search needs validation rows to choose by: --train.validation FILE")
         data = {split: splits[split].fingerprint for split in ("train", "validation")}
         record = SearchRecord(storage, config, space, objective, data)
-        setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.path)
+        setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.local)
         if record.unfinished:
             _run(config, record, setup, seats, on_message)
         if not record.complete:

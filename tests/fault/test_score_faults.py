@@ -21,6 +21,7 @@ from bss_ray.score.config import MAY_CHANGE, ModelSpec, ScoreConfig, resolve
 from bss_ray.score.dataset import score_dataset
 from bss_ray.score.job import SUMMARY_FILE, score
 from bss_ray.score.pieces import find_pieces
+from bss_ray.storage import StoragePath
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.weights import Weights
 from tests.scoring import COLUMNS, forwarded, kills_in, make_columns, make_recorder, make_table, reference, write_folder
@@ -82,7 +83,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def pieces(folder: Path) -> int:
-    return len(find_pieces(folder / "runs" / "scores" / "measures"))
+    return len(find_pieces(StoragePath.of(folder / "runs" / "scores" / "measures")))
 
 
 def measured_already(out: str) -> int:
@@ -147,7 +148,7 @@ def run_job(folder: Path, model: torch.nn.Module, **init_args: Any) -> Path:
     run = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     run.claim(job.to_yaml())
     score(job, run, lambda _message: None)
-    return run.path
+    return run.local
 
 
 @pytest.mark.usefixtures("ray_session")

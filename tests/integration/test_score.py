@@ -79,7 +79,7 @@ def run_job(config: ScoreConfig, model: torch.nn.Module) -> tuple[dict[str, Any]
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     folder.claim(job.to_yaml())
     messages: list[dict[str, Any]] = []
-    return score(job, folder, messages.append), folder.path, messages
+    return score(job, folder, messages.append), folder.local, messages
 
 
 def test_scores_are_those_of_the_formulas(columns: dict[str, Any], scored: dict[str, np.ndarray]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bss_ray.report.console import epoch_cells, result_table
 from bss_ray.report.html import write_report
+from bss_ray.storage import StoragePath
 
 ROW = {"epoch": 3, "rows": 10, "effective_sample_size": 8.2, "seconds_scoring": 1, "seconds_planning": 0}
 
@@ -33,7 +34,7 @@ def test_an_epoch_shows_accuracy_or_r2() -> None:
 def test_the_result_of_a_regression_is_in_numbers(tmp_path: Path) -> None:
     result = {"chosen_epoch": 1, "validation": {"val_r2_fused": 0.5, "val_rmse_fused": 12.3456}, "test": {}}
     out = io.StringIO()
-    Console(file=out, width=120).print(result_table(result, tmp_path))
+    Console(file=out, width=120).print(result_table(result, StoragePath.of(tmp_path)))
     assert "12.35" in out.getvalue()
     assert "%" not in out.getvalue()
 
@@ -46,4 +47,4 @@ def test_the_report_draws_what_there_is(metric: str, title: str, tmp_path: Path)
         writer = csv.DictWriter(file, list(history))
         writer.writeheader()
         writer.writerow(history)
-    assert title in write_report(tmp_path).read_text()
+    assert title in write_report(StoragePath.of(tmp_path)).read_text()

@@ -21,42 +21,43 @@ from bss_ray.score.pieces import (
 )
 from bss_ray.score.pool import Pool
 from bss_ray.score.units import known_features, parquet_units
+from bss_ray.storage import StoragePath
 from tests.scoring import COLUMNS, make_columns, make_table, write_folder
 
 
-def touch(folder: Path, *pieces: tuple[int, int]) -> None:
+def touch(folder: StoragePath, *pieces: tuple[int, int]) -> None:
     for piece in pieces:
         write_piece(folder, Piece(*piece), pa.table({"row_id": np.arange(piece[0], piece[0] + piece[1])}))
 
 
 class TestPieces:
     def test_finished_pieces_are_found_and_nothing_else(self, tmp_path: Path) -> None:
-        touch(tmp_path, (0, 4), (8, 2), (20, 5))
+        touch(StoragePath.of(tmp_path), (0, 4), (8, 2), (20, 5))
         for name in (".measures-000000000004-000000004.parquet.77.tmp", "measures-4.parquet", "note.txt"):
             (tmp_path / name).write_text("")
-        assert find_pieces(tmp_path) == [Piece(0, 4), Piece(8, 2), Piece(20, 5)]
-        assert missing_rows(find_pieces(tmp_path), 26) == [(4, 8), (10, 20), (25, 26)]
+        assert find_pieces(StoragePath.of(tmp_path)) == [Piece(0, 4), Piece(8, 2), Piece(20, 5)]
+        assert missing_rows(find_pieces(StoragePath.of(tmp_path)), 26) == [(4, 8), (10, 20), (25, 26)]
 
     def test_of_pieces_that_overlap_one_counts(self, tmp_path: Path) -> None:
         # Another --piece_rows, or a process that outlived its driver.
-        touch(tmp_path, (0, 4), (0, 8), (6, 4), (8, 4))
-        assert find_pieces(tmp_path) == [Piece(0, 8), Piece(8, 4)]
+        touch(StoragePath.of(tmp_path), (0, 4), (0, 8), (6, 4), (8, 4))
+        assert find_pieces(StoragePath.of(tmp_path)) == [Piece(0, 8), Piece(8, 4)]
 
     def test_a_damaged_piece_is_named_with_what_to_do(self, tmp_path: Path) -> None:
         piece = Piece(0, 4)
         with pytest.raises(CheckpointError, match=r"measures-000000000000-000000004.*Remove it"):
-            read_piece(tmp_path, piece)
-        write_piece(tmp_path, piece, pa.table({"row_id": [0, 1]}))
+            read_piece(StoragePath.of(tmp_path), piece)
+        write_piece(StoragePath.of(tmp_path), piece, pa.table({"row_id": [0, 1]}))
         with pytest.raises(CheckpointError, match="holds 2 rows and not 4"):
-            read_piece(tmp_path, piece)
+            read_piece(StoragePath.of(tmp_path), piece)
         (tmp_path / piece.name).write_bytes(b"PAR1 no more")
         with pytest.raises(CheckpointError, match="cannot be read"):
-            read_piece(tmp_path, piece)
+            read_piece(StoragePath.of(tmp_path), piece)
 
     def test_a_piece_that_cannot_be_written_leaves_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="cannot be written"):
-            write_piece(tmp_path / "gone", Piece(0, 1), pa.table({"row_id": [0]}))
-        assert find_pieces(tmp_path) == []
+            write_piece(StoragePath.of(tmp_path / "gone"), Piece(0, 1), pa.table({"row_id": [0]}))
+        assert find_pieces(StoragePath.of(tmp_path)) == []
 
     def test_groups_keep_the_order_and_reach_their_size(self) -> None:
         pieces = [Piece(start, 10) for start in range(0, 70, 10)]
@@ -165,27 +166,27 @@ def test_a_job_that_fails_before_its_first_piece_leaves_its_name_free(tmp_path: 
     (folder / "measures" / ".begun").mkdir(parents=True)
     for name in ("plan.json", "config.yaml"):
         (folder / name).write_text("")
-    touch(folder / "measures", (0, 4))
-    forget_beginning(folder)
+    touch(StoragePath.of(folder / "measures"), (0, 4))
+    forget_beginning(StoragePath.of(folder))
     assert (folder / "config.yaml").exists(), "what is measured stays claimed"
     (folder / "measures" / Piece(0, 4).name).unlink()
-    forget_beginning(folder)
+    forget_beginning(StoragePath.of(folder))
     assert not folder.exists()
 
 
 def test_rows_that_end_their_actors_are_not_tried_for_ever(tmp_path: Path) -> None:
     piece, other = Piece(64, 32), Piece(6, 4)
     for _ in range(3):
-        with marked(tmp_path, piece):  # leaves no mark: it ends well
+        with marked(StoragePath.of(tmp_path), piece):  # leaves no mark: it ends well
             pass
         (tmp_path / ".begun" / f"64-{_}").touch()  # as a killed process leaves it
     with (
         pytest.raises(ResourceError, match=r"3 actors were lost while they scored rows 64\.\.95"),
-        marked(tmp_path, piece),
+        marked(StoragePath.of(tmp_path), piece),
     ):
         pass
-    with marked(tmp_path, other):
+    with marked(StoragePath.of(tmp_path), other):
         pass
-    clear_marks(tmp_path)
-    with marked(tmp_path, piece):
+    clear_marks(StoragePath.of(tmp_path))
+    with marked(StoragePath.of(tmp_path), piece):
         pass

@@ -14,6 +14,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.report.scores import ScoreDisplay, print_summary, progress_text, sparkline, write_scores_report
 from bss_ray.score.scores import Norms, check_pairs, with_row_ids, with_scores
 from bss_ray.score.summary import Summary
+from bss_ray.storage import StoragePath
 from tests.scoring import COLUMNS
 
 ROWS = 400
@@ -132,7 +133,7 @@ def shown(found: tuple[dict[str, Any], dict[str, np.ndarray]]) -> dict[str, Any]
 def test_the_terminal_shows_all_of_it(shown: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("")
     console = Console(file=io.StringIO(), width=120)
-    print_summary(console, shown, tmp_path)
+    print_summary(console, shown, StoragePath.of(tmp_path))
     out = console.file.getvalue()  # type: ignore[attr-defined]
     said = (
         "400 (1,234 rows/s)",
@@ -153,7 +154,7 @@ def test_many_classes_show_the_lowest(shown: dict[str, Any], tmp_path: Path) -> 
         {"label": label, "rows": 1, "score": label / 100, "similarity": 0.5, "information": 1.0} for label in range(50)
     ]
     console = Console(file=io.StringIO(), width=120)
-    print_summary(console, {**shown, "classes": classes[::-1]}, tmp_path)
+    print_summary(console, {**shown, "classes": classes[::-1]}, StoragePath.of(tmp_path))
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert "the 12 of 50 with the lowest mean score" in out
     assert "0.1100" in out
@@ -177,7 +178,7 @@ def test_progress_off_a_terminal_is_lines() -> None:
 
 
 def test_the_report_is_one_file_and_escapes_names(shown: dict[str, Any], tmp_path: Path) -> None:
-    text = write_scores_report(tmp_path, shown).read_text()
+    text = write_scores_report(StoragePath.of(tmp_path), shown).read_text()
     assert "&lt;w&gt;.pt" in text
     for words in ("Balance scores", "Means by class", "rows of lowest score", "weaker"):
         assert words in text, words

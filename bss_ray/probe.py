@@ -1,0 +1,111 @@
+"""A look before a run begins: do all nodes of the cluster write to the run's folder, and to the same one?
+
+A path that is on every node's own disk takes every write, and the run would end at its first checkpoint, or leave its
+files where nobody looks for them.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from bss_ray.errors import StorageError
+from bss_ray.storage import StoragePath, is_uri
+
+# For all nodes together. Starting a process takes seconds; a mount whose server is gone keeps it for ever.
+_LIMIT_S = 120.0
+# Until a file is seen by another node: a network file system may remember for a moment that it was not there.
+_SEEN_S = 5.0
+
+_DRIVER = "driver"
+_NOT_SHARED = "does not see what this process ({host}) writes there: the folder is not shared"
+_UNSEEN = "writes where this process ({host}) does not see it: the folder is not shared"
+
+
+def check_storage(folder: StoragePath) -> None:
+    """Have every node of the cluster write a file in `folder`, and look for all of them; removes them again.
+
+    A cluster of one node needs no more than a write. Nodes that join later are not looked at.
+
+    Raises:
+        StorageError: a node cannot write, or does so elsewhere; names all such nodes, and why.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        folder.check_writable()
+        return
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.mkdir()
+    try:
+        (probe / _DRIVER).write_bytes(b"")
+        problems = _ask(nodes, probe)
+    finally:
+        probe.remove()
+    if problems:
+        rule = f"all {len(nodes)} nodes of the cluster must be able to use {folder}"
+        raise StorageError("\n  ".join([f"{rule}:", *problems]) + f"\n{_remedy(folder)}")
+
+
+def _ask(nodes: list[dict[str, Any]], probe: StoragePath) -> list[str]:
+    """What is wrong, a line for each node that has a problem."""
+    tasks = {_try_out.options(scheduling_strategy=_on(node)).remote(probe, node["NodeID"]): node for node in nodes}
+    _, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LIMIT_S)
+    for task in late:
+        ray.cancel(task, force=True)
+    no_answer = f"has not answered within {_LIMIT_S:g} s"
+    outcomes = [no_answer if task in late else _outcome(task, probe / node["NodeID"]) for task, node in tasks.items()]
+    return [f"{_named(node)} {why}" for node, why in zip(nodes, outcomes, strict=True) if why is not None]
+
+
+def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def _named(node: Mapping[str, Any]) -> str:
+    return f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}, id {node['NodeID']})"
+
+
+def _outcome(task: Any, file: StoragePath) -> str | None:
+    """What is wrong with a node that has answered."""
+    try:
+        why: str | None = ray.get(task)
+    except ray.exceptions.RayError as error:
+        return f"cannot look: {str(error).strip().splitlines()[-1]}"
+    if why is None and not _appears(file):
+        why = _UNSEEN
+    return None if why is None else why.replace("{host}", socket.gethostname())
+
+
+@ray.remote(num_cpus=0)
+def _try_out(probe: StoragePath, name: str) -> str | None:
+    """On a node: look for the driver's file and write one. What is wrong, if anything is.
+
+    It makes no folder, so a node that has another one in this place keeps nothing of the probe.
+    """
+    try:
+        if not _appears(probe / _DRIVER):
+            return _NOT_SHARED
+        (probe / name).write_text(name)
+    except OSError as error:
+        return f"cannot write there: {error.__cause__ or error}"
+    return None
+
+
+def _appears(file: StoragePath) -> bool:
+    """Whether a file is seen, within a moment."""
+    until = time.monotonic() + _SEEN_S
+    while not (seen := file.exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    return seen
+
+
+def _remedy(folder: StoragePath) -> str:
+    if is_uri(folder.uri):
+        return "Give these nodes access: by the machine's own role, or in the environment that Ray starts in on them"
+    return "Mount one file system there on all nodes, or give a URI that all of them reach: --storage_path s3://bucket/runs"
