@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+import signal
+import threading
+from typing import Any, NoReturn
 
 STOPPED = 130  # what shells expect after ctrl-C
 
@@ -33,3 +35,10 @@ def start_ray(config: Any, display: Any) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = config.verbose
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(_signal: int, _frame: Any) -> NoReturn:
+    """What `ray job stop`, Slurm and Kubernetes send is ctrl-C. Ray's own handler would end the process at once."""
+    raise KeyboardInterrupt

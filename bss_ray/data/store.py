@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import ray
 
 from bss_ray.data.span import Span
 from bss_ray.errors import ConfigError, nearest
+from bss_ray.wait import wait_for
 
 if TYPE_CHECKING:
     from bss_ray.data.shards import Shards
@@ -225,7 +225,7 @@ class ObjectStore(MappedStore):
         return ObjectStore, (self._refs,)
 
     def open(self, shard: int) -> Arrays:
-        arrays: Arrays = ray.get(self._refs[shard])
+        arrays: Arrays = wait_for(self._refs[shard], f"shard {shard} from the object store")
         return arrays
 
     def only(self, shards: Sequence[int]) -> ObjectStore:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import BssRayError
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import ModelSnapshot
+from bss_ray.sample.board import Board
 from bss_ray.sample.coordinator import Coordinator, Holders, Publication, Review
 from bss_ray.sample.gauges import Gauges
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
@@ -32,6 +32,7 @@ from bss_ray.sample.scorer import Scorer
 from bss_ray.sample.scoring import BadRows, Scoring
 from bss_ray.sample.state import Delivery, LostStateError, PartState
 from bss_ray.schedule.schedulers import Scheduler
+from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for, wait_limit
 
 # Score version, epoch, index of the window.
 _WindowKey = tuple[int, int, int]
@@ -79,7 +80,8 @@ class _Named:
 class HolderActor(_Named):
     """A `Holder` of rows of the run."""
 
-    def __init__(self, spans: list[tuple[int, int]]) -> None:
+    def __init__(self, spans: list[tuple[int, int]], wait_limit_s: float = DEFAULT_LIMIT_S) -> None:
+        set_wait_limit(wait_limit_s)
         self._spans = spans
         self._holder = Holder(spans)
 
@@ -132,7 +134,7 @@ class ActorHolders:
         return [actor.call.options(name=f"holder.{method}").remote(method, *args) for actor in self._actors]
 
     def map(self, method: str, *args: Any) -> list[Any]:
-        return list(ray.get(self.start(method, *args)))
+        return list(wait_for(self.start(method, *args), f"the holders' {method}"))
 
     def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
         """Bring measures to those who hold their rows; returns when they have them.
@@ -148,13 +150,16 @@ class ActorHolders:
             for actor, part in zip(self._actors, parts, strict=True)
             if len(part.rows)
         ]
-        ray.get(sent)
+        wait_for(sent, "the holders to take measures")
 
 
 class ScorerActor(_Named):
     """A `Scorer` that measures shards and delivers what it found to the holders."""
 
-    def __init__(self, label: str, measurer: Measurer, scoring: Scoring, holders: ActorHolders) -> None:
+    def __init__(
+        self, label: str, measurer: Measurer, scoring: Scoring, holders: ActorHolders, wait_limit_s: float
+    ) -> None:
+        set_wait_limit(wait_limit_s)
         keep_freed_memory()
         device = "cuda" if scoring.gpus_per_scorer > 0 else "cpu"
         self._scorer = Scorer(measurer, label, forward=scoring.forward, device=device)
@@ -184,8 +189,8 @@ class ScorerActor(_Named):
 
     def _take(self, ref: Any) -> ScoringJob:
         if self._job is None or ref != self._ref:
-            job: ScoringJob = ray.get(ref)
-            snapshot: ModelSnapshot = ray.get(job.model)
+            job: ScoringJob = wait_for(ref, "a scoring job")
+            snapshot: ModelSnapshot = wait_for(job.model, "the model to score with")
             self._scorer.load(snapshot)
             self._ref, self._job = ref, job
         return self._job
@@ -208,8 +213,15 @@ class CoordinatorActor(_Named):
     """
 
     def __init__(
-        self, holders: StartedHolders, pool: ScorerPool | None, settings: dict[str, Any], run: str = "run"
+        self,
+        holders: StartedHolders,
+        pool: ScorerPool | None,
+        settings: dict[str, Any],
+        *,
+        run: str = "run",
+        wait_limit_s: float = DEFAULT_LIMIT_S,
     ) -> None:
+        set_wait_limit(wait_limit_s)
         self._holders = holders
         self._pool = pool
         self._coordinator = Coordinator(self._holders, **settings)
@@ -217,9 +229,7 @@ class CoordinatorActor(_Named):
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-scoring")
         self._running: Future[_Measured] | None = None
         self._windows: collections.OrderedDict[_WindowKey, Future[Any]] = collections.OrderedDict()
-        self._messages: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
-        self._gauges = Gauges(run)
+        self._board = Board(Gauges(run).take)
 
     def reset(self) -> str:
         """`Coordinator.reset`; returns the new attempt."""
@@ -329,17 +339,9 @@ class CoordinatorActor(_Named):
             )
 
     @ray.method(concurrency_group="board")
-    def post(self, message: dict[str, Any]) -> None:
-        """Put a message on the board."""
-        with self._lock:
-            self._messages.append(message)
-            self._gauges.take(message)
-
-    @ray.method(concurrency_group="board")
-    def read(self, start: int) -> list[dict[str, Any]]:
-        """Messages on the board from number `start` on."""
-        with self._lock:
-            return self._messages[start:]
+    def board(self, method: str, *args: Any) -> Any:
+        """A method of the run's `Board`."""
+        return getattr(self._board, method)(*args)
 
 
 def start_holders(
@@ -364,7 +366,7 @@ def start_holders(
     start = uuid.uuid4().hex[:8]
     names = [f"bss_ray-{run}-{start}-holder-{index}" for index in range(count)]
     handles = [
-        actor.options(name=name, **_near(nodes, index)).remote(spans[begin:stop])
+        actor.options(name=name, **_near(nodes, index)).remote(spans[begin:stop], wait_limit())
         for index, (name, (begin, stop)) in enumerate(zip(names, itertools.pairwise(edges), strict=True))
     ]
     return ActorHolders(names, [spans[edge][0] for edge in edges[:-1]]), handles
@@ -394,7 +396,7 @@ def start_scorers(
     actor = ray.remote(num_cpus=scoring.cpus_per_scorer, num_gpus=scoring.gpus_per_scorer, max_restarts=-1)(ScorerActor)
     return [
         actor.options(name=name, **_near(nodes, index), **(options or {})).remote(
-            shards.columns.label, measurer, scoring, holders
+            shards.columns.label, measurer, scoring, holders, wait_limit()
         )
         for index, name in enumerate(scorer_names(holders, scoring))
     ]
@@ -439,7 +441,7 @@ def start_coordinator(
     pool = ScorerPool(scorer_names(holders, scoring), scoring.restart_timeout_s)
     actor = ray.remote(concurrency_groups={"board": 1})(CoordinatorActor)
     return actor.options(name=_sibling(holders, "coordinator"), num_cpus=0, max_restarts=-1).remote(
-        holders, pool, settings, run
+        holders, pool, settings, run=run, wait_limit_s=wait_limit()
     )
 
 

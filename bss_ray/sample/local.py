@@ -14,6 +14,7 @@ from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.state import Delivery
 from bss_ray.schedule.schedulers import Scheduler
+from bss_ray.wait import wait_limit
 
 
 class InProcess:
@@ -45,7 +46,7 @@ class InProcessHolder:
     """
 
     def __init__(self, spans: list[tuple[int, int]]) -> None:
-        self._holder = HolderActor(spans)
+        self._holder = HolderActor(spans, wait_limit())
         self._turn = threading.RLock()
 
     def start(self, method: str, *args: Any) -> list[Any]:
@@ -77,4 +78,4 @@ def start_here(
     settings = coordinator_settings(
         rows=shards.rows, scheduler=scheduler, scoring=scoring, seed=seed, batch_size=batch_size, tail=tail
     )
-    return holder, InProcess(CoordinatorActor(holder, None, settings, run))
+    return holder, InProcess(CoordinatorActor(holder, None, settings, run=run, wait_limit_s=wait_limit()))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import ray
 
 from bss_ray.errors import ModelOutputError, Problem, raise_first_problem
+from bss_ray.wait import wait_limit, waited_for
 
 # A shard that so many scorers have died of is not given to another.
 _MAX_DEATHS = 3
@@ -141,7 +142,7 @@ class _Run:
         self._job = ray.put(job)
         self._timeout_s = timeout_s
         self._nodes: dict[str, str] = {}  # of those present
-        self._measuring: dict[Any, tuple[str, int]] = {}
+        self._measuring: dict[Any, tuple[str, int, float]] = {}  # scorer, shard, since when
         now = time.monotonic()
         self._absent = {name: _Absence(now + max(timeout_s, _START_TIMEOUT_S), "it did not start") for name in scorers}
         self._asked: dict[Any, str] = {}
@@ -156,12 +157,23 @@ class _Run:
         """
         while not self._queue.finished:
             self._ask_absent()
+            self._check_waits()
             ready, _ = ray.wait([*self._measuring, *self._asked], num_returns=1, timeout=_POLL_S)
             for ref in ready:
                 if ref in self._asked:
                     self._answered(self._asked.pop(ref), ref)
                 else:
-                    self._measured(*self._measuring.pop(ref), ref)
+                    self._measured(*self._measuring.pop(ref)[:2], ref)
+
+    def _check_waits(self) -> None:
+        """A scorer that is cut off or stuck is not waited for without end.
+
+        Raises:
+            WaitError: one has measured a single shard for longer than the limit.
+        """
+        for name, shard, started in self._measuring.values():
+            if time.monotonic() - started > wait_limit():
+                raise waited_for(f"{_role(name)} to measure shard {shard}")
 
     def _ask_absent(self) -> None:
         """Ask for absent scorers, once at a time; give up those that are awaited for too long."""
@@ -203,7 +215,7 @@ class _Run:
             del self._nodes[name]
             self._absent[name] = _Absence(time.monotonic() + self._timeout_s, why)
             self._queue.put_back(shard, why)
-            busy = {other for other, _ in self._measuring.values()}
+            busy = {other for other, *_ in self._measuring.values()}
             for idle in self._nodes.keys() - busy:  # it had nothing left to do
                 self._next(idle)
         else:
@@ -214,7 +226,7 @@ class _Run:
         shard = self._queue.take(self._nodes[name])
         if shard is not None:
             ref = self._actors[name].measure.options(name=f"scorer.measure shard {shard}").remote([self._job], shard)
-            self._measuring[ref] = (name, shard)
+            self._measuring[ref] = (name, shard, time.monotonic())
 
 
 @dataclass

@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays
+from bss_ray.wait import wait_for
 
 # A group of batches: so many bytes, and so many batches.
 _GROUP_BYTES = 16 << 20
@@ -83,7 +84,8 @@ class RowReader:
             self._shards.gather(request.row_ids, names, out)
             return
         near = self._shards.gather(request.row_ids[request.near], names)  # while the others are on their way
-        for places, arrays in ((request.near, near), *((places, ray.get(sent)) for places, sent in request.sent)):
+        far = ((places, wait_for(sent, "rows of another node")) for places, sent in request.sent)
+        for places, arrays in ((request.near, near), *far):
             for name, target in out.items():
                 target[places] = arrays[name]
 

@@ -37,8 +37,7 @@ def train_command(argv: Sequence[str]) -> int:
             except BssRayError:
                 folder.release()
                 raise
-            except (KeyboardInterrupt, SystemExit):
-                # Ray Train turns ctrl-C into SystemExit(0) once its controller has stopped.
+            except KeyboardInterrupt:
                 display.say("stopped. The same command goes on from the last checkpoint")
                 return STOPPED
         else:

@@ -33,6 +33,7 @@ from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.state import Delivery
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.ranks import Ranks
+from bss_ray.wait import wait_for
 
 # Rows that are measured after an epoch have later measures than those that training has made in it.
 _AFTER_ALL_STEPS = int(np.iinfo(np.int32).max)
@@ -119,7 +120,8 @@ class ActorsEngine(Engine):
         if context.ranks.rank == 0:
             if at_once and not overlapped:
                 self._start(epoch, version, model)
-            publication = ray.get(context.coordinator.finish_scoring.remote(version + 1))
+            scored = context.coordinator.finish_scoring.remote(version + 1)
+            publication = wait_for(scored, f"the scorers to measure all rows for score version {version + 1}")
         return context.ranks.from_first(publication)
 
     def go_on(self, epoch: int, version: int, model: nn.Module) -> None:
@@ -149,7 +151,7 @@ class ActorsEngine(Engine):
             attempt=context.attempt,
             bad_rows=context.scoring.bad_rows,
         )
-        ray.get(context.coordinator.start_scoring.remote(job))
+        wait_for(context.coordinator.start_scoring.remote(job), "the coordinator to start scoring")
 
 
 class DeliveringEngine(Engine):
@@ -182,7 +184,9 @@ class DeliveringEngine(Engine):
         if context.ranks.rank == 0:
             sound = sum(report.rows for report in reports) - sum(problem.count for problem in problems)
             call = context.coordinator.publish.remote(version, sound if whole else None)
-            publication = ray.get(call)._replace(notices=_notices(reports, problems))
+            publication = wait_for(call, f"the holders to publish score version {version}")._replace(
+                notices=_notices(reports, problems)
+            )
         return context.ranks.from_first(publication)  # type: ignore[return-value]  # rank 0's is none
 
 

@@ -24,7 +24,19 @@ from bss_ray.storage import StoragePath
 
 # What may differ between two commands of one training run: where and how it is shown, not what is computed.
 # Another number of ranks changes nothing but the rounding of gradients.
-_MAY_CHANGE = frozenset({"num_workers", "use_gpu", "placement", "max_failures", "store", "verbose", "ray_address"})
+_MAY_CHANGE = frozenset(
+    {
+        "num_workers",
+        "use_gpu",
+        "placement",
+        "max_failures",
+        "max_preemptions",
+        "wait_limit_s",
+        "store",
+        "verbose",
+        "ray_address",
+    }
+)
 
 
 class RunFolder:

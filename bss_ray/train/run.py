@@ -33,8 +33,10 @@ from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, def
 from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
 from bss_ray.train.resources import Placement, check_resources, settle_engine
 from bss_ray.train.scores import roc_areas, write_scores
-from bss_ray.train.trainer import BalancedTrainer, Message, OnMessage
+from bss_ray.train.supervise import Message, OnMessage
+from bss_ray.train.trainer import BalancedTrainer
 from bss_ray.train.weights import read_weights
+from bss_ray.wait import DEFAULT_LIMIT_S, wait_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,9 @@ class TrainConfig:
         use_gpu: one GPU per rank; null where the cluster has one.
         placement: where ranks and scorers run, and what they leave to others.
         max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
+        max_preemptions: likewise, for nodes that the cloud takes away with notice (spot); -1 is without limit.
+        wait_limit_s: longest time, in seconds, that one process waits for another, and that no rank lives; raise it
+            where a scoring pass or a validation takes longer.
         name: of the run; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
@@ -98,6 +103,8 @@ class TrainConfig:
     use_gpu: bool | None = None
     placement: Placement = field(default_factory=Placement)
     max_failures: int = 2
+    max_preemptions: int = -1
+    wait_limit_s: float = DEFAULT_LIMIT_S
     name: str = "demo"
     storage_path: str = "runs"
     ray_address: str | None = None
@@ -154,8 +161,11 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
                 name=folder.path.name,
                 storage_path=folder.storage_path.uri,
                 checkpoint_config=checkpoints,
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=config.max_failures, max_preemption_failures=config.max_preemptions
+                ),
             ),
+            wait_limit_s=config.wait_limit_s,
             on_message=record,
         )
         outcome = trainer.fit()
@@ -168,7 +178,8 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     result: dict[str, Any] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
     if splits["test"] is not None:
         task = _test_checkpoint.options(num_cpus=1, num_gpus=1 if scaling.use_gpu else 0)
-        result["test"] = ray.get(task.remote(config, SavedCheckpoint(chosen), splits["test"]))
+        tested = task.remote(config, SavedCheckpoint(chosen), splits["test"])
+        result["test"] = wait_for(tested, "the test of the chosen epoch")
     if last.manifest().position.version:
         write_scores(folder.path / "scores.parquet", last, splits["train"])
         result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits["train"].columns.extra)

@@ -45,7 +45,9 @@ from bss_ray.train.checkpoint import (
 from bss_ray.train.engines import Engine, EngineContext, make_engine
 from bss_ray.train.observed import Observed, Sums
 from bss_ray.train.session import Session, TrainSession
+from bss_ray.train.stops import Stopped, Stops, Wish
 from bss_ray.train.updates import ScoreUpdates
+from bss_ray.wait import DEFAULT_LIMIT_S, wait_for
 
 # Messages about batches, at most one in so many seconds: the board is for people.
 _POST_INTERVAL_S = 0.5
@@ -71,6 +73,7 @@ class SamplerContext:
     measurer: Measurer
     scoring: Scoring
     seed: int
+    wait_limit_s: float = DEFAULT_LIMIT_S
     initial_scores: SavedScores | None = None
     session: Session = field(default_factory=TrainSession)
 
@@ -111,6 +114,9 @@ class Sampler:
         self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._notice)
         self.resumed = self._saved is not None
         self._restored = False
+        self._stateful: dict[str, Stateful] = {}
+        self._stops = Stops(self._ranks, self._stopping, self._taken_away)
+        self._preempted = False
         self._post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
 
     def _make_loaders(self) -> tuple[Loader, Loader | None]:
@@ -151,9 +157,12 @@ class Sampler:
     def restore(self, *, model: nn.Module, **stateful: Stateful) -> bool:
         """Load model, optimiser and the like from the checkpoint, if this run goes on from one.
 
+        They are also what is saved when the run is stopped in the middle of an epoch (ctrl-C, `ray job stop`), or
+        before a node is taken away.
+
         Args:
             model: the module, wrapped by DDP or not.
-            **stateful: the same names that were given to `report`.
+            **stateful: the same names that are given to `report`.
 
         Returns:
             Whether there was a checkpoint.
@@ -162,7 +171,7 @@ class Sampler:
             CheckpointError: damaged, or of another model (names the keys).
         """
         self._restored = True
-        self._model = model
+        self._model, self._stateful = model, stateful
         if self._saved is None:
             return False
         load_weights(unwrap_model(model), self._saved.state("model", map_location=self.device), "the last checkpoint")
@@ -211,15 +220,18 @@ class Sampler:
                 # The loop did not report this epoch: go on all the same, without a checkpoint.
                 self._position = Position(epoch + 1, 0, self._position.version)
 
-    def batches(self, transform: Transform | None = None) -> Iterator[dict[str, Tensor]]:
+    def batches(self, transform: Transform | None = None, *, step_batches: int = 1) -> Iterator[dict[str, Tensor]]:
         """This rank's parts of the epoch's global batches, from where the checkpoint stopped.
 
-        They are made in the background, ahead of the loop.
+        They are made in the background, ahead of the loop. A run that is told to stop saves what `restore` was given
+        and leaves the loop here.
 
         Args:
             transform: augments a batch on its device, in the background: `transform(batch, random)` returns
                 the batch. `random` draws numbers that belong to rows (see `RowRandom`), so that augmented
                 data, too, is the same on any number of ranks. Scores are of rows as they are stored.
+            step_batches: batches of one optimiser step, where gradients are accumulated: a run that is told to stop
+                ends after a whole one.
 
         Yields:
             `{modality: (b, ...), label: (b,), "row_id": (b,) int64}` on the rank's device. With a tail
@@ -231,7 +243,8 @@ class Sampler:
         started = time.perf_counter()
         epoch = self._position.epoch
         at = self._position
-        plan: Plan = ray.get(self._context.coordinator.plan.remote(epoch, at.version, at.batch))
+        coordinator = self._context.coordinator
+        plan: Plan = wait_for(coordinator.plan.remote(epoch, at.version, at.batch), f"the plan of epoch {epoch}")
         self._warn(plan.warnings)
         order = Order(plan, self._window)
         self._plan = plan
@@ -240,6 +253,8 @@ class Sampler:
         try:
             with contextlib.closing(self._loader.batches(plan, order, self._position.batch, transform)) as loaded:
                 for batch in loaded:
+                    if batch.number % step_batches == 0:
+                        self._heed(self._stops.wish())
                     self.loss_scale = batch.loss_scale
                     # Set before the batch is used: who saves in the loop's body has trained on it.
                     self._position = replace(self._position, batch=batch.number + 1)
@@ -328,12 +343,11 @@ class Sampler:
             The metrics as reported, with the sampler's own figures.
         """
         if not self._ended:
-            row = {"epoch": self._position.epoch, "batch": self._position.batch, **metrics}
-            self._engine.hand_over(self._position.epoch, self._position.version)
-            self._save(row, self._position, self._observed.over(self._ranks), model, stateful)
-            return row
+            return self._save_unfinished(metrics, model, stateful)
         epoch, plan = self._position.epoch, self.plan
-        review: Review = ray.get(self._context.coordinator.review.remote(epoch, plan.version))
+        review: Review = wait_for(
+            self._context.coordinator.review.remote(epoch, plan.version), f"the review of epoch {epoch}"
+        )
         self._warn(review.warnings)
         self._model = model
         self._update_scores(epoch, model)
@@ -346,6 +360,15 @@ class Sampler:
         self._save(row, following, Sums(), model, stateful)
         self._position = following
         self._post({"kind": "epoch", "epoch": epoch, "row": row, "history": self._history})
+        return row
+
+    def _save_unfinished(
+        self, metrics: Mapping[str, Any], model: nn.Module, stateful: dict[str, Stateful]
+    ) -> dict[str, Any]:
+        """A checkpoint in the middle of an epoch."""
+        row = {"epoch": self._position.epoch, "batch": self._position.batch, **metrics}
+        self._engine.hand_over(self._position.epoch, self._position.version)
+        self._save(row, self._position, self._observed.over(self._ranks), model, stateful)
         return row
 
     def _figures(self, plan: Plan) -> dict[str, Any]:
@@ -400,10 +423,11 @@ class Sampler:
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
             self._ranks.barrier()  # all have handed over what belongs to the state
-            holders = ray.get(self._context.coordinator.parts.remote(position.version))
+            holders = self._parts()
             written: list[ScoreFile] = []
             for index in range(self._ranks.rank, len(holders), self._ranks.count):
-                written += write_scores(folder, index, position.version, ray.get(holders[index]))
+                parts = wait_for(holders[index], f"the scores of holder {index}")
+                written += write_scores(folder, index, position.version, parts)
             everyones = self._ranks.gather(written)
             if self._ranks.rank == 0:
                 states = {"model": unwrap_model(model), **stateful}
@@ -428,8 +452,15 @@ class Sampler:
 
     def _scores(self) -> list[PartState]:
         """Scores of all rows."""
-        holders = ray.get(self._context.coordinator.parts.remote(self._position.version))
-        return [part for parts in ray.get(holders) for part in parts]
+        return [part for parts in wait_for(self._parts(), "the scores of all holders") for part in parts]
+
+    def _parts(self) -> list[Any]:
+        """References to each holder's scores."""
+        version = self._position.version
+        parts: list[Any] = wait_for(
+            self._context.coordinator.parts.remote(version), f"the holders' scores of version {version}"
+        )
+        return parts
 
     def _restore_scores(self) -> tuple[str, SavedCheckpoint | None]:
         """Put all holders where the checkpoint stands (or at the start), and this rank with them.
@@ -446,11 +477,12 @@ class Sampler:
         attempt = ""
         if self._ranks.rank == 0:
             if manifest is not None:
-                attempt = ray.get(coordinator.load.remote(saved, manifest.position.version))
+                begun = coordinator.load.remote(saved, manifest.position.version)
             elif initial is not None:
-                attempt = ray.get(coordinator.load.remote(initial, 1))
+                begun = coordinator.load.remote(initial, 1)
             else:
-                attempt = ray.get(coordinator.reset.remote())
+                begun = coordinator.reset.remote()
+            attempt = wait_for(begun, "the holders to stand where the checkpoint stands")
         if manifest is not None:
             self._position, self._history = manifest.position, manifest.history
             if self._ranks.rank == 0:  # sums over all ranks: one of them carries them on
@@ -461,8 +493,36 @@ class Sampler:
         return self._ranks.from_first(attempt), saved
 
     def _window(self, index: int) -> Any:
+        what = f"window {index} of epoch {self.plan.epoch}"
         window = self._context.coordinator.window.remote(self.plan.epoch, index, self.plan.version)
-        return ray.get(ray.get(window)[0])
+        return wait_for(wait_for(window, what)[0], what)
+
+    def _stopping(self) -> bool:
+        """Whether the run is to stop."""
+        stopping: bool = wait_for(self._context.coordinator.board.remote("stopping"), "the coordinator's board")
+        return stopping
+
+    def _taken_away(self) -> bool:
+        """Whether a node is about to be, and nothing was saved for that yet."""
+        return not self._preempted and self._context.session.preempted()
+
+    def _heed(self, wish: Wish) -> None:
+        """Save before a node goes, once, or before the run stops.
+
+        Raises:
+            Stopped: it stops.
+        """
+        if wish == "go on":
+            return
+        self._preempted = True
+        if self._restored and self._model is not None:
+            self._save_unfinished({}, self._model, self._stateful)
+            saved = f"saved at epoch {self._position.epoch}, batch {self._position.batch}"
+        else:
+            saved = "nothing saved: the train loop does not call sampler.restore(model=..., optimizer=...)"
+        if wish == "stop":
+            raise Stopped(saved)
+        self._notice(f"a node is about to be taken away: {saved}")
 
     def _post_progress(self, plan: Plan, batch: int, started: float) -> None:
         """Now and then, and at the end of an epoch: how far it is, and the rows since the last such message."""
@@ -498,7 +558,7 @@ class Sampler:
         """Put a message on the board, with where training stands; rank 0 speaks for all."""
         if self._ranks.rank == 0:
             where = {"epoch": self._position.epoch, "version": self._position.version, "rank": 0}
-            self._context.coordinator.post.remote({**where, **message})
+            self._context.coordinator.board.remote("post", {**where, **message})
 
 
 _current: Sampler | None = None

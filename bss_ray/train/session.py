@@ -30,6 +30,10 @@ class Session(Protocol):
         """Keep the scores of the untrained model, for other runs that begin with them."""
         ...
 
+    def preempted(self) -> bool:
+        """Whether a node of the ranks is about to be taken away; all ranks ask, and have the same answer."""
+        ...
+
 
 class TrainSession:
     """Ray Train keeps them; with `num_workers=0` it keeps none.
@@ -52,3 +56,6 @@ class TrainSession:
 
     def scored_first(self, scores: Callable[[], list[PartState]]) -> None:
         """They are in the first checkpoint."""
+
+    def preempted(self) -> bool:
+        return ray.train.get_preemption_info() is not None

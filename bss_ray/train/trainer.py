@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import itertools
 import logging
-import threading
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -42,11 +42,9 @@ from bss_ray.train.resources import (
 )
 from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
 from bss_ray.train.session import Session, TrainSession
-
-Message = dict[str, Any]
-OnMessage = Callable[[Message], None]
-
-_POLL_S = 0.25
+from bss_ray.train.stops import Stopped
+from bss_ray.train.supervise import BoardReader, Message, OnMessage, looking_on, signs_of_life, supervise
+from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit
 
 
 class BalancedTrainer:
@@ -69,6 +67,8 @@ class BalancedTrainer:
         scaling_config: ranks and their resources; default one rank. `num_workers=0` trains in this process, without
             any other for the sampler unless scoring asks for scorers: for debugging, and for trials of a search.
         run_config: name and storage of the run. The same name and storage go on where the run stopped.
+        wait_limit_s: longest time, in seconds, that one process of the run waits for another, and that no rank lives;
+            then the ranks start again from the last checkpoint, or the run ends.
         initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`), or whatever
             else reads scores of rows, that the first epoch is drawn from; there is no burn-in then.
         spare_cpus: CPUs of the cluster that ranks and scorers must leave, for rows that are made again after a node is
@@ -99,6 +99,7 @@ class BalancedTrainer:
         train_loop_config: Any = None,
         scaling_config: ray.train.ScalingConfig | None = None,
         run_config: ray.train.RunConfig | None = None,
+        wait_limit_s: float = DEFAULT_LIMIT_S,
         initial_scores: str | SavedScores | None = None,
         spare_cpus: int | None = None,
         session: Session | None = None,
@@ -126,6 +127,9 @@ class BalancedTrainer:
         self._train_loop_config = train_loop_config
         self._scaling_config = scaling_config or ray.train.ScalingConfig(num_workers=1)
         self._run_config = run_config or ray.train.RunConfig()
+        if not wait_limit_s > 0:
+            raise ConfigError(f"wait_limit_s must be positive; received {wait_limit_s}")
+        self._wait_limit_s = wait_limit_s
         self._on_message = on_message or _log_notice
         self.train_shards: Shards | None = None
 
@@ -141,7 +145,13 @@ class BalancedTrainer:
             StorageError: a node cannot write to the run's storage.
             BssRayError: whatever else a setting, the data or the model causes inside the ranks.
             ray.train.TrainingFailedError: any other error of the ranks, after all retries.
+            WaitError: no rank lived for `wait_limit_s`.
+            KeyboardInterrupt: ctrl-C in this thread, which must be the main one, and the ranks have saved a checkpoint;
+                the same call goes on.
         """
+        set_wait_limit(self._wait_limit_s)
+        # Ranks wait for each other in Ray Train, too: without a limit, unless the user has set one.
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(self._wait_limit_s))
         scoring, why = settle_engine(self._scaling_config, self._scoring)
         request = check_resources(self._scaling_config, scoring, self._spare_cpus)
         if self._scaling_config.num_workers:  # else nothing of this run is kept by Ray Train
@@ -156,27 +166,55 @@ class BalancedTrainer:
             self._on_message({"kind": "notice", "text": request.notice})
         self._on_message({"kind": "status", "text": "starting holders and ranks"})
         context, actors = self._start_actors(train, validation, scoring, request)
-        trainer = ray.train.torch.TorchTrainer(
-            functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
-            scaling_config=self._scaling_config,
-            run_config=_with_one_arena(self._run_config),
-        )
+        board = BoardReader(context.coordinator, self._on_message)
         try:
-            with _watching(context.coordinator, self._on_message):
-                try:
-                    result = trainer.fit()
-                except ray.train.TrainingFailedError as error:
-                    fatal = _fatal_error(context.coordinator)
-                    if fatal is None:
-                        raise
-                    raise fatal from error
-                fatal = _fatal_error(context.coordinator)
-                if fatal is not None:
-                    raise fatal
-                return result
+            return self._run_ranks(context, board)
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+    def _run_ranks(self, context: SamplerContext, board: BoardReader) -> ray.train.Result:
+        """Have Ray Train run the ranks to the end; a user error that one of them met is raised as itself."""
+        fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context), board)
+        stopping = False
+        try:
+            if self._scaling_config.num_workers == 0:  # the ranks are this thread
+                with looking_on(board):
+                    result = fit()
+            else:
+                result, stopping = supervise(fit, board)
+        except ray.train.TrainingFailedError as error:
+            fatal = board.fatal_error()
+            if fatal is None:
+                raise
+            raise fatal from error
+        fatal = board.fatal_error()
+        if fatal is not None:
+            raise fatal
+        if stopping:
+            raise KeyboardInterrupt
+        return result
+
+    def _fit_once(self, context: SamplerContext) -> ray.train.Result:
+        return ray.train.torch.TorchTrainer(
+            functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
+            torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(self._wait_limit_s))),
+            scaling_config=self._scaling_config,
+            run_config=_with_one_arena(self._run_config),
+        ).fit()
+
+    def _fit_again(self, fit: Callable[[], ray.train.Result], board: BoardReader) -> ray.train.Result:
+        """Also after the loss of Ray Train's controller, which Ray does not restart: the same name goes on."""
+        failures = (self._run_config.failure_config or ray.train.FailureConfig()).max_failures
+        for attempt in itertools.count(1):
+            try:
+                return fit()
+            except ray.exceptions.RayActorError as error:
+                if 0 <= failures < attempt:
+                    raise
+                why = str(error).strip().splitlines()[0]
+                board.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
+        raise AssertionError("unreachable")
 
     def _start_actors(
         self, train: Shards, validation: Shards | None, scoring: Scoring, request: Request
@@ -215,6 +253,7 @@ class BalancedTrainer:
             measurer=measurer,
             scoring=scoring,
             seed=self._seed,
+            wait_limit_s=self._wait_limit_s,
             initial_scores=initial,
             session=self._session,
         ), actors
@@ -252,14 +291,19 @@ def _log_notice(message: Message) -> None:
 
 def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:
     """What every rank runs: the user's loop, with the sampler at hand."""
-    if _fatal_error(context.coordinator) is not None:
-        return None  # a user error: another attempt would only fail again. The trainer raises it
+    set_wait_limit(context.wait_limit_s)
+    board = BoardReader(context.coordinator, lambda _: None)
+    if board.fatal_error() is not None or board.stopping():
+        return None  # another attempt would only fail again, and the trainer raises the error; or none is wanted
     keep_freed_memory()
     try:
-        set_sampler(Sampler(context))
-        return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
+        with signs_of_life(context.coordinator):
+            set_sampler(Sampler(context))
+            return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
+    except Stopped:
+        return None
     except BssRayError as error:
-        ray.get(context.coordinator.post.remote({"kind": "fatal", "error": user_error(error)}))
+        ray.get(context.coordinator.board.remote("post", {"kind": "fatal", "error": user_error(error)}))
         raise
     finally:
         set_sampler(None)
@@ -270,41 +314,3 @@ def user_error(error: BaseException) -> BaseException:
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     return error
-
-
-def _fatal_error(coordinator: Any) -> BssRayError | None:
-    """The first user error that a rank has met."""
-    try:
-        messages = ray.get(coordinator.read.remote(0), timeout=30)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return None  # the coordinator itself is in trouble: not the user's error
-    return next((message["error"] for message in messages if message["kind"] == "fatal"), None)
-
-
-@contextlib.contextmanager
-def _watching(coordinator: Any, on_message: OnMessage) -> Iterator[None]:
-    """Hand the messages on the coordinator's board to `on_message`, from a thread of the driver."""
-    done = threading.Event()
-
-    def watch() -> None:
-        seen, last = 0, False
-        while not last:
-            last = done.wait(_POLL_S)  # once more after the end, for the last messages
-            try:
-                messages = ray.get(coordinator.read.remote(seen), timeout=30)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayError:
-                seen = 0  # it restarts with an empty board
-                continue
-            seen += len(messages)
-            for message in messages:
-                on_message(message)
-
-    thread = threading.Thread(target=watch, name="bss-ray-board", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

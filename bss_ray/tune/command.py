@@ -25,7 +25,7 @@ _DESCRIPTION = (
 )
 
 # Of the trial's own run: the search says where, and who looks on.
-_OF_THE_SEARCH = ("name", "storage_path", "ray_address", "verbose", "max_failures")
+_OF_THE_SEARCH = ("name", "storage_path", "ray_address", "verbose", "max_failures", "max_preemptions", "wait_limit_s")
 
 # What may differ between two commands of one search.
 MAY_CHANGE = frozenset(

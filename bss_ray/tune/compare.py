@@ -15,7 +15,8 @@ from bss_ray.settings import overlay, training_config
 from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.run import TrainConfig, best_row, test_model
-from bss_ray.train.trainer import OnMessage, user_error
+from bss_ray.train.supervise import OnMessage
+from bss_ray.train.trainer import user_error
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.nested import free_nested
 from bss_ray.tune.seats import trial_resources

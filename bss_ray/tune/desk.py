@@ -12,7 +12,8 @@ import ray.tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from bss_ray.train.trainer import OnMessage, user_error
+from bss_ray.train.supervise import OnMessage
+from bss_ray.train.trainer import user_error
 from bss_ray.tune.burn_in import BurnIns
 from bss_ray.tune.record import SearchRecord, TrialSpec
 

@@ -129,6 +129,9 @@ class _InTrial(Session):
         if self._begin.keep_scores is not None:
             self._begin.keep_scores(scores())
 
+    def preempted(self) -> bool:
+        return False
+
 
 def _quiet(message: dict[str, Any]) -> None:
     """A trial's own messages are for nobody: there are many trials."""

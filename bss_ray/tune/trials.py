@@ -10,7 +10,7 @@ from typing import Any
 import ray.tune
 from ray.tune.schedulers import PopulationBasedTraining
 
-from bss_ray.train.trainer import OnMessage
+from bss_ray.train.supervise import OnMessage
 from bss_ray.tune.burn_in import BurnIns
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.desk import Asking, Desk, Pruning, as_config, drop_checkpoints

@@ -19,7 +19,7 @@ from bss_ray.errors import ConfigError, SearchError
 from bss_ray.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import columns_of, load_shards, train_scaling
-from bss_ray.train.trainer import OnMessage
+from bss_ray.train.supervise import OnMessage
 from bss_ray.tune.compare import compare
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.loggers import make_loggers

@@ -464,7 +464,7 @@ class TestOnline:
         return {"row_id": index, "label": self.LABELS[index]}
 
     def engine(self, monkeypatch: pytest.MonkeyPatch, run: Published, **scoring: Any) -> engines.OnlineEngine:
-        monkeypatch.setattr(engines.ray, "get", lambda answer: answer)
+        monkeypatch.setattr(engines, "wait_for", lambda answer, _what: answer)
         publish = SimpleNamespace(remote=lambda version, expected: run.coordinator.publish(version, expected=expected))
         context = SimpleNamespace(
             coordinator=SimpleNamespace(publish=publish),

@@ -99,7 +99,7 @@ def in_process_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[in
         return self._shards.gather(row_ids)
 
     monkeypatch.setattr(RowReader, "_pick", pick)
-    monkeypatch.setattr(rows_module.ray, "get", lambda reference: reference)
+    monkeypatch.setattr(rows_module, "wait_for", lambda reference, _what: reference)
     return asked
 
 
@@ -250,10 +250,10 @@ def test_nothing_moves_where_nodes_have_what_they_need() -> None:
 def test_a_node_that_fails_reaches_the_loop(
     in_process_tasks: list[tuple[str, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lost(reference: object) -> Arrays:
+    def lost(_reference: object, _what: str) -> Arrays:
         raise RuntimeError("the node is gone")
 
-    monkeypatch.setattr(rows_module.ray, "get", lost)
+    monkeypatch.setattr(rows_module, "wait_for", lost)
     plan, order = make_plan()
     with pytest.raises(RuntimeError, match="the node is gone"):
         list(Loader(make_shards(["y"]), rank=0, rank_nodes=["x"], device=CPU).batches(plan, order()))

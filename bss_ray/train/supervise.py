@@ -1,0 +1,188 @@
+"""The driver while the ranks work: it hands their messages on, has them stop, and notices when none of them lives."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import ray
+
+from bss_ray.errors import BssRayError
+from bss_ray.wait import wait_limit, waited_for
+
+T = TypeVar("T")
+Message = dict[str, Any]
+OnMessage = Callable[[Message], None]
+
+_POLL_S = 0.25
+# An answer of the board takes a millisecond. One that does not come is asked for again.
+_ANSWER_S = 30.0
+# Ranks say so often that they live.
+BEAT_S = 5.0
+
+
+class BoardReader:
+    """The driver's end of the coordinator's board.
+
+    Args:
+        coordinator: handle.
+        on_message: called with each message.
+    """
+
+    def __init__(self, coordinator: Any, on_message: OnMessage) -> None:
+        self._coordinator, self._on_message = coordinator, on_message
+        self._board, self._seen = "", 0
+        self._heard = time.monotonic()
+
+    def look(self) -> None:
+        """Hand on what is new."""
+        answer = self._ask("read", self._board, self._seen)
+        if answer is None:
+            return
+        board, messages = answer
+        if board != self._board:
+            self._board, self._seen = board, 0
+        for message in messages:
+            self._seen += 1
+            self._on_message(message)
+
+    def fatal_error(self) -> BssRayError | None:
+        """The first user error that a rank has met."""
+        answer = self._ask("read", "", 0)
+        messages = [] if answer is None else answer[1]
+        return next((message["error"] for message in messages if message["kind"] == "fatal"), None)
+
+    def stopping(self) -> bool:
+        """Whether the ranks have been asked to stop."""
+        return bool(self._ask("stopping"))
+
+    def notice(self, text: str) -> None:
+        """Something that the user should read."""
+        self._on_message({"kind": "notice", "text": text})
+
+    def ask_to_stop(self) -> None:
+        """Have the ranks save a checkpoint and end; to be repeated, for the board may be a new one."""
+        self._ask("ask_to_stop")
+
+    def check_life(self) -> None:
+        """The ranks have given a sign of life not too long ago.
+
+        Raises:
+            WaitError: they have not; the cluster has no room for them any more, say.
+        """
+        if time.monotonic() - self._heard < 2 * BEAT_S:  # no need to ask
+            return
+        silence = self._ask("silence")
+        if silence is not None:
+            self._heard = max(self._heard, time.monotonic() - silence)
+        if time.monotonic() - self._heard > wait_limit():
+            there = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+            raise waited_for(f"a sign of life of the ranks (the cluster has {there} now)")
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """An answer of the board; None if there is none now."""
+        try:
+            return ray.get(self._coordinator.board.remote(method, *args), timeout=_ANSWER_S)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
+            return None  # the coordinator is in trouble, and perhaps being restarted
+
+
+def supervise(fit: Callable[[], T], board: BoardReader) -> tuple[T, bool]:
+    """Run `fit` in a thread of its own, and look after it in this one.
+
+    Ray Train's own handler of ctrl-C aborts without a checkpoint. It is installed by whoever calls `fit` in the main
+    thread; so that stays free, and the first ctrl-C there asks the ranks to save and stop, the second ends at once.
+
+    Args:
+        fit: runs the ranks.
+        board: theirs.
+
+    Returns:
+        What `fit` returned, and whether it was asked to stop.
+
+    Raises:
+        KeyboardInterrupt: the second.
+        WaitError: nothing was heard of the ranks for too long.
+        Exception: of `fit`.
+    """
+    running = _InThread(fit)
+    stopping = False
+    while True:
+        try:
+            while not running.done.wait(_POLL_S):
+                if stopping:
+                    board.ask_to_stop()
+                board.look()
+                board.check_life()
+            board.look()  # the last messages
+            return running.result(), stopping
+        except KeyboardInterrupt:
+            if stopping:
+                raise
+            stopping = True
+            board.notice("stopping at the next batch, with a checkpoint (again: stop at once)")
+
+
+class _InThread(Generic[T]):
+    """A call in a daemon thread, which does not keep the process alive."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.done = threading.Event()
+        self._function = function
+        self._result: T
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="bss-ray-fit", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:  # SystemExit, too, is the caller's
+            self._error = error
+        finally:
+            self.done.set()
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+@contextlib.contextmanager
+def looking_on(board: BoardReader) -> Iterator[None]:
+    """Hand messages on from a thread, while this one trains itself."""
+    done = threading.Event()
+
+    def look() -> None:
+        last = False
+        while not last:
+            last = done.wait(_POLL_S)  # once more after the end, for the last messages
+            board.look()
+
+    thread = threading.Thread(target=look, name="bss-ray-board", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def signs_of_life(coordinator: Any) -> Iterator[None]:
+    """Tell the board that this rank lives, from a thread, also while it computes."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S):
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(coordinator.board.remote("beat"), timeout=_ANSWER_S)
+
+    thread = threading.Thread(target=beat, name="bss-ray-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()

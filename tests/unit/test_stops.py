@@ -1,0 +1,87 @@
+"""When a run stops: on all ranks before the same batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pytest
+
+from bss_ray.train.ranks import Ranks
+from bss_ray.train.stops import Stops
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Ranks that are threads of this process."""
+
+    said: dict[int, object] = field(default_factory=dict)
+    meet: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+
+    def from_first(self, own: T) -> T:
+        self.said[self.rank] = own
+        self.meet.wait(30)
+        first = self.said[0]
+        self.meet.wait(30)
+        return first  # type: ignore[return-value]
+
+
+def run_ranks(count: int, loop: Callable[[ThreadRanks], int]) -> list[int]:
+    said: dict[int, object] = {}
+    meet = threading.Barrier(count)
+    ended = [0] * count
+
+    def run(rank: int) -> None:
+        ended[rank] = loop(ThreadRanks(rank, count, said, meet))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return ended
+
+
+@pytest.mark.parametrize("every_s", [0.0, 0.01])
+def test_all_ranks_stop_before_the_same_batch_soon_after_the_wish(every_s: float) -> None:
+    asked_at = 500
+
+    def loop(ranks: ThreadRanks) -> int:
+        at = 0
+        stops = Stops(ranks, lambda: at >= asked_at, lambda: False, every_s=every_s)
+        pause = threading.Event()
+        while stops.wish() == "go on" and at < 100_000:
+            at += 1
+            if ranks.rank == 1 and at % 7 == 0:
+                pause.wait(0.0005)  # one that is slower
+        return at
+
+    ended = run_ranks(3, loop)
+    assert len(set(ended)) == 1
+    assert asked_at <= ended[0] < 100_000
+    if every_s == 0:
+        assert ended[0] == asked_at, "asked before every batch"
+
+
+def test_the_question_is_rare() -> None:
+    questions = 0
+
+    def stopping() -> bool:
+        nonlocal questions
+        questions += 1
+        return False
+
+    stops = Stops(Ranks(0, 1), stopping, lambda: False, every_s=1e9)
+    assert {stops.wish() for _ in range(10_000)} == {"go on"}
+    assert questions == 1  # the second step, which says how long one takes
+
+
+def test_a_node_that_goes_is_saved_for_and_a_stop_comes_first() -> None:
+    stops = Stops(Ranks(0, 1), lambda: False, lambda: True, every_s=0.0)
+    assert [stops.wish() for _ in range(3)] == ["go on", "save", "save"]
+    stops = Stops(Ranks(0, 1), lambda: True, lambda: True, every_s=0.0)
+    assert [stops.wish() for _ in range(2)] == ["go on", "stop"]

@@ -1,0 +1,121 @@
+"""The driver while the ranks work, with a board in this process."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from bss_ray import wait
+from bss_ray.errors import ConfigError
+from bss_ray.sample.board import Board
+from bss_ray.train import supervise as module
+from bss_ray.train.supervise import BoardReader, supervise
+
+
+class Coordinator:
+    """Answers as the actor's handle does."""
+
+    def __init__(self) -> None:
+        self.its_board = Board()
+        self.lost = False
+
+    @property
+    def board(self) -> Coordinator:
+        return self
+
+    def remote(self, method: str, *args: Any) -> Any:
+        if self.lost:
+            raise ray.exceptions.ActorUnavailableError("lost", b"0" * 16)
+        return getattr(self.its_board, method)(*args)
+
+
+@pytest.fixture
+def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
+    monkeypatch.setattr(module.ray, "get", lambda answer, timeout: answer)
+    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(module, "_POLL_S", 0.01)
+    yield Coordinator()
+    wait.set_wait_limit(wait.DEFAULT_LIMIT_S)
+
+
+def test_messages_are_handed_on_once_also_of_a_new_board(coordinator: Coordinator) -> None:
+    seen: list[Any] = []
+    reader = BoardReader(coordinator, lambda message: seen.append(message["n"]))
+    for n in range(3):
+        coordinator.its_board.post({"n": n})
+        reader.look()
+    coordinator.lost = True
+    reader.look()  # in trouble: nothing is read, and nothing forgotten
+    coordinator.lost = False
+    reader.look()
+    coordinator.its_board = Board()  # restarted
+    coordinator.its_board.post({"n": 3})
+    reader.look()
+    assert seen == [0, 1, 2, 3]
+
+
+def test_the_result_the_last_messages_and_errors_come_through(coordinator: Coordinator) -> None:
+    seen: list[Any] = []
+    reader = BoardReader(coordinator, seen.append)
+
+    def fit() -> str:
+        coordinator.its_board.post({"kind": "fatal", "error": ConfigError("no")})
+        return "result"
+
+    assert supervise(fit, reader) == ("result", False)
+    assert [message["kind"] for message in seen] == ["fatal"]
+    assert str(reader.fatal_error()) == "no"
+    with pytest.raises(KeyError, match="inside"):
+        supervise(lambda: {}["inside"], reader)
+
+
+def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: Coordinator) -> None:
+    notices: list[Any] = []
+    board = coordinator.its_board
+
+    def fit() -> str:
+        signal.raise_signal(signal.SIGINT)  # delivered to the main thread
+        deadline = time.monotonic() + 30
+        while not board.stopping() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return "saved"
+
+    assert supervise(fit, BoardReader(coordinator, notices.append)) == ("saved", True)
+    assert "stopping" in notices[0]["text"]
+
+    end = threading.Event()
+
+    def stubborn() -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        end.wait(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        supervise(stubborn, BoardReader(coordinator, notices.append))
+    end.set()
+
+
+def test_ranks_that_give_no_sign_of_life_end_the_run(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 0.01)
+    wait.set_wait_limit(0.3)
+    end = threading.Event()
+    with pytest.raises(wait.WaitError, match=r"waited 0.3 s for a sign of life of the ranks \(the cluster has 2 CPU"):
+        supervise(lambda: end.wait(30), BoardReader(coordinator, lambda _: None))
+    end.set()
+    # With signs of life it goes on past the limit.
+    started = time.monotonic()
+
+    def living() -> str:
+        while time.monotonic() - started < 0.9:
+            coordinator.its_board.beat()
+            time.sleep(0.02)
+        return "done"
+
+    assert supervise(living, BoardReader(coordinator, lambda _: None)) == ("done", False)
