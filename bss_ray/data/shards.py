@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import ray
 
 from bss_ray.data.columns import Columns
 from bss_ray.data.store import Arrays, Store
@@ -78,6 +79,22 @@ class Shards:
     @cached_property
     def _shard_rows(self) -> np.ndarray:
         return np.array([part.rows for part in self.parts], dtype=np.uint64)
+
+    def nodes(self) -> list[str]:
+        """Node of each shard now: of one whose node is lost, where Ray has made it again."""
+        known = [part.node for part in self.parts]
+        alive = {"", *(node["NodeID"] for node in ray.nodes() if node["Alive"])}
+        if alive.issuperset(known):
+            return known
+        copies = self.store.copies()
+        there = [copies.get(index, set()) & alive for index in range(len(known))]
+        return [node if node in alive or not made else min(made) for node, made in zip(known, there, strict=True)]
+
+    def on(self, nodes: Sequence[str]) -> Shards:
+        """The same shards, on these nodes."""
+        return replace(
+            self, parts=tuple(replace(part, node=node) for part, node in zip(self.parts, nodes, strict=True))
+        )
 
     def read(self, index: int) -> Arrays:
         """Columns of shard `index`: read-only, and views where the store can."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import ray
 
 from bss_ray.data.span import Span
 from bss_ray.errors import ConfigError, nearest
@@ -93,6 +94,13 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def only(self, shards: Sequence[int]) -> Store:
         """The store of these shards alone, numbered anew: small enough to send along with a task."""
+
+    def copies(self) -> dict[int, set[str]]:
+        """Nodes that have a copy of each shard in their memory; none of a shard that is lost or small (100 kB).
+
+        Empty for a store whose shards lie elsewhere.
+        """
+        return {}
 
 
 class _Mapped(NamedTuple):
@@ -230,6 +238,10 @@ class ObjectStore(MappedStore):
 
     def only(self, shards: Sequence[int]) -> ObjectStore:
         return ObjectStore([self._refs[shard] for shard in shards])
+
+    def copies(self) -> dict[int, set[str]]:
+        found = ray.experimental.get_object_locations(list(self._refs))
+        return {shard: set(found[ref]["node_ids"]) for shard, ref in enumerate(self._refs) if ref in found}
 
 
 class ObjectWriter(Writer):

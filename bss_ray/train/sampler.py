@@ -92,13 +92,13 @@ class Sampler:
     """
 
     def __init__(self, context: SamplerContext) -> None:
-        self.shards = context.train
         self.measurer = context.measurer
         self.device = ray.train.torch.get_device()
         self.loss_scale = 1.0
         self._context = context
         self._ranks = context.session.ranks()
         self.rank = self._ranks.rank
+        self.shards = self._as_they_lie(context.train)
         self._loader, self._validation = self._make_loaders()
         self._plan: Plan | None = None
         self._ended = False
@@ -119,6 +119,10 @@ class Sampler:
         self._preempted = False
         self._post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
 
+    def _as_they_lie(self, shards: Shards) -> Shards:
+        """Shards on the nodes where they are in this attempt; the ranks must agree, for it decides who reads what."""
+        return shards.on(self._ranks.from_first(shards.nodes() if self.rank == 0 else []))
+
     def _make_loaders(self) -> tuple[Loader, Loader | None]:
         nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
 
@@ -126,7 +130,7 @@ class Sampler:
             return Loader(shards, rank=self._ranks.rank, rank_nodes=nodes, device=self.device, seed=self._context.seed)
 
         validation = self._context.validation
-        return load(self._context.train), None if validation is None else load(validation)
+        return load(self.shards), None if validation is None else load(self._as_they_lie(validation))
 
     def _make_engine(self, attempt: str) -> Engine:
         context = self._context

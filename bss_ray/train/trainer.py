@@ -31,6 +31,7 @@ from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.storage import StoragePath
 from bss_ray.train.initial import ScoresFile
+from bss_ray.train.lost_shards import AwaitLostShards
 from bss_ray.train.resources import (
     HOLDERS,
     SCORERS,
@@ -200,8 +201,14 @@ class BalancedTrainer:
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
             torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(self._wait_limit_s))),
             scaling_config=self._scaling_config,
-            run_config=_with_one_arena(self._run_config),
+            run_config=self._with_lost_shards(_with_one_arena(self._run_config), context),
         ).fit()
+
+    def _with_lost_shards(self, run_config: ray.train.RunConfig, context: SamplerContext) -> ray.train.RunConfig:
+        """Ranks start again when the shards of a lost node are there again."""
+        shards = [split for split in (context.train, context.validation) if split is not None]
+        wait = AwaitLostShards(shards, self._wait_limit_s)
+        return replace(run_config, callbacks=[*(run_config.callbacks or []), wait])
 
     def _fit_again(self, fit: Callable[[], ray.train.Result], board: BoardReader) -> ray.train.Result:
         """Also after the loss of Ray Train's controller, which Ray does not restart: the same name goes on."""
