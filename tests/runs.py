@@ -1,8 +1,10 @@
 """A small training run with an audit: which row ids each rank received in which global batch."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -176,7 +178,9 @@ def run(
     folder: Path,
     shards: Shards,
     *,
-    workers: int = 2,
+    workers: int | tuple[int, int] = 2,
+    scaling: dict[str, Any] | None = None,
+    on_message: Callable[[dict[str, Any]], None] | None = None,
     scoring: bss_ray.Scoring | None = None,
     update_interval: int = 2,
     failures: int = 0,
@@ -195,7 +199,10 @@ def run(
         batch_size=batch_size,
         seed=SEED,
         train_loop_config=Audit(folder / "audit", **audit),  # type: ignore[arg-type]
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, placement_strategy=placement),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, **{"placement_strategy": placement, **(scaling or {})}
+        ),
+        on_message=on_message,
         run_config=ray.train.RunConfig(
             name="run", storage_path=str(folder), failure_config=ray.train.FailureConfig(max_failures=failures)
         ),

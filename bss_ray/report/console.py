@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bss_ray.report.whereabouts import placement_lines, placement_table
 from bss_ray.storage import StoragePath
 
 # Metrics that are shares, and shown in per cent; a regression's are plain numbers.
@@ -39,6 +40,7 @@ class Display:
         )
         self._task = self._progress.add_task("starting", total=None)
         self._header: list[str] = []
+        self._where: list[Any] = []
         self._started = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -76,6 +78,20 @@ class Display:
             )
         elif kind == "epoch":
             self._epoch(message["row"])
+        elif kind == "placement":
+            self._placement(message)
+
+    def _placement(self, message: Mapping[str, Any]) -> None:
+        """What runs where, again only when it has changed."""
+        where = [(row["node"], row["processes"]) for row in message["rows"]]
+        if where == self._where:
+            return
+        self._where = where
+        if self.console.is_terminal:
+            self.console.print(placement_table(message))
+        else:
+            for line in placement_lines(message):
+                self.say(line)
 
     def _epoch(self, row: Mapping[str, Any]) -> None:
         """A line per epoch, under a header that comes once."""

@@ -123,6 +123,11 @@ class ActorHolders:
     def __reduce__(self) -> tuple[Any, ...]:
         return ActorHolders, (self.names, self._first_rows)
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of all actors of the run."""
+        return self.names[0].removesuffix("holder-0")
+
     @cached_property
     def _actors(self) -> list[Any]:
         return [ray.get_actor(name) for name in self.names]
@@ -469,4 +474,4 @@ def coordinator_settings(
 
 def _sibling(holders: ActorHolders, role: str) -> str:
     """Name of another actor of the run of these holders."""
-    return holders.names[0].removesuffix("holder-0") + role
+    return holders.prefix + role

@@ -10,13 +10,18 @@ from typing import Any, Literal
 import ray.train
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import ConfigError, nearest
+from bss_ray.errors import ConfigError, ResourceError, nearest
 from bss_ray.sample.scoring import Scoring, choose_engine
 from bss_ray.train.cluster import label_problem, read_nodes
 from bss_ray.train.packing import Group, Node, fits
 from bss_ray.train.placement import check_fit, place
 
 RANKS, SCORERS, HOLDERS, SPARE = "ranks", "scorers", "holders", "spare CPUs"
+
+_NO_CPU_LEFT = (
+    "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node could then not be made again; "
+    "leave a CPU (fewer ranks, placement.spare_cpus), or keep rows where no node is lost (store.kind=lance)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,8 @@ class Placement:
         cpus_per_rank: logical CPUs of a rank; null takes 1, and with GPUs none.
         spare_cpus: CPUs that ranks and scorers leave: rows in memory that are lost with a node are made again by tasks
             of one CPU each, which wait for ever where there is none. null leaves 1 where there are several nodes.
+        wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
+            error. Ray itself knows the limits of some autoscalers only (docs/placement.md).
         resize_interval_s: with `num_workers: [lo, hi]`, seconds between two looks at whether more ranks would fit. A
             change costs what was trained since the last checkpoint, and a start of the ranks.
 
@@ -43,6 +50,7 @@ class Placement:
     accelerator_type: str | None = None
     cpus_per_rank: float | None = None
     spare_cpus: int | None = None
+    wait_for_nodes: bool = False
     resize_interval_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -92,7 +100,12 @@ class Request:
         return place(self.nodes, self.groups, dict.fromkeys(actors, rows))
 
 
-def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int | None = None) -> Request:
+def check_resources(
+    scaling: ray.train.ScalingConfig,
+    scoring: Scoring,
+    spare_cpus: int | None = None,
+    wait_for_nodes: bool = False,
+) -> Request:
     """Refuse at once what the cluster could only leave pending for ever.
 
     Args:
@@ -100,22 +113,26 @@ def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cp
         scoring: with the engine settled.
         spare_cpus: that nobody of the run may take. None: one where there are several nodes, so that rows that are
             lost with one can be made again, unless there is none to spare, and says so.
+        wait_for_nodes: only say so, since an autoscaler will add nodes.
 
     Raises:
         ResourceError: names the processes, the resource or label, what is asked for, what there is, and the remedy.
     """
     nodes = read_nodes()
-    spare = (1 if len(nodes) > 1 else 0) if spare_cpus is None else spare_cpus
-    groups = groups_of(scaling, scoring, spare)
-    notice = ""
-    if spare_cpus is None and spare and not fits(nodes, groups):
-        groups = groups_of(scaling, scoring)
-        notice = (
-            "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node could then not be made "
-            "again; leave a CPU (fewer ranks, placement.spare_cpus), or keep rows on disk that all nodes see"
-        )
-    check_fit(nodes, groups)
-    return Request(nodes, groups, notice)
+    groups = groups_of(scaling, scoring, spare_cpus or 0)
+    if spare_cpus is None and len(nodes) > 1:
+        with_spare = groups_of(scaling, scoring, 1)
+        if fits(nodes, with_spare):
+            return Request(nodes, with_spare)
+    try:
+        check_fit(nodes, groups)
+    except ResourceError as error:
+        if wait_for_nodes:
+            return Request(nodes, groups, f"waiting for nodes: {error}")
+        if all(node.there for node in nodes):
+            raise ResourceError(f"{error}. If an autoscaler adds nodes, set placement.wait_for_nodes") from None
+        raise
+    return Request(nodes, groups, _NO_CPU_LEFT if spare_cpus is None and len(nodes) > 1 else "")
 
 
 def groups_of(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int = 0) -> list[Group]:

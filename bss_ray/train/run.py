@@ -138,7 +138,8 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
         BssRayError: see `BalancedTrainer.fit`.
     """
     scaling = train_scaling(config)
-    check_resources(scaling, settle_engine(scaling, config.scoring)[0], config.placement.spare_cpus)
+    where = config.placement
+    check_resources(scaling, settle_engine(scaling, config.scoring)[0], where.spare_cpus, where.wait_for_nodes)
     check_storage(folder.path)
     splits = load_shards(config, on_message)
     if config.initial_checkpoint is not None:
@@ -210,6 +211,7 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
         tail=config.tail,
         seed=config.seed,
         spare_cpus=config.placement.spare_cpus,
+        wait_for_nodes=config.placement.wait_for_nodes,
         train_loop_config=LoopArgs(
             loop=config.loop,
             model=config.model,

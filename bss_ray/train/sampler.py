@@ -27,7 +27,7 @@ from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
-from bss_ray.sample.actors import SavedScores, StartedHolders
+from bss_ray.sample.actors import ActorHolders, SavedScores, StartedHolders
 from bss_ray.sample.coordinator import Review
 from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
@@ -47,6 +47,7 @@ from bss_ray.train.observed import Observed, Sums
 from bss_ray.train.session import Session, TrainSession
 from bss_ray.train.stops import Stopped, Stops, Wish
 from bss_ray.train.updates import ScoreUpdates
+from bss_ray.train.whereabouts import placement_message
 from bss_ray.wait import DEFAULT_LIMIT_S, wait_for
 
 # Messages about batches, at most one in so many seconds: the board is for people.
@@ -99,7 +100,8 @@ class Sampler:
         self._ranks = context.session.ranks()
         self.rank = self._ranks.rank
         self.shards = self._as_they_lie(context.train)
-        self._loader, self._validation = self._make_loaders()
+        nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
+        self._loader, self._validation = self._make_loaders(nodes)
         self._plan: Plan | None = None
         self._ended = False
         self._position = Position()
@@ -118,14 +120,13 @@ class Sampler:
         self._stops = Stops(self._ranks, self._stopping, self._taken_away)
         self._preempted = False
         self._post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
+        self._post_placement(nodes)
 
     def _as_they_lie(self, shards: Shards) -> Shards:
         """Shards on the nodes where they are in this attempt; the ranks must agree, for it decides who reads what."""
         return shards.on(self._ranks.from_first(shards.nodes() if self.rank == 0 else []))
 
-    def _make_loaders(self) -> tuple[Loader, Loader | None]:
-        nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
-
+    def _make_loaders(self, nodes: list[str]) -> tuple[Loader, Loader | None]:
         def load(shards: Shards) -> Loader:
             return Loader(shards, rank=self._ranks.rank, rank_nodes=nodes, device=self.device, seed=self._context.seed)
 
@@ -546,6 +547,13 @@ class Sampler:
             }
         )
         self._posted, self._new_rows = now, 0
+
+    def _post_placement(self, rank_nodes: list[str]) -> None:
+        """What runs where, if there is more than this process."""
+        holders = self._context.holders
+        if self._ranks.rank == 0 and isinstance(holders, ActorHolders):
+            takes = ray.get_runtime_context().get_assigned_resources()
+            self._post(placement_message(holders.prefix, rank_nodes, takes))
 
     def _warn(self, warnings: dict[str, str]) -> None:
         """Tell the user of each kind of trouble once, not in every epoch."""

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +30,10 @@ from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.storage import StoragePath
+from bss_ray.train.elastic import RankTrainer
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.lost_shards import AwaitLostShards
+from bss_ray.train.packing import Group
 from bss_ray.train.resources import (
     HOLDERS,
     SCORERS,
@@ -74,9 +76,11 @@ class BalancedTrainer:
             else reads scores of rows, that the first epoch is drawn from; there is no burn-in then.
         spare_cpus: CPUs of the cluster that ranks and scorers must leave, for rows that are made again after a node is
             lost; default one where there are several nodes.
+        wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
+            error.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
-            "notice" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
+            "notice" | "placement" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -103,6 +107,7 @@ class BalancedTrainer:
         wait_limit_s: float = DEFAULT_LIMIT_S,
         initial_scores: str | SavedScores | None = None,
         spare_cpus: int | None = None,
+        wait_for_nodes: bool = False,
         session: Session | None = None,
         on_message: OnMessage | None = None,
     ) -> None:
@@ -118,7 +123,7 @@ class BalancedTrainer:
         if initial_scores is not None:
             self._scheduler = replace(self._scheduler, burn_in=0)
         self._initial_scores = initial_scores
-        self._spare_cpus = spare_cpus
+        self._spare_cpus, self._wait_for_nodes = spare_cpus, wait_for_nodes
         self._session = session or TrainSession()
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
@@ -154,7 +159,7 @@ class BalancedTrainer:
         # Ranks wait for each other in Ray Train, too: without a limit, unless the user has set one.
         os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(self._wait_limit_s))
         scoring, why = settle_engine(self._scaling_config, self._scoring)
-        request = check_resources(self._scaling_config, scoring, self._spare_cpus)
+        request = check_resources(self._scaling_config, scoring, self._spare_cpus, self._wait_for_nodes)
         if self._scaling_config.num_workers:  # else nothing of this run is kept by Ray Train
             check_storage(StoragePath.of(self._run_config.storage_path, self._run_config.storage_filesystem))
         train, validation = self._build_shards()
@@ -169,14 +174,14 @@ class BalancedTrainer:
         context, actors = self._start_actors(train, validation, scoring, request)
         board = BoardReader(context.coordinator, self._on_message)
         try:
-            return self._run_ranks(context, board)
+            return self._run_ranks(context, board, request.groups)
         finally:
             for actor in actors:
                 ray.kill(actor)
 
-    def _run_ranks(self, context: SamplerContext, board: BoardReader) -> ray.train.Result:
+    def _run_ranks(self, context: SamplerContext, board: BoardReader, groups: Sequence[Group]) -> ray.train.Result:
         """Have Ray Train run the ranks to the end; a user error that one of them met is raised as itself."""
-        fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context), board)
+        fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context, groups), board)
         stopping = False
         try:
             if self._scaling_config.num_workers == 0:  # the ranks are this thread
@@ -196,9 +201,10 @@ class BalancedTrainer:
             raise KeyboardInterrupt
         return result
 
-    def _fit_once(self, context: SamplerContext) -> ray.train.Result:
-        return ray.train.torch.TorchTrainer(
+    def _fit_once(self, context: SamplerContext, groups: Sequence[Group]) -> ray.train.Result:
+        return RankTrainer(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
+            groups=groups,
             torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(self._wait_limit_s))),
             scaling_config=self._scaling_config,
             run_config=self._with_lost_shards(_with_one_arena(self._run_config), context),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+import ray
+import ray.train
+from ray.core.generated import autoscaler_pb2
+from rich.console import Console
 
 from bss_ray.errors import ConfigError, ResourceError
+from bss_ray.report.console import Display
+from bss_ray.report.whereabouts import placement_lines
+from bss_ray.sample.scoring import Scoring
+from bss_ray.train import cluster
+from bss_ray.train.cluster import read_nodes
+from bss_ray.train.elastic import seats_of_ranks
 from bss_ray.train.packing import Group, Node, fits, matches, most
 from bss_ray.train.placement import check_fit, deal, place
-from bss_ray.train.resources import Placement
+from bss_ray.train.resources import Placement, check_resources
+from bss_ray.train.whereabouts import describe
 
 
 def node(name: str = "a", labels: dict[str, str] | None = None, **resources: float) -> Node:
@@ -172,3 +184,105 @@ def test_a_placement_is_handed_to_ray_train() -> None:
     )
     assert scaling._resources_per_worker_not_none == {"CPU": 2, "GPU": 1, "accelerator_type:A100": 0.001}
     assert Placement().scaling(2, use_gpu=False)._resources_per_worker_not_none == {"CPU": 1}
+
+
+def test_elastic_ranks_leave_room_to_the_others_if_they_can() -> None:
+    groups = [scorers(2, CPU=1), Group(name="spare CPUs", count=1, each={"CPU": 1}), ranks(1, CPU=1)]
+    there = nodes(2, CPU=4)
+    assert seats_of_ranks(there, groups, 8, at_least=1) == 5
+    assert seats_of_ranks(there, groups, 3, at_least=1) == 3  # what Ray counts: others may hold the rest
+    assert seats_of_ranks(there[:1], groups, 8, at_least=1) == 1  # a node is lost, and Ray does not know yet
+    assert seats_of_ranks(nodes(1, CPU=2), groups, 8, at_least=1) == 2  # better without scorers than not at all
+    assert seats_of_ranks(nodes(1, CPU=2), groups, 8, at_least=3) == 0
+    labelled = [*groups[:2], ranks(1, {"zone": "b"}, CPU=1)]
+    assert seats_of_ranks([*there, node("b", {"zone": "b"}, CPU=2)], labelled, 8, at_least=1) == 2
+
+
+# ---- what runs where --------------------------------------------------------------------------
+
+
+WHERE = describe(
+    [
+        ("ranks", "0", {"CPU": 1.0}),
+        ("ranks", "1", {"CPU": 1.0}),
+        ("holders", "1", {"CPU": 0.0}),
+        ("scorers", "1", {"GPU": 0.5, "CPU": 0.0}),
+        ("scorers", "", {"GPU": 0.5}),
+        ("coordinator", "0", {}),
+    ],
+    [
+        Node(id="0", address="10.0.0.1", resources={"CPU": 4}, head=True),
+        Node(id="1", address="10.0.0.2", resources={"CPU": 2, "GPU": 1, "memory": 1e9}),
+        Node(id="2", address="10.0.0.3", resources={"CPU": 2}),
+        Node(id="gpu 0", resources={"GPU": 8}, there=False),
+    ],
+    {"0": {"CPU": 3.0}, "1": {"CPU": 1.0, "GPU": 0.5, "memory": 5.0}},
+)
+
+
+# ---- the cluster ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray says that there is; no Ray runs."""
+    head, labels = {"CPU": 2.0, "node:__internal_head__": 1.0}, {"ray.io/node-group": "gpu"}
+    table = [
+        {"NodeID": "0", "Alive": True, "Resources": head, "Labels": {}, "NodeManagerAddress": "10.0.0.1"},
+        {"NodeID": "1", "Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}, "Labels": labels},
+        {"NodeID": "2", "Alive": False, "Resources": {"CPU": 64.0}, "Labels": {}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: table)
+
+
+def test_spare_cpus(two_nodes: None) -> None:
+    def asked(workers: int, spare: int | None = None) -> tuple[int, str]:
+        request = check_resources(ray.train.ScalingConfig(num_workers=workers), Scoring(), spare)
+        return next(group.count for group in request.groups if group.name == "spare CPUs"), request.notice
+
+    assert asked(3) == (1, "")
+    spare, notice = asked(4)
+    assert spare == 0
+    assert "ranks and scorers take all CPUs" in notice
+    assert asked(4, 0) == (0, "")
+    assert asked(2, 2) == (2, "")
+    with pytest.raises(ResourceError, match=r"needs 5 CPU \(2 spare CPUs x 1 \+ 3 ranks x 1\); the cluster has 4"):
+        asked(3, 2)
+
+
+def test_nodes_of_an_autoscaler(two_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = ray.train.ScalingConfig(num_workers=3, use_gpu=True)
+    with pytest.raises(ResourceError, match=r"has 1\..* If an autoscaler adds nodes, set placement.wait_for_nodes"):
+        check_resources(scaling, Scoring())
+    assert check_resources(scaling, Scoring(), wait_for_nodes=True).notice.startswith(
+        "waiting for nodes: the run needs 3"
+    )
+    group = autoscaler_pb2.NodeGroupConfig(name="gpu", resources={"CPU": 2, "GPU": 1}, max_count=3)
+    monkeypatch.setattr(cluster, "_autoscaler_groups", lambda: [group])
+    assert [(node.there, node.head) for node in read_nodes()] == [(True, True), (True, False)] + [(False, False)] * 2
+    request = check_resources(scaling, Scoring())
+    assert request.notice == ""
+    with pytest.raises(ResourceError, match="with all 2 nodes that its autoscaler may add"):
+        check_resources(ray.train.ScalingConfig(num_workers=4, use_gpu=True), Scoring())
+
+
+def test_what_runs_where_as_lines_of_a_log() -> None:
+    assert placement_lines(WHERE) == [
+        "10.0.0.1 (head): 1 rank (1 CPU), coordinator; left 3 of 4 CPU",
+        "10.0.0.2: 1 rank (1 CPU), 1 scorer (0.5 GPU), 1 holder; left 1 of 2 CPU, 0.5 of 1 GPU",
+        "10.0.0.3: nothing of this run; left 0 of 2 CPU",
+        "starting: 1 scorer (0.5 GPU)",
+    ]
+    one_host = [Node(id=f"{name}bcdefgh", address="10.0.0.1", resources={}) for name in "ab"]
+    assert [row["node"] for row in describe([], one_host, {})["rows"]] == ["10.0.0.1/abcdef", "10.0.0.1/bbcdef"]
+
+
+def test_what_runs_where_is_shown_again_when_it_has_changed() -> None:
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
+        display = Display(console)
+        seen = []
+        for message in (WHERE, {**WHERE}, {**WHERE, "rows": WHERE["rows"][:1]}):
+            display.on_message(message)
+            seen.append(console.file.getvalue().count("10.0.0.1 (head)"))  # type: ignore[attr-defined]
+        assert seen == [1, 1, 2]
