@@ -24,8 +24,8 @@ set -euo pipefail
 wait_nodes_s=${WAIT_NODES_S:-600}  # how long the nodes may take to join
 command=${1:?usage: sbatch cluster/slurm.sh train|score|tune OPTIONS}
 
-# Ports belong to the job, below those that Linux hands out (32768): jobs that share a node do not meet.
-port=$((10000 + SLURM_JOB_ID % 220 * 100))
+# Ports belong to the job, between Ray's own and those that Linux hands out (32768): jobs that share a node do not meet.
+port=$((20000 + SLURM_JOB_ID % 120 * 100))
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)  # this script runs there
 ip=${HEAD_IP:-$(hostname -I | cut -d ' ' -f 1)}  # set HEAD_IP if the network between the nodes is another
 temp=/tmp/ray-$SLURM_JOB_ID  # short: Ray's sockets are in it
@@ -41,7 +41,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}  # srun does not take it from
 # Ray itself takes all CPUs of a node, given to the job or not.
 # shellcheck disable=SC2016  # of the node, not of this script
 node='exec ray start "$@" --num-cpus="$SLURM_CPUS_ON_NODE"'
-common=(--block --disable-usage-stats --temp-dir="$temp" --dashboard-agent-listen-port=$((port + 3)))
+common=(--block --disable-usage-stats --temp-dir="$temp" --dashboard-agent-listen-port=$((port + 3))
+  --min-worker-port=0 --max-worker-port=0)  # 0: any that is free
 
 steps=()
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" bash -c "$node" ray \
@@ -62,10 +63,8 @@ finish() {
 }
 trap finish EXIT
 
-alive() { python -c 'import ray; ray.init(logging_level="ERROR"); print(sum(n["Alive"] for n in ray.nodes()))'; }
-
 joined=0
-until joined=$(alive 2>/dev/null) && ((joined >= SLURM_NNODES)); do
+patience() {
   if ((SECONDS > wait_nodes_s)); then
     echo "slurm.sh: ${joined:-0} of $SLURM_NNODES nodes joined in $wait_nodes_s s (WAIT_NODES_S); see above why" >&2
     exit 1
@@ -74,7 +73,11 @@ until joined=$(alive 2>/dev/null) && ((joined >= SLURM_NNODES)); do
     kill -0 "$step" 2>/dev/null || { echo "slurm.sh: ray start ended on a node; see above why" >&2; exit 1; }
   done
   sleep 2
-done
+}
+alive() { timeout 60 python -c 'import ray; ray.init(logging_level="ERROR"); print(sum(n["Alive"] for n in ray.nodes()))'; }
+
+until (exec 3<>"/dev/tcp/$ip/$port") 2>/dev/null; do patience; done  # Ray's client would try for minutes
+until joined=$(alive 2>/dev/null) && ((joined >= SLURM_NNODES)); do patience; done
 echo "slurm.sh: $joined nodes at $RAY_ADDRESS"
 
 # The driver runs beside this shell, so that signals arrive at once. USR1 comes from --signal, TERM from scancel
@@ -89,6 +92,7 @@ trap 'kill -TERM $driver' TERM INT
 while kill -0 "$driver" 2>/dev/null; do wait "$driver" || true; done
 code=0
 wait "$driver" || code=$?
+trap - USR1 TERM INT  # Slurm signals again when it queues the job
 
 if $requeue && ((code != 0)); then
   echo "slurm.sh: $command stopped ahead of the time limit; queued again"

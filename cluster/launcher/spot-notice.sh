@@ -2,8 +2,8 @@
 # Usage: spot-notice.sh aws|gcp
 #
 # Waits on a worker until its cloud announces that it takes the node back, then tells Ray: the node is drained, for
-# preemption. Ray Train counts its loss as such (max_preemption_failures, without limit by default) and not as one of the
-# failures of --max_failures. Without this a spot node that goes looks like any node that crashed.
+# preemption. Its loss then counts as one of --max_preemptions, which are without limit by default, and not as one of
+# --max_failures. Without this a spot node that goes looks like any node that crashed.
 set -euo pipefail
 
 case "${1:-}" in
