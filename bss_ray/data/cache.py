@@ -32,7 +32,7 @@ import pyarrow as pa
 from bss_ray.data.arrow import to_arrays, to_batch
 from bss_ray.data.store import Arrays
 from bss_ray.errors import StorageError
-from bss_ray.storage import sync_folder, write_local
+from bss_ray.storage.local import sync_folder, write_local
 
 # A data set is not removed for so long after its last use: processes of a new run may be about to open it.
 _IDLE_S = 3600.0

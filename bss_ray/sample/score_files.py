@@ -21,7 +21,7 @@ import numpy as np
 
 from bss_ray.errors import CheckpointError, StorageError
 from bss_ray.sample.state import COMING_COLUMNS, STATE_COLUMNS, ComingMeasures, PartState
-from bss_ray.storage import write_local
+from bss_ray.storage.local import write_local
 
 # Prefix of the arrays of measures that are not yet published.
 _COMING = "coming_"

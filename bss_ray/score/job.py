@@ -19,7 +19,6 @@ from bss_ray.data.shards import Feature
 from bss_ray.data.sources import files_key, load_splits, parquet_paths
 from bss_ray.errors import CheckpointError, DataError, StorageError
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.probe import check_storage
 from bss_ray.score.config import Job
 from bss_ray.score.first_pass import Pass, PieceReport, measure_rows
 from bss_ray.score.measuring import kept_notice
@@ -28,6 +27,7 @@ from bss_ray.score.pool import Room, get
 from bss_ray.score.second_pass import SecondPass, score_rows
 from bss_ray.score.units import Unit, known_features, parquet_units, shard_units
 from bss_ray.storage import StoragePath
+from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.scores import roc_areas
 

@@ -21,11 +21,11 @@ from bss_ray.data.store import StoreConfig
 from bss_ray.errors import ConfigError, DataError, StorageError, nearest
 from bss_ray.measure.forward import to_tensors
 from bss_ray.measure.measurer import Measurer
-from bss_ray.probe import check_storage
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.storage import absolute
+from bss_ray.storage.probe import check_storage
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.events import Events
 from bss_ray.train.folder import RunFolder

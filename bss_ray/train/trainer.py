@@ -21,7 +21,6 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.probe import check_storage
 from bss_ray.sample.actors import SavedScores, StartedHolders, start_coordinator, start_holders, start_scorers
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.local import start_here
@@ -30,6 +29,7 @@ from bss_ray.sample.plan import Tail
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.storage import StoragePath
+from bss_ray.storage.probe import check_storage
 from bss_ray.train.elastic import RankTrainer
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.lost_shards import AwaitLostShards

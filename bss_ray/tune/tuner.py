@@ -16,7 +16,7 @@ import ray.tune
 import yaml
 
 from bss_ray.errors import ConfigError, SearchError
-from bss_ray.probe import check_storage
+from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import columns_of, load_shards, train_scaling
 from bss_ray.train.supervise import OnMessage

@@ -20,8 +20,8 @@ from ray.cluster_utils import Cluster
 
 import bss_ray
 from bss_ray.errors import StorageError
-from bss_ray.probe import check_storage
 from bss_ray.storage import StoragePath
+from bss_ray.storage.probe import check_storage
 from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]

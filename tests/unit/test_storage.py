@@ -15,7 +15,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from bss_ray.errors import ConfigError, StorageError
-from bss_ray.storage import StoragePath, absolute, hidden, in_time
+from bss_ray.storage import StoragePath, absolute, hidden
+from bss_ray.storage.path import in_time
 from bss_ray.train.events import Events
 from bss_ray.train.folder import RunFolder
 
@@ -134,8 +135,10 @@ class TestNames:
             assert hidden(uri) == uri
 
     def test_unknown_kinds_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match="s3x://bucket names no file system that is known here"):
-            StoragePath.of("s3x://bucket")
+        with pytest.raises(ConfigError, match="names no file system that is known here") as caught:
+            StoragePath.of("s3x://key:word@bucket")
+        assert "s3x://key:***@bucket" in str(caught.value)
+        assert "word" not in str(caught.value)
 
 
 class TestErrors:

@@ -1,9 +1,4 @@
-"""Files of a run, wherever its `storage_path` is: on a disk, a shared file system, or an object store.
-
-A place is named as Ray Train names it: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes, such as
-`s3://bucket/runs`, `s3://bucket/runs?endpoint_override=host:9000&scheme=http`, `gs://bucket/runs`,
-`abfs://container@account.dfs.core.windows.net/runs`, or `fsspec+NAME://...` for what fsspec knows.
-"""
+"""A file or folder on any file system."""
 
 from __future__ import annotations
 
@@ -12,19 +7,20 @@ import fnmatch
 import io
 import os
 import posixpath
-import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from bss_ray.errors import ConfigError, StorageError
+from bss_ray.storage.local import Write, write_local
+from bss_ray.storage.uri import child, hidden, is_uri, parent
 
 # File systems on which a file appears at once when it is complete: nothing has to be renamed, and renaming is copying.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"})
@@ -33,7 +29,6 @@ _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "ad
 _LIMIT_S = 60.0
 
 _T = TypeVar("_T")
-Write = Callable[[BinaryIO], object]
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,15 +69,15 @@ class StoragePath:
             system, path = in_time(lambda: pyarrow.fs.FileSystem.from_uri(name), hidden(name))
         except (ValueError, ImportError) as error:
             raise ConfigError(
-                f"{hidden(name)} names no file system that is known here ({error}). Take a path, s3://, gs:// or "
-                "abfs://, or fsspec+NAME:// with the package for it installed"
+                f"{hidden(name)} names no file system that is known here ({_line(error)}). Take a path, s3://, gs:// "
+                "or abfs://, or fsspec+NAME:// with the package for it installed"
             ) from error
         local = isinstance(system, pyarrow.fs.LocalFileSystem)
         return StoragePath(path if local else name, system, path)
 
     def __truediv__(self, name: str) -> StoragePath:
         """What has this name in the folder."""
-        return replace(self, uri=_child(self.uri, name), path=f"{self.path.rstrip('/')}/{name}")
+        return replace(self, uri=child(self.uri, name), path=f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
         return hidden(self.uri)
@@ -98,8 +93,7 @@ class StoragePath:
     @property
     def parent(self) -> StoragePath:
         """The folder that it is in."""
-        start, query = _cut_query(self.uri)
-        return replace(self, uri=posixpath.dirname(start.rstrip("/")) + query, path=posixpath.dirname(self.path))
+        return replace(self, uri=parent(self.uri), path=posixpath.dirname(self.path.rstrip("/")))
 
     @property
     def local(self) -> Path | None:
@@ -254,59 +248,20 @@ class StoragePath:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and done == "read":
                 raise
-            remedy = _LOCAL_REMEDY if self.local is not None else _REMOTE_REMEDY
+            remedy = _REMOTE_REMEDY if self.local is None else _LOCAL_REMEDIES[done]
             raise StorageError(f"{self} cannot be {done}: {error.strerror or _line(error)}. {remedy}") from error
 
 
-_LOCAL_REMEDY = "Free space on that disk, or choose another folder; what was saved before is untouched"
+_LOCAL_REMEDIES = {
+    "read": "Look at its permissions, and at the disk or server that it is on",
+    "written": "Free space on that disk, or choose another folder; what was saved before is untouched",
+    "removed": "Remove it by hand",
+}
 _REMOTE_REMEDY = (
     "Look whether the bucket is there, and give every process access to it: by the machine's own role, or in the "
     "environment that Ray starts in (for s3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY). Another endpoint is named in "
     "the URI: ?endpoint_override=HOST:PORT&scheme=http"
 )
-
-
-def is_uri(place: str) -> bool:
-    """Whether this is a URI and not a path."""
-    return "://" in place
-
-
-def absolute(place: str) -> str:
-    """A path that means the same in another working directory; a URI as it is."""
-    return place if is_uri(place) else str(Path(place).absolute())
-
-
-def hidden(uri: str) -> str:
-    """A URI without the password in it."""
-    return re.sub(r"(://[^/@:\s]+):[^/@\s]+@", r"\1:***@", uri)
-
-
-def write_local(path: Path, write: Write) -> None:
-    """Let `write` fill a local file that is there whole or not at all; an older one stays until then.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w+b") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)  # a rename is an entry of the folder
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names down to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def in_time(work: Callable[[], _T], place: str, limit_s: float = _LIMIT_S) -> _T:
@@ -342,19 +297,6 @@ def in_time(work: Callable[[], _T], place: str, limit_s: float = _LIMIT_S) -> _T
 # ---- parts ------------------------------------------------------------------------------------
 
 
-def _cut_query(uri: str) -> tuple[str, str]:
-    """A URI up to its options, and these with their question mark; a path may hold question marks."""
-    if not is_uri(uri):
-        return uri, ""
-    start, mark, query = uri.partition("?")
-    return start, mark + query
-
-
-def _child(uri: str, name: str) -> str:
-    start, query = _cut_query(uri)
-    return f"{start.rstrip('/')}/{name}{query}"
-
-
 def _local(system: pyarrow.fs.FileSystem, path: str) -> Path | None:
     if isinstance(system, pyarrow.fs.LocalFileSystem):
         return Path(path)
@@ -375,4 +317,4 @@ def _is_object_store(system: pyarrow.fs.FileSystem) -> bool:
 def _line(error: BaseException) -> str:
     """The first line of an error."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return hidden(lines[0].rstrip("."))

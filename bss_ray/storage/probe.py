@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.errors import StorageError
-from bss_ray.storage import StoragePath, is_uri
+from bss_ray.storage import StoragePath
 
 # For all nodes together. Starting a process takes seconds; a mount whose server is gone keeps it for ever.
 _LIMIT_S = 120.0
@@ -106,6 +106,6 @@ def _appears(file: StoragePath) -> bool:
 
 
 def _remedy(folder: StoragePath) -> str:
-    if is_uri(folder.uri):
+    if folder.local is None:
         return "Give these nodes access: by the machine's own role, or in the environment that Ray starts in on them"
     return "Mount one file system there on all nodes, or give a URI that all of them reach: --storage_path s3://bucket/runs"

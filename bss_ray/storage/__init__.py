@@ -1,0 +1,11 @@
+"""Files of a run, wherever its `storage_path` is: on a disk, a shared file system, or an object store.
+
+A place is named as Ray Train names it: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes, such as
+`s3://bucket/runs`, `s3://bucket/runs?endpoint_override=host:9000&scheme=http`, `gs://bucket/runs`,
+`abfs://container@account.dfs.core.windows.net/runs`, or `fsspec+NAME://...` for what fsspec knows.
+"""
+
+from bss_ray.storage.path import StoragePath as StoragePath
+from bss_ray.storage.uri import absolute as absolute
+from bss_ray.storage.uri import hidden as hidden
+from bss_ray.storage.uri import is_uri as is_uri
