@@ -8,6 +8,8 @@ import signal
 import threading
 from typing import Any, NoReturn
 
+from bss_ray.logs import ray_logging
+
 STOPPED = 130  # what shells expect after ctrl-C
 
 
@@ -31,7 +33,11 @@ def start_ray(config: Any, display: Any) -> None:
         log_to_driver=config.verbose,
         logging_level=level,
         **({} if address else {"include_dashboard": False}),
+        **ray_logging(config.log_format),
     )
+    if config.log_format == "json":  # which turns all of this process's loggers up as well
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("ray").setLevel(level)
     ray.data.DataContext.get_current().enable_progress_bars = config.verbose
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(level)

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bss_ray.report.lines import JsonLines
 from bss_ray.report.whereabouts import placement_lines, placement_table
 from bss_ray.storage import StoragePath
+
+# Columns of what is printed off a terminal, where nobody can make the window wider.
+_PLAIN_WIDTH = 160
 
 # Metrics that are shares, and shown in per cent; a regression's are plain numbers.
 _SHARES = ("accuracy", "map", "f1")
 # What an epoch's line shows of each head: whichever of them there is.
 _PREFIXES = ("val_accuracy_", "val_r2_")
+
+
+class Shown(Protocol):
+    """What commands ask of a display."""
+
+    def __enter__(self) -> Shown: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None: ...
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
+    def status(self, text: str) -> None:
+        """What is being done now."""
+        ...
+
+    def on_message(self, message: Mapping[str, Any]) -> None:
+        """A message of the run, job or search."""
+        ...
+
+    def show(self, result: Mapping[str, Any], folder: Any) -> None:
+        """The end."""
+        ...
+
+
+def open_display(log_format: str, run: str, for_people: Callable[[Console], Shown]) -> Shown:
+    """The display of a command.
+
+    Args:
+        log_format: `auto`, `rich`, `plain` or `json`.
+        run: name of the run, job or search.
+        for_people: makes the display of the command for a terminal, or for a log that people read.
+    """
+    if log_format == "json":
+        return JsonLines(run)
+    # Not Rich's own guess: variables such as FORCE_COLOR would put cursor tricks into a job's log.
+    terminal = log_format == "rich" or (log_format == "auto" and sys.stdout.isatty())
+    width = None if terminal else _PLAIN_WIDTH
+    return for_people(Console(highlight=False, soft_wrap=True, force_terminal=terminal, width=width))
 
 
 class Display:
@@ -49,6 +94,10 @@ class Display:
 
     def __exit__(self, *_error: object) -> None:
         self._progress.stop()
+
+    def show(self, result: Mapping[str, Any], folder: Any) -> None:
+        """The end of a run."""
+        self.console.print(result_table(result, folder))
 
     def say(self, text: str) -> None:
         """A line that stays."""

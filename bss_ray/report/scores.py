@@ -32,6 +32,10 @@ class ScoreDisplay(Display):
         super().__init__(console)
         self._last_line = time.monotonic()
 
+    def show(self, result: Mapping[str, Any], folder: Any) -> None:
+        """The end of a job."""
+        print_summary(self.console, result, folder)
+
     def on_message(self, message: Mapping[str, Any]) -> None:
         """A message of the job (see `bss_ray.score.job.score`)."""
         if message["kind"] != "rows":

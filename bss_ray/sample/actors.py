@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import BssRayError
+from bss_ray.logs import RunLogger
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.sample.board import Board
@@ -28,6 +29,7 @@ from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.memory import keep_freed_memory
 from bss_ray.sample.plan import Plan, Tail
 from bss_ray.sample.pool import ScorerPool, ScoringFailedError, ShardReport
+from bss_ray.sample.profiling import SCORING, recorded
 from bss_ray.sample.scorer import Scorer
 from bss_ray.sample.scoring import BadRows, Scoring
 from bss_ray.sample.state import Delivery, LostStateError, PartState
@@ -52,6 +54,7 @@ class ScoringJob:
         version: that the scores are to become.
         attempt: of the ranks, see `Coordinator.attempt`.
         bad_rows: what is done with rows whose outputs are not finite.
+        profiled: shard whose measuring is profiled; -1: none.
     """
 
     model: Any
@@ -60,6 +63,7 @@ class ScoringJob:
     version: int
     attempt: str
     bad_rows: BadRows = "error"
+    profiled: int = -1
 
 
 class SavedScores(Protocol):
@@ -166,6 +170,7 @@ class ScorerActor(_Named):
     ) -> None:
         set_wait_limit(wait_limit_s)
         keep_freed_memory()
+        self._log = RunLogger(role="scorer")
         device = "cuda" if scoring.gpus_per_scorer > 0 else "cpu"
         self._scorer = Scorer(measurer, label, forward=scoring.forward, device=device)
         self._holders = holders
@@ -187,10 +192,16 @@ class ScorerActor(_Named):
         job = self._take(job_ref[0])
         arrays, shards = job.shards.read(shard), job.shards
         columns = {name: arrays[name] for name in shards.features}
-        found = self._scorer.measure(columns, shards.parts[shard].first_row)
+        with recorded(SCORING, self._post) if shard == job.profiled else contextlib.nullcontext():
+            found = self._scorer.measure(columns, shards.parts[shard].first_row)
         delivery = Delivery.of(found.rows, found.similarity, found.information).sound()
         self._holders.deliver(delivery, epoch=job.epoch, version=job.version, attempt=job.attempt)
+        self._log.at(epoch=job.epoch, version=job.version).info("measured shard %d: %d rows", shard, len(found.rows))
         return ShardReport(len(found.rows), found.problems, found.notices)
+
+    def _post(self, message: dict[str, Any]) -> None:
+        """Put a message on the run's board."""
+        ray.get_actor(_sibling(self._holders, "coordinator")).board.remote("post", message)
 
     def _take(self, ref: Any) -> ScoringJob:
         if self._job is None or ref != self._ref:
@@ -235,6 +246,7 @@ class CoordinatorActor(_Named):
         self._running: Future[_Measured] | None = None
         self._windows: collections.OrderedDict[_WindowKey, Future[Any]] = collections.OrderedDict()
         self._board = Board(Gauges(run).take)
+        self._log = RunLogger(role="coordinator", run=run)
 
     def reset(self) -> str:
         """`Coordinator.reset`; returns the new attempt."""
@@ -249,7 +261,9 @@ class CoordinatorActor(_Named):
         self._forget_windows()
         self._running = None  # what an earlier attempt has begun: its deliveries are refused
         self._do(method, *args)
-        return self._coordinator.attempt
+        attempt = self._coordinator.attempt
+        self._log.at(version=self._coordinator.version).info("%s: attempt %s of the ranks", method, attempt)
+        return attempt
 
     def start_scoring(self, job: ScoringJob) -> None:
         """Have all rows measured, beside whatever else is done; `finish_scoring` publishes."""
@@ -280,12 +294,15 @@ class CoordinatorActor(_Named):
         """`Coordinator.publish`."""
         self._forget_windows()
         publication: Publication = self._planner.submit(self._coordinator.publish, version, expected=expected).result()
+        outcome = publication.failure or f"{publication.measured} rows measured"
+        self._log.at(version=publication.version).info("publish %d: %s", version, outcome)
         return publication
 
     def plan(self, epoch: int, version: int, batch: int = 0) -> Plan:
         """The plan of `epoch`, drawn from score version `version`, for ranks that start at global batch `batch`."""
         self._check_version(version)
         plan: Plan = self._do("plan", epoch)
+        self._log.at(epoch=epoch, version=version).info("planned %d rows, asked for from batch %d", plan.rows, batch)
         if batch < plan.batches:
             self._window((version, epoch, plan.window_of(plan.span(batch)[0])))
         return plan

@@ -40,7 +40,8 @@ def score_command(argv: Sequence[str]) -> int:
     """`bss-ray score`; returns the exit code."""
     parser = score_parser()
     settings = parser.parse_args(list(argv))
-    from bss_ray.report.scores import ScoreDisplay, print_summary
+    from bss_ray.report.console import open_display
+    from bss_ray.report.scores import ScoreDisplay
     from bss_ray.score.config import MAY_CHANGE, ScoreConfig, resolve
     from bss_ray.score.job import SUMMARY_FILE, forget_beginning, score
     from bss_ray.train.folder import RunFolder
@@ -50,7 +51,7 @@ def score_command(argv: Sequence[str]) -> int:
     job = resolve(config, read_weights(config.checkpoint, config.storage_path))
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     resumed = folder.claim(job.to_yaml())
-    with ScoreDisplay() as display:
+    with open_display(config.log_format, config.name, ScoreDisplay) as display:
         display.say(f"job {folder.path}{' (goes on)' if resumed else ''}: {job.config.split} rows of {job.data}")
         display.say(f"weights: {job.weights.source}")
         summary = folder.result()
@@ -67,7 +68,7 @@ def score_command(argv: Sequence[str]) -> int:
                 return STOPPED
         else:
             display.say("this job is complete. Choose another --name for a new one")
-    print_summary(display.console, summary, folder.path)
+    display.show(summary, folder.path)
     return 0
 
 

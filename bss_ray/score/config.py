@@ -16,6 +16,7 @@ from bss_ray.data.shards import Feature
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS
 from bss_ray.errors import ConfigError, DataError, nearest
 from bss_ray.imports import import_name
+from bss_ray.logs import LogFormat, check_log_format
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
@@ -46,6 +47,7 @@ MAY_CHANGE = frozenset(
         "gpus_per_actor",
         "piece_rows",
         "ray_address",
+        "log_format",
         "verbose",
     }
 )
@@ -83,6 +85,8 @@ class ScoreConfig:
         name: of the job; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
+        log_format: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per line); `auto` is rich
+            on a terminal and plain elsewhere.
         verbose: show what Ray prints.
     """
 
@@ -110,10 +114,12 @@ class ScoreConfig:
     name: str = "scores"
     storage_path: str = "runs"
     ray_address: str | None = None
+    log_format: LogFormat = "auto"
     verbose: bool = False
 
     def __post_init__(self) -> None:
         _ = self.pool, self.forward  # they check their own settings
+        check_log_format(self.log_format)
         Accumulation(normalise=self.normalise, unpaired=self.unpaired)
         if self.split not in get_args(Split):
             raise ConfigError(f"unknown split {self.split!r}; {nearest(self.split, get_args(Split))}")

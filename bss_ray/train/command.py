@@ -22,9 +22,9 @@ def train_command(argv: Sequence[str]) -> int:
     folder = RunFolder(config.storage_path, config.name)
     resumed = folder.claim(resolved(parser, settings))
 
-    from bss_ray.report.console import Display, result_table
+    from bss_ray.report.console import Display, open_display
 
-    with Display() as display:
+    with open_display(config.log_format, config.name, Display) as display:
         display.say(
             f"run {folder.path}{' (goes on)' if resumed else ''}: {type(config.scheduler).__name__}, {config.data}"
         )
@@ -42,7 +42,7 @@ def train_command(argv: Sequence[str]) -> int:
                 return STOPPED
         else:
             display.say("this run is complete. Choose another --name for a new one")
-    display.console.print(result_table(result, folder.path))
+    display.show(result, folder.path)
     return 0
 
 

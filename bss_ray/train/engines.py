@@ -32,6 +32,7 @@ from bss_ray.sample.scorer import RowMeasures, Scorer, bad_row_problems, not_fin
 from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.state import Delivery
 from bss_ray.schedule.schedulers import Scheduler
+from bss_ray.train.profiling import Profiler
 from bss_ray.train.ranks import Ranks
 from bss_ray.wait import wait_for
 
@@ -54,6 +55,7 @@ class EngineContext:
         scoring: how and where.
         ranks: this rank among all.
         device: of this rank.
+        profiler: of this rank.
     """
 
     coordinator: Any
@@ -66,6 +68,7 @@ class EngineContext:
     scoring: Scoring
     ranks: Ranks
     device: torch.device
+    profiler: Profiler
 
 
 class Engine(abc.ABC):
@@ -150,6 +153,8 @@ class ActorsEngine(Engine):
             version=version + 1,
             attempt=context.attempt,
             bad_rows=context.scoring.bad_rows,
+            # The last: whoever gets it has most likely measured one before.
+            profiled=len(context.shards.parts) - 1 if context.profiler.takes_scoring() else -1,
         )
         wait_for(context.coordinator.start_scoring.remote(job), "the coordinator to start scoring")
 
@@ -224,7 +229,8 @@ class WorkersEngine(DeliveringEngine):
                 model=model,
             )
         started = time.perf_counter()
-        found = self._scorer.measure_batches(context.loader.rows(context.scoring.batch_size))
+        with context.profiler.scoring():
+            found = self._scorer.measure_batches(context.loader.rows(context.scoring.batch_size))
         self._deliver(epoch, version + 1, found, _AFTER_ALL_STEPS)
         return self._publish(version + 1, found, whole=True)._replace(seconds=time.perf_counter() - started)
 

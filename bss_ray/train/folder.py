@@ -33,6 +33,8 @@ _MAY_CHANGE = frozenset(
         "max_preemptions",
         "wait_limit_s",
         "store",
+        "log_format",
+        "profile",
         "verbose",
         "ray_address",
     }

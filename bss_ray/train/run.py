@@ -19,6 +19,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS, files_key, load_splits, parquet_paths
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import ConfigError, DataError, StorageError, nearest
+from bss_ray.logs import LogFormat, check_log_format
 from bss_ray.measure.forward import to_tensors
 from bss_ray.measure.measurer import Measurer
 from bss_ray.sample.plan import Tail
@@ -31,6 +32,7 @@ from bss_ray.train.events import Events
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
 from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
+from bss_ray.train.profiling import ProfileFolder
 from bss_ray.train.resources import Placement, check_resources, settle_engine
 from bss_ray.train.scores import roc_areas, write_scores
 from bss_ray.train.supervise import Message, OnMessage
@@ -78,6 +80,10 @@ class TrainConfig:
         name: of the run; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
+        log_format: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per line); `auto` is rich
+            on a terminal and plain elsewhere.
+        profile: record a training step, a scoring pass and a timeline of all processes in `profile/` of the run folder,
+            for chrome://tracing or Perfetto.
         verbose: show what Ray prints.
     """
 
@@ -108,9 +114,12 @@ class TrainConfig:
     name: str = "demo"
     storage_path: str = "runs"
     ray_address: str | None = None
+    log_format: LogFormat = "auto"
+    profile: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        check_log_format(self.log_format)
         if self.initial_scores is not None and self.initial_checkpoint is not None:
             raise ConfigError(
                 "initial_scores and initial_checkpoint both say what the first epoch is drawn from; give one of them"
@@ -153,7 +162,8 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
             checkpoint_score_order="min" if is_error(choose_by) else "max",
         )
 
-    with _recording(folder, on_message) as record:
+    profile = ProfileFolder(folder.path)
+    with _recording(folder, profile, on_message) as record:
         trainer = make_trainer(
             config,
             splits,
@@ -167,6 +177,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
                 ),
             ),
             wait_limit_s=config.wait_limit_s,
+            profile=config.profile,
             on_message=record,
         )
         outcome = trainer.fit()
@@ -184,6 +195,8 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     if last.manifest().position.version:
         write_scores(folder.path / "scores.parquet", last, splits["train"])
         result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits["train"].columns.extra)
+    if config.profile:
+        profile.finish()
     folder.write_result(result)
     return result
 
@@ -288,11 +301,13 @@ def _shards_made(split: str, on_message: OnMessage) -> Callable[[int, int], None
 
 
 @contextlib.contextmanager
-def _recording(folder: RunFolder, on_message: OnMessage) -> Iterator[OnMessage]:
-    """Writes each epoch to the run folder as it is reported, before it is passed on."""
+def _recording(folder: RunFolder, profile: ProfileFolder, on_message: OnMessage) -> Iterator[OnMessage]:
+    """Writes each epoch and each profile to the run folder as it is reported, before it is passed on."""
     with Events(folder.path / "tensorboard") as events:
 
         def record(message: Message) -> None:
+            if message["kind"] == "profile":
+                message = {"kind": "notice", "text": profile.take(message)}
             if message["kind"] == "epoch":
                 try:
                     events.add(message["row"])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
+from bss_ray.logs import RunLogger
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
@@ -44,6 +45,7 @@ from bss_ray.train.checkpoint import (
 )
 from bss_ray.train.engines import Engine, EngineContext, make_engine
 from bss_ray.train.observed import Observed, Sums
+from bss_ray.train.profiling import Profiler
 from bss_ray.train.session import Session, TrainSession
 from bss_ray.train.stops import Stopped, Stops, Wish
 from bss_ray.train.updates import ScoreUpdates
@@ -75,6 +77,8 @@ class SamplerContext:
     scoring: Scoring
     seed: int
     wait_limit_s: float = DEFAULT_LIMIT_S
+    run: str = "run"
+    profile: bool = False
     initial_scores: SavedScores | None = None
     session: Session = field(default_factory=TrainSession)
 
@@ -99,6 +103,7 @@ class Sampler:
         self._context = context
         self._ranks = context.session.ranks()
         self.rank = self._ranks.rank
+        self._logger = RunLogger(role="rank", run=context.run, rank=self.rank)
         self.shards = self._as_they_lie(context.train)
         nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
         self._loader, self._validation = self._make_loaders(nodes)
@@ -111,6 +116,8 @@ class Sampler:
         self._seconds = {"scoring": 0.0, "planning": 0.0, "training": 0.0}
         self._observed = Observed(self.device)
         self._model: nn.Module | None = None
+        self._profiler = Profiler(context.profile and self.rank == 0, self._post)
+        self._epochs = 0
         attempt, self._saved = self._restore_scores()
         self._engine = self._make_engine(attempt)
         self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._notice)
@@ -121,6 +128,7 @@ class Sampler:
         self._preempted = False
         self._post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
         self._post_placement(nodes)
+        self._log("goes on from a checkpoint" if self.resumed else "begins")
 
     def _as_they_lie(self, shards: Shards) -> Shards:
         """Shards on the nodes where they are in this attempt; the ranks must agree, for it decides who reads what."""
@@ -147,6 +155,7 @@ class Sampler:
                 scoring=context.scoring,
                 ranks=self._ranks,
                 device=self.device,
+                profiler=self._profiler,
             )
         )
 
@@ -215,6 +224,7 @@ class Sampler:
                 )
             self._update_scores(-1, model)
             self._context.session.scored_first(self._scores)
+        self._epochs = n
         while self._position.epoch < n:
             epoch = self._position.epoch
             self._ended = False
@@ -252,8 +262,10 @@ class Sampler:
         plan: Plan = wait_for(coordinator.plan.remote(epoch, at.version, at.batch), f"the plan of epoch {epoch}")
         self._warn(plan.warnings)
         order = Order(plan, self._window)
+        profiled = not self._context.scheduler.is_burn_in(epoch) or epoch + 1 == self._epochs
         self._plan = plan
         self._seconds["planning"] += time.perf_counter() - started
+        self._log("%d global batches of %d rows, from batch %d", plan.batches, plan.rows, at.batch)
         started = time.perf_counter()
         try:
             with contextlib.closing(self._loader.batches(plan, order, self._position.batch, transform)) as loaded:
@@ -264,7 +276,8 @@ class Sampler:
                     # Set before the batch is used: who saves in the loop's body has trained on it.
                     self._position = replace(self._position, batch=batch.number + 1)
                     self._post_progress(plan, batch.number, started)
-                    yield batch.tensors
+                    with self._profiler.step(plan, batch.number, due=profiled):
+                        yield batch.tensors
         finally:
             self._ended = True
             self._seconds["training"] += time.perf_counter() - started
@@ -452,6 +465,7 @@ class Sampler:
             # A rank without a file of its own reports without one, and still takes part in the barrier.
             checkpoint = ray.train.Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
             self._context.session.report(row, checkpoint)
+        self._log("saved a checkpoint for epoch %d, batch %d", position.epoch, position.batch)
 
     # ---- internals ----------------------------------------------------------------------------
 
@@ -565,6 +579,11 @@ class Sampler:
     def _notice(self, text: str) -> None:
         """Something that the user should read."""
         self._post({"kind": "notice", "text": text})
+
+    def _log(self, text: str, *args: object) -> None:
+        """For whoever reads this rank's log."""
+        at = self._position
+        self._logger.at(epoch=at.epoch, version=at.version).info(text, *args)
 
     def _post(self, message: dict[str, Any]) -> None:
         """Put a message on the board, with where training stands; rank 0 speaks for all."""

@@ -79,8 +79,9 @@ class BalancedTrainer:
         wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
             error.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
-        on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" |
-            "notice" | "placement" | "batch" | "epoch", ...}`; for progress displays. None logs the notices.
+        profile: record a training step and a scoring pass; they come as messages (see `bss_ray.sample.profiling`).
+        on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" | "notice" |
+            "placement" | "begin" | "batch" | "epoch" | "profile", ...}`; for progress displays. None logs the notices.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -109,6 +110,7 @@ class BalancedTrainer:
         spare_cpus: int | None = None,
         wait_for_nodes: bool = False,
         session: Session | None = None,
+        profile: bool = False,
         on_message: OnMessage | None = None,
     ) -> None:
         if isinstance(dataset, Shards):
@@ -136,6 +138,7 @@ class BalancedTrainer:
         if not wait_limit_s > 0:
             raise ConfigError(f"wait_limit_s must be positive; received {wait_limit_s}")
         self._wait_limit_s = wait_limit_s
+        self._profile = profile
         self._on_message = on_message or _log_notice
         self.train_shards: Shards | None = None
 
@@ -267,6 +270,8 @@ class BalancedTrainer:
             scoring=scoring,
             seed=self._seed,
             wait_limit_s=self._wait_limit_s,
+            run=of_plan["run"],
+            profile=self._profile,
             initial_scores=initial,
             session=self._session,
         ), actors

@@ -29,7 +29,7 @@ from bss_ray.train.run import TrainConfig
 
 # Say nothing about what is computed.
 _PLACED = (
-    *("name", "storage_path", "ray_address", "verbose", "store", "placement"),
+    *("name", "storage_path", "ray_address", "log_format", "profile", "verbose", "store", "placement"),
     *("num_workers", "use_gpu", "max_failures", "max_preemptions", "wait_limit_s"),
 )
 # Of a user's own scheduler nobody knows what acts when.

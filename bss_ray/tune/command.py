@@ -25,7 +25,10 @@ _DESCRIPTION = (
 )
 
 # Of the trial's own run: the search says where, and who looks on.
-_OF_THE_SEARCH = ("name", "storage_path", "ray_address", "verbose", "max_failures", "max_preemptions", "wait_limit_s")
+_OF_THE_SEARCH = (
+    *("name", "storage_path", "ray_address", "log_format", "profile", "verbose"),
+    *("max_failures", "max_preemptions", "wait_limit_s"),
+)
 
 # What may differ between two commands of one search.
 MAY_CHANGE = frozenset(
@@ -37,6 +40,7 @@ MAY_CHANGE = frozenset(
         "gpus_per_trial",
         "loggers",
         "ray_address",
+        "log_format",
         "verbose",
     }
 )
@@ -75,11 +79,12 @@ def tune_command(argv: Sequence[str]) -> int:
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE)
     resumed = folder.claim(text)
 
+    from bss_ray.report.console import open_display
     from bss_ray.report.search import SearchDisplay
     from bss_ray.tune.trials import TRIALS
     from bss_ray.tune.tuner import tune
 
-    with SearchDisplay(config) as display:
+    with open_display(config.log_format, config.name, lambda console: SearchDisplay(config, console)) as display:
         display.say(f"search {folder.path}{' (goes on)' if resumed else ''}: {config.space}, {config.train.data}")
         result = folder.result()
         if result is None or _wants_more(config, result):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from bss_ray.errors import ConfigError, nearest
+from bss_ray.logs import LogFormat
 from bss_ray.storage import hidden, is_uri
 from bss_ray.train.run import TrainConfig
 
@@ -88,6 +89,8 @@ class TuneConfig:
         name: of the search; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs and searches, on a file system that all nodes share; no URI.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
+        log_format: `rich` (colours and a moving table), `plain` (lines), `json` (a JSON object per line); `auto` is
+            rich on a terminal and plain elsewhere.
         verbose: show what Ray prints.
 
     Raises:
@@ -113,12 +116,14 @@ class TuneConfig:
     name: str = "tune"
     storage_path: str = "runs"
     ray_address: str | None = None
+    log_format: LogFormat = "auto"
     verbose: bool = False
 
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("algorithm", self.algorithm, get_args(Algorithm)),
             ("aggregate", self.aggregate, get_args(Aggregate)),
+            ("log_format", self.log_format, get_args(LogFormat)),
             *(("logger", logger, LOGGERS) for logger in self.trackers),
         ):
             if value not in choices:

@@ -23,6 +23,7 @@ from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.state import Ages, ComingMeasures, Delivery, LostStateError, PartState
 from bss_ray.schedule import Learning
 from bss_ray.train import engines
+from bss_ray.train.profiling import Profiler
 from bss_ray.train.ranks import Ranks
 
 ROWS = 12
@@ -477,6 +478,7 @@ class TestOnline:
             scoring=Scoring(engine="online", **scoring),
             ranks=Ranks(0, 1),
             device=torch.device("cpu"),
+            profiler=Profiler(False, pytest.fail),
         )
         return engines.OnlineEngine(context)  # type: ignore[arg-type]
 
