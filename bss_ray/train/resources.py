@@ -19,8 +19,8 @@ from bss_ray.train.placement import check_fit, place
 RANKS, SCORERS, HOLDERS, SPARE = "ranks", "scorers", "holders", "spare CPUs"
 
 _NO_CPU_LEFT = (
-    "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node could then not be made again; "
-    "leave a CPU (fewer ranks, placement.spare_cpus), or keep rows where no node is lost (store.kind=lance)"
+    "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node cannot be made again while they "
+    "do; leave a CPU (fewer ranks, placement.spare_cpus), or keep rows where none are lost (store.kind=lance)"
 )
 
 
@@ -35,7 +35,7 @@ class Placement:
             share of a GPU.
         cpus_per_rank: logical CPUs of a rank; null takes 1, and with GPUs none.
         spare_cpus: CPUs that ranks and scorers leave: rows in memory that are lost with a node are made again by tasks
-            of one CPU each, which wait for ever where there is none. null leaves 1 where there are several nodes.
+            of one CPU each, which wait where there is none. null leaves 1 where there are several nodes.
         wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
             error. Ray itself knows the limits of some autoscalers only (docs/placement.md).
         resize_interval_s: with `num_workers: [lo, hi]`, seconds between two looks at whether more ranks would fit. A

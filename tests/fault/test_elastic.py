@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from bss_ray import Scoring
 from bss_ray.errors import ResourceError
 from bss_ray.testing import Fault, Hang
 from bss_ray.train.resources import check_resources
-from tests.runs import Faults, make_shards, run
+from tests.runs import Faults, Outcome, make_shards, run
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(900)]
 
@@ -41,16 +41,9 @@ def cluster(no_ray_session: None) -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def change(cluster: Cluster, first: Any, joins: Fault, leaves: Fault) -> None:
-    """A node comes once a run hangs in its first epoch, and the first one is lost once it hangs again."""
-    wait_until(joins.happened)
-    cluster.add_node(**node_args("work"))
-    wait_until(leaves.happened)
-    cluster.remove_node(first, allow_graceful=False)
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    while not happened():
+def wait_for_fault(fault: Fault, running: Future[Outcome]) -> None:
+    while not fault.happened():
+        assert not running.done(), running.result()
         time.sleep(0.1)
 
 
@@ -80,23 +73,27 @@ def test_a_node_comes_and_another_goes(cluster: Cluster, tmp_path: Path, monkeyp
     joins, leaves = (
         Fault(Hang(3600), marker=tmp_path / name, epoch=epoch, batch=7) for name, epoch in (("joins", 0), ("leaves", 1))
     )
-    changes = threading.Thread(target=change, args=(cluster, first, joins, leaves), daemon=True)
-    changes.start()
     messages: list[dict[str, Any]] = []
-    elastic = run(
-        tmp_path / "elastic",
-        shards,
-        workers=(1, 2),
-        scaling={"label_selector": {"zone": "work"}, "elastic_resize_monitor_interval_s": 1},
-        scoring=SCORING,
-        failures=3,
-        checkpoint_every=3,
-        fault=Faults((joins, leaves)),
-        dropout=0.0,
-        on_message=lambda message: messages.append({**message, "at": time.monotonic()}),
-    )
-    assert joins.happened()
-    assert leaves.happened()
+    with ThreadPoolExecutor(1) as other_thread:
+        running = other_thread.submit(
+            run,
+            tmp_path / "elastic",
+            shards,
+            workers=(1, 2),
+            scaling={"label_selector": {"zone": "work"}, "elastic_resize_monitor_interval_s": 1},
+            scoring=SCORING,
+            failures=3,
+            checkpoint_every=3,
+            fault=Faults((joins, leaves)),
+            dropout=0.0,
+            on_message=messages.append,
+        )
+        wait_for_fault(joins, running)
+        cluster.add_node(**node_args("work"))
+        wait_for_fault(leaves, running)
+        cluster.remove_node(first, allow_graceful=False)
+        elastic = running.result()
+
     # With one rank, and nothing happens: the same global batches, those that were trained again included.
     undisturbed = run(tmp_path / "undisturbed", shards, workers=1, scoring=SCORING, dropout=0.0)
     trained = batches_by_world(tmp_path / "elastic" / "audit")
