@@ -6,12 +6,13 @@ that what all nodes hold together. Sums of resources would promise what no node 
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 # Ray counts resources in ten-thousandths.
@@ -77,15 +78,52 @@ class Group:
 
 def fits(nodes: Sequence[Node], groups: Sequence[Group], fixed: Fixed | None = None) -> bool:
     """Whether all processes can stand at the same time, those of `fixed` where it says."""
-    return tuple(group.count for group in groups) in _held(nodes, groups, fixed or {})
+    fixed = fixed or {}
+    if not _sums_suffice(nodes, groups):
+        return False
+    # Mostly there is room enough, and the first arrangement that comes to mind shows it.
+    return _first_fit(nodes, groups, fixed) or tuple(group.count for group in groups) in _held(nodes, groups, fixed)
 
 
 def most(nodes: Sequence[Node], groups: Sequence[Group], name: str) -> int:
     """How many processes of one group, up to its count, fit beside all of the others; -1: not even the others do."""
     index = [group.name for group in groups].index(name)
-    others = [group.count for group in groups if group.name != name]
-    counts = [held[index] for held in _held(nodes, groups, {}) if [*held[:index], *held[index + 1 :]] == others]
-    return max(counts, default=-1)
+
+    def too_many(count: int) -> bool:
+        asked = [*groups[:index], replace(groups[index], count=count), *groups[index + 1 :]]
+        return not fits(nodes, asked)
+
+    return bisect.bisect_left(range(groups[index].count + 1), True, key=too_many) - 1
+
+
+def _sums_suffice(nodes: Sequence[Node], groups: Sequence[Group]) -> bool:
+    asked, there = Counter[str](), Counter[str]()
+    for group in groups:
+        asked.update({name: group.count * amount for name, amount in _units(group.each)})
+    for node in nodes:
+        there.update({name: amount for name, amount in _units(node.resources) if name in asked})
+    return all(amount <= there[name] for name, amount in asked.items())
+
+
+def _first_fit(nodes: Sequence[Node], groups: Sequence[Group], fixed: Fixed) -> bool:
+    """Whether all fit if each group takes what it finds, first on nodes with the least of what it has no use for."""
+    rooms = [_room(node, groups) for node in nodes]
+    for group in groups:
+        left = group.count - sum(fixed.get(group.name, {}).values())
+        useless = {name for other in groups for name in other.each} - group.each.keys()
+        order = sorted(range(len(nodes)), key=lambda at: sum(nodes[at].resources.get(name, 0) for name in useless))
+        for at in order:
+            wanted = _wanted(nodes[at], group, fixed)
+            most_here = min(wanted.at_most, wanted.at_least + left)
+            smaller = _rooms(rooms[at], wanted.each, most_here)
+            numbers = list(wanted.numbers(len(smaller) - 1))
+            if not numbers:
+                return False
+            rooms[at] = smaller[numbers[-1]]
+            left -= numbers[-1] - wanted.at_least
+        if left:
+            return False
+    return True
 
 
 # ---- what nodes hold --------------------------------------------------------------------------
@@ -129,17 +167,24 @@ def _largest(counts: Iterable[Counts]) -> set[Counts]:
 
 def _node_counts(node: Node, groups: Sequence[Group], fixed: Fixed) -> frozenset[Counts]:
     """The largest counts that a node holds; none at all if it cannot hold what is fixed on it."""
-    wanted = tuple(
-        _Wanted(
-            each=_units({name: amount for name, amount in group.each.items() if amount}),
-            at_most=_at_most(node, group),
-            at_least=fixed.get(group.name, {}).get(node.id, 0),
-            all_or_none=group.count if group.together else 0,
-        )
-        for group in groups
-    )
+    room = tuple(sorted(_room(node, groups).items()))
+    return _counts(room, tuple(_wanted(node, group, fixed) for group in groups))
+
+
+def _room(node: Node, groups: Sequence[Group]) -> _Room:
+    """What an empty node has of what the groups take."""
     used = {name for group in groups for name in group.each}
-    return _counts(_units({name: amount for name, amount in node.resources.items() if name in used}), wanted)
+    amounts = _units({name: amount for name, amount in node.resources.items() if name in used})
+    return {name: (UNIT,) * (amount // UNIT) if name in DEVICES else (amount,) for name, amount in amounts}
+
+
+def _wanted(node: Node, group: Group, fixed: Fixed) -> _Wanted:
+    return _Wanted(
+        each=_units({name: amount for name, amount in group.each.items() if amount}),
+        at_most=_at_most(node, group),
+        at_least=fixed.get(group.name, {}).get(node.id, 0),
+        all_or_none=group.count if group.together else 0,
+    )
 
 
 def _at_most(node: Node, group: Group) -> int:
@@ -171,10 +216,9 @@ _Room = dict[str, tuple[int, ...]]
 
 
 @functools.lru_cache(maxsize=4096)  # clusters have few kinds of nodes, and each is looked at again and again
-def _counts(amounts: _Amounts, wanted: tuple[_Wanted, ...]) -> frozenset[Counts]:
-    """The largest counts in what a node has, taken in Ray's way and order."""
-    room = {name: (UNIT,) * (amount // UNIT) if name in DEVICES else (amount,) for name, amount in amounts}
-    return frozenset(_largest(_fill(room, wanted)))
+def _counts(room: tuple[tuple[str, tuple[int, ...]], ...], wanted: tuple[_Wanted, ...]) -> frozenset[Counts]:
+    """The largest counts in a room, taken in Ray's way and order."""
+    return frozenset(_largest(_fill(dict(room), wanted)))
 
 
 def _fill(room: _Room, wanted: Sequence[_Wanted]) -> list[Counts]:
@@ -182,13 +226,21 @@ def _fill(room: _Room, wanted: Sequence[_Wanted]) -> list[Counts]:
     if not wanted:
         return [()]
     first, *others = wanted
-    rooms = [room]  # that so many of the first group leave
-    while len(rooms) <= first.at_most and (left := _take(rooms[-1], first.each)) is not None:
-        rooms.append(left)
+    rooms = _rooms(room, first.each, first.at_most)
     numbers = list(first.numbers(len(rooms) - 1))
     if not (first.each and others):  # nobody needs what fewer of them would leave
         numbers = numbers[-1:]
     return [(number, *rest) for number in numbers for rest in _fill(rooms[number], others)]
+
+
+def _rooms(room: _Room, each: _Amounts, at_most: int) -> list[_Room]:
+    """What 0, 1, 2, ... processes leave, as far as they fit."""
+    if not each:
+        return [room] * (at_most + 1)
+    rooms = [room]
+    while len(rooms) <= at_most and (left := _take(rooms[-1], each)) is not None:
+        rooms.append(left)
+    return rooms
 
 
 def _take(room: _Room, each: _Amounts) -> _Room | None:

@@ -19,8 +19,8 @@ from bss_ray.train.placement import check_fit, place
 RANKS, SCORERS, HOLDERS, SPARE = "ranks", "scorers", "holders", "spare CPUs"
 
 _NO_CPU_LEFT = (
-    "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node cannot be made again while they "
-    "do; leave a CPU (fewer ranks, placement.spare_cpus), or keep rows where none are lost (store.kind=lance)"
+    "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node cannot be made again while "
+    "they do; leave a CPU (fewer ranks, placement.spare_cpus), or keep rows where none are lost (store.kind=lance)"
 )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bss_ray.train import packing
 from bss_ray.train.packing import Group, Node, fits, most
 from bss_ray.train.placement import place
 
@@ -65,7 +66,10 @@ def holds(nodes: Sequence[Node], groups: Sequence[Group], chosen: Sequence[Seque
 @settings(max_examples=300, deadline=None)
 def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[Group]]) -> None:
     nodes, groups = cluster
-    assert fits(nodes, groups) == any(True for _ in arrangements(nodes, groups))
+    some = any(True for _ in arrangements(nodes, groups))
+    assert fits(nodes, groups) == some
+    # The exact count alone, too, without the shorter ways to the same answer.
+    assert (tuple(group.count for group in groups) in packing._held(nodes, groups, {})) == some
     scorers, ranks = groups
     more = Group(name="ranks", count=4, each=ranks.each, selector=ranks.selector, apart=ranks.apart)
     seats = [

@@ -49,8 +49,8 @@ def scorers(count: int, **each: float) -> Group:
         (nodes(3, CPU=4), [scorers(3, CPU=3), ranks(9, CPU=2)], 0),  # a scorer on each node
         (nodes(3, CPU=4), [scorers(2, CPU=2), ranks(9, CPU=2)], 4),
         (nodes(3, CPU=4), [ranks(9, apart=True, CPU=1)], 3),
-        ([*nodes(2, CPU=3), node("big", CPU=5)], [ranks(5, together=True, CPU=1)], 5),
-        (nodes(2, CPU=4), [ranks(5, together=True, CPU=1)], 0),
+        ([*nodes(2, CPU=3), node("big", CPU=5)], [ranks(9, together=True, CPU=1)], 5),
+        (nodes(2, CPU=4), [ranks(5, together=True, CPU=1)], 4),
         ([node("a", CPU=2), node("b", {"zone": "b"}, CPU=3)], [ranks(9, {"zone": "b"}, CPU=1)], 3),
         (nodes(1, CPU=0), [scorers(4), ranks(9)], 9),  # nothing taken: they stand anywhere
         (nodes(1, CPU=1), [ranks(20, CPU=0.1)], 10),  # no rounding
@@ -89,7 +89,7 @@ def test_shares_of_a_gpu_are_of_one_gpu(gpus: int, scorer: float, rank: float, s
         ),
         (nodes(2, CPU=3), [ranks(3, CPU=2)], r"each of the ranks needs 2 CPU on one node, .* have room for 2 of 3"),
         (nodes(2, CPU=3), [ranks(3, CPU=1, apart=True)], "on one node, no two of them on one, .* room for 2 of 3"),
-        (nodes(2, CPU=3), [ranks(4, CPU=1, together=True)], "on one node, all of them on one, .* room for 0 of 4"),
+        (nodes(2, CPU=3), [ranks(4, CPU=1, together=True)], "on one node, all of them on one, .* room for 3 of 4"),
         (
             nodes(2, CPU=4),
             [scorers(2, CPU=3), ranks(1, CPU=2)],
