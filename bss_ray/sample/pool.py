@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,10 +91,13 @@ class ScorerPool:
     Args:
         scorers: the actors' names.
         restart_timeout_s: seconds to wait for a lost one to come back.
+        find: from a name to its handle; ValueError if Ray does not restart it any more.
     """
 
-    def __init__(self, scorers: Sequence[str], restart_timeout_s: float) -> None:
-        self._scorers = scorers
+    def __init__(
+        self, scorers: Sequence[str], restart_timeout_s: float, find: Callable[[str], Any] = ray.get_actor
+    ) -> None:
+        self._scorers, self._find = scorers, find
         self._timeout_s = restart_timeout_s
 
     def run(self, job: Any, homes: Sequence[str]) -> tuple[int, list[str]]:
@@ -111,7 +114,7 @@ class ScorerPool:
             ScoringFailedError: scorers were lost and did not come back.
             ModelOutputError: outputs are not finite, and that is an error.
         """
-        run = _Run(ShardQueue(homes), self._scorers, job, self._timeout_s)
+        run = _Run(ShardQueue(homes), self._scorers, job, self._timeout_s, self._find)
         run.loop()
         problems = sorted((p for report in run.reports for p in report.problems), key=lambda p: p.first_ids[0])
         if job.bad_rows == "error":
@@ -136,8 +139,10 @@ def kept_rows_notice(problems: Sequence[Problem]) -> str:
 class _Run:
     """One pass over all shards. A scorer is present, with or without a shard, or absent: starting, or lost."""
 
-    def __init__(self, queue: ShardQueue, scorers: Sequence[str], job: Any, timeout_s: float) -> None:
-        self._queue = queue
+    def __init__(
+        self, queue: ShardQueue, scorers: Sequence[str], job: Any, timeout_s: float, find: Callable[[str], Any]
+    ) -> None:
+        self._queue, self._find = queue, find
         self._actors: dict[str, Any] = {}
         self._job = ray.put(job)
         self._timeout_s = timeout_s
@@ -184,7 +189,7 @@ class _Run:
                 continue
             absence.next_question = now + _POLL_S
             try:
-                self._actors[name] = ray.get_actor(name)
+                self._actors[name] = self._find(name)
             except ValueError:  # Ray does not restart it any more
                 absence.deadline = now
             else:

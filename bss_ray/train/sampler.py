@@ -539,9 +539,9 @@ class Sampler:
             saved = f"saved at epoch {self._position.epoch}, batch {self._position.batch}"
         else:
             saved = "nothing saved: the train loop does not call sampler.restore(model=..., optimizer=...)"
+        self._notice(f"{'the run is to stop' if wish == 'stop' else 'a node is about to be taken away'}: {saved}")
         if wish == "stop":
-            raise Stopped(saved)
-        self._notice(f"a node is about to be taken away: {saved}")
+            raise Stopped
 
     def _post_progress(self, plan: Plan, batch: int, started: float) -> None:
         """Now and then, and at the end of an epoch: how far it is, and the rows since the last such message."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 from sklearn.metrics import roc_auc_score
 
 from bss_ray.names import CLOCKED
+from bss_ray.train.checkpoint import SavedCheckpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 
 EPOCHS = 4
-COMMAND = [sys.executable, "-m", "bss_ray.cli", "train", "--loop.epochs", str(EPOCHS), "--loop.checkpoint_every", "9"]
+COMMAND = [sys.executable, "-m", "bss_ray.cli", "train", "--loop.epochs", str(EPOCHS), "--loop.checkpoint_every", "40"]
+# Small batches, so that an epoch is long enough to be stopped in.
+COMMAND += ["--batch_size", "16"]
 # Starting several ranks takes 12 to 26 s, five times here; what several do is tested elsewhere.
 COMMAND += ["--num_workers", "1"]
 
@@ -113,6 +118,11 @@ def test_killed_then_stopped_then_finished_equals_undisturbed(undisturbed: tuple
     os.killpg(stopped.pid, signal.SIGINT)
     out, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 130, out
+    saved = re.search(r"the run is to stop: saved at epoch (\d+), batch (\d+)", out)
+    assert saved is not None, out
+    last = max(path for path in (tmp_path / "demo").glob("checkpoint_*") if path.is_dir())
+    position = SavedCheckpoint(ray.train.Checkpoint.from_directory(last)).manifest().position
+    assert (position.epoch, position.batch) == tuple(map(int, saved.groups()))
     assert "the same command goes on" in out.lower()
     assert not (tmp_path / "demo" / "result.json").exists()
     # And again, to the end: the same figures as a run that was never disturbed.
