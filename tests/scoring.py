@@ -42,7 +42,7 @@ class Recorder(nn.Module):
         self.log, self.pause, self.kill_at, self.kills = log, pause, kill_at, kills
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        rows = batch["row_id"].tolist()
+        rows = batch["row_id"].tolist() if "row_id" in batch else [-1]  # test rows have no ids
         if self.log and rows != [-1]:
             self._record(rows)
         logits = {name: self._logits(name, batch[name].float()) for name in self.heads}

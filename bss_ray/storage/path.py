@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.storage.local import Write, write_local
-from bss_ray.storage.uri import child, hidden, is_uri, parent
+from bss_ray.storage.uri import absolute, child, hidden, is_uri, parent
 
 # File systems on which a file appears at once when it is complete: nothing has to be renamed, and renaming is copying.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"})
@@ -63,7 +63,7 @@ class StoragePath:
         if system is not None:
             return StoragePath(name, system, name)
         if not is_uri(name):
-            name = str(Path(name).absolute())
+            name = absolute(name)
             return StoragePath(name, pyarrow.fs.LocalFileSystem(), name)
         try:
             system, path = in_time(lambda: pyarrow.fs.FileSystem.from_uri(name), hidden(name))
@@ -119,8 +119,12 @@ class StoragePath:
         return bool(self._kind() == pyarrow.fs.FileType.Directory)
 
     def _kind(self) -> Any:
-        with self._telling("read"):
+        def look() -> Any:
             return self.system.get_file_info(self.path).type
+
+        with self._telling("read"):
+            # In time, as the first question that many commands ask; a disk is asked often, and at once.
+            return look() if self.local is not None else in_time(look, str(self))
 
     def glob(self, pattern: str = "*") -> list[StoragePath]:
         """What is in the folder under such a name, sorted; nothing where there is no folder."""
@@ -243,20 +247,25 @@ class StoragePath:
         """Errors of the file system as errors that say what to do; a file that is not there is none of them."""
         try:
             yield
-        except StorageError:
+        except (StorageError, pa.ArrowInvalid):  # the latter is of what is in a file
             raise
-        except OSError as error:
+        except _FAULTS as error:
             if isinstance(error, FileNotFoundError) and done == "read":
                 raise
             remedy = _REMOTE_REMEDY if self.local is None else _LOCAL_REMEDIES[done]
-            raise StorageError(f"{self} cannot be {done}: {error.strerror or _line(error)}. {remedy}") from error
+            why = getattr(error, "strerror", None) or _line(error)
+            raise StorageError(f"{self} cannot be {done}: {why}. {remedy}") from error
 
+
+# Arrow's Azure client has errors that are none of the system's.
+_FAULTS = (OSError, pa.ArrowException)
 
 _LOCAL_REMEDIES = {
     "read": "Look at its permissions, and at the disk or server that it is on",
     "written": "Free space on that disk, or choose another folder; what was saved before is untouched",
     "removed": "Remove it by hand",
 }
+_SERVER_REMEDY = "Look whether its server can be reached from here, and whether there are credentials for it"
 _REMOTE_REMEDY = (
     "Look whether the bucket is there, and give every process access to it: by the machine's own role, or in the "
     "environment that Ray starts in (for s3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY). Another endpoint is named in "
@@ -285,9 +294,9 @@ def in_time(work: Callable[[], _T], place: str, limit_s: float = _LIMIT_S) -> _T
     thread.start()
     thread.join(limit_s)
     if not outcome:
-        raise StorageError(f"{place} has not answered within {limit_s:g} s. Look whether its server can be reached")
+        raise StorageError(f"{place} has not answered within {limit_s:g} s. {_SERVER_REMEDY}")
     found = outcome[0]
-    if isinstance(found, OSError) and not isinstance(found, StorageError):
+    if isinstance(found, _FAULTS) and not isinstance(found, (StorageError, ValueError)):
         raise StorageError(f"{place} cannot be opened: {_line(found)}. {_REMOTE_REMEDY}") from found
     if isinstance(found, BaseException):
         raise found

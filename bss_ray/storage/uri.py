@@ -13,8 +13,8 @@ def is_uri(place: str) -> bool:
 
 
 def absolute(place: str) -> str:
-    """A path that means the same in another working directory; a URI as it is."""
-    return place if is_uri(place) else str(Path(place).absolute())
+    """A path that means the same in another working folder and for another user; a URI as it is."""
+    return place if is_uri(place) else str(Path(place).expanduser().absolute())
 
 
 def hidden(uri: str) -> str:

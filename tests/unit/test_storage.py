@@ -128,6 +128,8 @@ class TestNames:
         assert StoragePath.of("runs?").local == tmp_path / "runs?"
         assert (StoragePath.of("runs?") / "a").uri == str(tmp_path / "runs?" / "a")
         assert absolute("a.pt") == str(tmp_path / "a.pt")
+        monkeypatch.setenv("HOME", "/home/me")
+        assert StoragePath.of("~/runs").path == "/home/me/runs"
         assert absolute("s3://bucket/a.pt") == "s3://bucket/a.pt"
 
     def test_what_has_no_password_is_shown_as_it_is(self) -> None:
