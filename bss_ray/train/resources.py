@@ -93,9 +93,12 @@ class Request:
 
     def seats(self, shards: Shards) -> dict[str, list[str]]:
         """Node of each holder and scorer: where the rows are, as far as all others still fit."""
-        rows: Counter[str] = Counter()
+        rows = Counter({node.id: 0 for node in self.nodes if node.there})
         for part in shards.parts:
-            rows[part.node] += part.rows
+            if part.node in rows:
+                rows[part.node] += part.rows
+        if not rows.total():  # all nodes read them alike; a head without CPUs is for other things
+            rows.update(node.id for node in self.nodes if node.there and node.resources.get("CPU"))
         actors = [group.name for group in self.groups if group.name in (HOLDERS, SCORERS)]
         return place(self.nodes, self.groups, dict.fromkeys(actors, rows))
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import ray
 import ray.train
+import yaml
 from ray.core.generated import autoscaler_pb2
 from rich.console import Console
 
+from bss_ray.data.shards import Shard
 from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.report.console import Display
 from bss_ray.report.whereabouts import placement_lines
 from bss_ray.sample.scoring import Scoring
+from bss_ray.settings import training_config
 from bss_ray.train import cluster
 from bss_ray.train.cluster import read_nodes
 from bss_ray.train.elastic import seats_of_ranks
 from bss_ray.train.packing import Group, Node, fits, matches, most
 from bss_ray.train.placement import check_fit, deal, place
-from bss_ray.train.resources import Placement, check_resources
+from bss_ray.train.resources import Placement, Request, check_resources
 from bss_ray.train.whereabouts import describe
+from bss_ray.tune.config import TuneConfig
 
 
 def node(name: str = "a", labels: dict[str, str] | None = None, **resources: float) -> Node:
@@ -140,9 +145,7 @@ def test_selectors_are_read_as_ray_reads_them(condition: str, values: set[str | 
 
 
 def test_places_follow_the_rows() -> None:
-    assert deal({"a": 60, "b": 30, "c": 10}, 4) == ["a", "a", "b", "c"] or deal({"a": 60, "b": 30, "c": 10}, 4) == [
-        "a", "a", "b", "b"
-    ]  # fmt: skip
+    assert deal({"a": 50, "b": 30, "c": 20}, 4) == ["a", "a", "b", "c"]  # 2, 1.2 and 0.8 of 4
     assert deal({"a": 2, "b": 1}, 3) == ["a", "a", "b"]
     assert deal({}, 2) == ["", ""]
     there = [node("head", CPU=4), *nodes(2, CPU=4)]
@@ -157,6 +160,25 @@ def test_scorers_make_way_for_ranks() -> None:
     assert seats == {"scorers": ["gpu", "cpu"]}
     assert fits(there, asked, {"scorers": {"gpu": 1, "cpu": 1}})
     assert not fits(there, asked, {"scorers": {"gpu": 2}})
+
+
+@dataclass
+class Parts:
+    """Of `Shards`, what placement looks at."""
+
+    parts: list[Shard]
+
+
+def test_actors_go_where_the_rows_are_and_else_where_cpus_are() -> None:
+    there = [node("head", CPU=0), *nodes(2, CPU=4)]
+    request = Request(there, [scorers(3), Group(name="holders", count=2, each={}), ranks(1, CPU=1)])
+
+    def seats(*rows_on: tuple[str, int]) -> dict[str, list[str]]:
+        return request.seats(Parts([Shard(0, rows, where) for where, rows in rows_on]))  # type: ignore[arg-type]
+
+    near = seats(("0", 10), ("1", 15), ("1", 15), ("gone", 999))
+    assert near == {"scorers": ["1", "1", "0"], "holders": ["1", "0"]}  # 0.75 and 2.25, 0.5 and 1.5
+    assert set(seats(("", 70))["scorers"]) == {"0", "1"}
 
 
 @pytest.mark.parametrize(
@@ -184,6 +206,18 @@ def test_a_placement_is_handed_to_ray_train() -> None:
     )
     assert scaling._resources_per_worker_not_none == {"CPU": 2, "GPU": 1, "accelerator_type:A100": 0.001}
     assert Placement().scaling(2, use_gpu=False)._resources_per_worker_not_none == {"CPU": 1}
+
+
+def test_ranks_from_a_file_of_settings() -> None:
+    config, text = training_config({"num_workers": [1, 4], "placement": {"ranks": "spread", "spare_cpus": 2}})
+    assert (config.num_workers, config.placement) == ((1, 4), Placement(ranks="spread", spare_cpus=2))
+    assert training_config(yaml.safe_load(text))[0] == config
+    assert training_config({"num_workers": 3})[0].num_workers == 3
+    for wrong in ([3, 1], [0, 2], 0):
+        with pytest.raises(ConfigError, match="num_workers must be at least 1, and of"):
+            training_config({"num_workers": wrong})
+    with pytest.raises(ConfigError, match="trials have a fixed number of ranks"):
+        TuneConfig(train=config)
 
 
 def test_elastic_ranks_leave_room_to_the_others_if_they_can() -> None:
