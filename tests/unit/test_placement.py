@@ -177,7 +177,7 @@ def test_actors_go_where_the_rows_are_and_else_where_cpus_are() -> None:
         return request.seats(Parts([Shard(0, rows, where) for where, rows in rows_on]))  # type: ignore[arg-type]
 
     near = seats(("0", 10), ("1", 15), ("1", 15), ("gone", 999))
-    assert near == {"scorers": ["1", "1", "0"], "holders": ["1", "0"]}  # 0.75 and 2.25, 0.5 and 1.5
+    assert near == {"scorers": ["1", "1", "0"], "holders": ["0", "1"]}  # 2.25 and 0.75, 1.5 and 0.5
     assert set(seats(("", 70))["scorers"]) == {"0", "1"}
 
 
