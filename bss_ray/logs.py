@@ -33,16 +33,16 @@ def ray_logging(log_format: str) -> dict[str, Any]:
 
 
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
-    """The logger `bss_ray` in a process of a run. Its records have attributes that say where they come from.
+    """The logger `bss_ray` in a process of a run. Its records say where they come from: `epoch`, `version`, `rank`.
 
     Whoever formats them decides what becomes of those: Ray's JSON lines hold all of them.
 
     Args:
-        **place: such as `run` and `rank`.
+        **place: their values, None where there is none, and other attributes such as `run`.
     """
 
     def __init__(self, **place: Any) -> None:
-        super().__init__(logging.getLogger("bss_ray"), place)
+        super().__init__(logging.getLogger("bss_ray"), {"epoch": None, "version": None, "rank": None, **place})
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         return msg, {**kwargs, "extra": {**(self.extra or {}), **kwargs.get("extra", {})}}

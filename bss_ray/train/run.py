@@ -146,6 +146,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     Raises:
         BssRayError: see `BalancedTrainer.fit`.
     """
+    profile = ProfileFolder(folder.path)
     scaling = train_scaling(config)
     where = config.placement
     check_resources(scaling, settle_engine(scaling, config.scoring)[0], where.spare_cpus, where.wait_for_nodes)
@@ -162,7 +163,6 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
             checkpoint_score_order="min" if is_error(choose_by) else "max",
         )
 
-    profile = ProfileFolder(folder.path)
     with _recording(folder, profile, on_message) as record:
         trainer = make_trainer(
             config,

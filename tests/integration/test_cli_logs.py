@@ -74,7 +74,7 @@ def test_logs_of_the_processes_are_json_with_epoch_version_rank_and_rays_ids(job
     by_role = {record["role"]: record for record in found}
     assert set(by_role) == {"rank", "scorer", "coordinator"}
     for record in by_role.values():
-        assert {"job_id", "worker_id", "node_id", "actor_id", "epoch", "version"} <= set(record)
+        assert {"job_id", "worker_id", "node_id", "actor_id", "epoch", "version", "rank"} <= set(record)
     assert (by_role["rank"]["rank"], by_role["rank"]["run"]) == (0, "demo")
     saved = [record["epoch"] for record in found if record["message"].startswith("saved a checkpoint")]
     assert sorted(saved) == list(range(EPOCHS))
