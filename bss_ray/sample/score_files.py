@@ -110,7 +110,7 @@ def read_scores(
 
     Args:
         files: all files of the manifest.
-        read: content of a file by name; an OSError where there is none.
+        read: content of a file by name; a FileNotFoundError where there is none.
         version: score version that the manifest names.
         start: first row id wanted.
         stop: row id behind the last one wanted.
@@ -125,7 +125,7 @@ def read_scores(
 def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> PartState:
     try:
         content = read(file.name)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"{file.name} cannot be read ({error})") from error
     found = digest(io.BytesIO(content))
     if found != file.digest:

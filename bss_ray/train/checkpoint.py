@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import ray.train
 import torch
 
 from bss_ray.errors import CheckpointError
 from bss_ray.sample.score_files import ScoreFile, digest, read_scores, write_file
 from bss_ray.sample.state import PartState
+from bss_ray.storage import StoragePath
 
 # 3: scores know the version in which a row was last measured, and measures of the next version belong to the state.
 FORMAT = 3
@@ -108,11 +108,12 @@ class SavedCheckpoint:
 
     Args:
         checkpoint: from `ray.train.get_checkpoint()` or a `Result`.
+
+    All that reads a file raises a StorageError where its file system does not answer, or refuses.
     """
 
     def __init__(self, checkpoint: ray.train.Checkpoint) -> None:
-        self._path: str = checkpoint.path
-        self._filesystem: pyarrow.fs.FileSystem = checkpoint.filesystem
+        self._path = StoragePath.of(checkpoint.path, checkpoint.filesystem)
         self._manifest: Manifest | None = None  # once read and checked: every other file is checked against it
 
     def manifest(self) -> Manifest:
@@ -191,7 +192,7 @@ class SavedCheckpoint:
         """Content of a file, if it has the digest that the manifest names."""
         try:
             content = self._content(file)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise self._damaged(file, error) from error
         if check:
             found, expected = _digest(content), self.manifest().digests.get(file)
@@ -200,9 +201,7 @@ class SavedCheckpoint:
         return content
 
     def _content(self, file: str) -> bytes:
-        with self._filesystem.open_input_stream(f"{self._path}/{file}") as stream:
-            content: bytes = stream.read()
-        return content
+        return (self._path / file).read_bytes()
 
     def _damaged(self, file: str, why: object) -> CheckpointError:
         return CheckpointError(f"checkpoint {self._path} is damaged: {file} cannot be used ({why}). {_MEND}")

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs
 import pytest
 import ray.train
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
-from bss_ray.errors import CheckpointError
+from bss_ray.errors import CheckpointError, StorageError
 from bss_ray.sample import score_files
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.score_files import write_scores
@@ -98,6 +100,22 @@ def test_damage_names_the_file(folder: Path, file: str, damage: str) -> None:
         (saved(folder).state("model"), saved(folder).scores(0, 17))
 
 
+class Refusing(LocalFileSystem):
+    """As one whose key has expired."""
+
+    protocol = "refusing"
+
+    def open(self, *args: object, **kwargs: object) -> None:
+        raise PermissionError("the key has expired")
+
+
+def test_a_file_system_that_refuses_is_no_damage(folder: Path) -> None:
+    refusing = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(Refusing()))
+    there = SavedCheckpoint(ray.train.Checkpoint(str(folder), refusing))
+    with pytest.raises(StorageError, match=r"manifest\.json cannot be read: the key has expired\. Look whether"):
+        there.manifest()
+
+
 def test_a_pickle_in_place_of_a_state_is_not_run(folder: Path) -> None:
     digests = write_states(folder, {"model": Path("/")})  # any object that is not plain data
     manifest = saved(folder).manifest()
@@ -160,6 +178,7 @@ from bss_ray.sample.holder import Holder
 from bss_ray.sample.score_files import write_scores
 from bss_ray.train.checkpoint import write_states
 import torch
+from fsspec.implementations.local import LocalFileSystem
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for write in (
