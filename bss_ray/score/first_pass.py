@@ -179,7 +179,6 @@ def marked(folder: StoragePath, piece: Piece) -> Iterator[None]:
         ResourceError: that has happened too often with this piece.
     """
     marks = _marks(folder)
-    marks.mkdir()
     deaths = len(marks.glob(f"{piece.first_row}-*"))
     if deaths >= _MAX_DEATHS:
         raise ResourceError(
@@ -196,7 +195,9 @@ def marked(folder: StoragePath, piece: Piece) -> Iterator[None]:
 
 def clear_marks(folder: StoragePath) -> None:
     """Forget the deaths of an earlier command: it may have been killed as a whole."""
-    _marks(folder).remove()
+    marks = _marks(folder)
+    marks.remove()
+    marks.mkdir()  # once, not for each piece: on an object store it is several requests
 
 
 def _marks(folder: StoragePath) -> StoragePath:

@@ -176,6 +176,7 @@ def test_a_job_that_fails_before_its_first_piece_leaves_its_name_free(tmp_path: 
 
 def test_rows_that_end_their_actors_are_not_tried_for_ever(tmp_path: Path) -> None:
     piece, other = Piece(64, 32), Piece(6, 4)
+    clear_marks(StoragePath.of(tmp_path))
     for _ in range(3):
         with marked(StoragePath.of(tmp_path), piece):  # leaves no mark: it ends well
             pass
