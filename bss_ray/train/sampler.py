@@ -7,12 +7,10 @@ publish scores and report. All ranks make the same calls.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import ray
 import ray.train
@@ -22,65 +20,23 @@ from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
-from bss_ray.logs import RunLogger
-from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
-from bss_ray.sample.actors import ActorHolders, SavedScores, StartedHolders
 from bss_ray.sample.coordinator import Review
 from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
-from bss_ray.sample.score_files import ScoreFile, write_scores
-from bss_ray.sample.scoring import Scoring
-from bss_ray.sample.state import PartState
-from bss_ray.schedule.schedulers import Scheduler
-from bss_ray.train.checkpoint import (
-    Manifest,
-    Position,
-    SavedCheckpoint,
-    write_manifest,
-    write_states,
-)
+from bss_ray.train.checkpoint import Position
+from bss_ray.train.context import SamplerContext, Stateful
 from bss_ray.train.engines import Engine, EngineContext, make_engine
 from bss_ray.train.observed import Observed, Sums
 from bss_ray.train.profiling import Profiler
-from bss_ray.train.session import Session, TrainSession
+from bss_ray.train.reporter import Reporter
+from bss_ray.train.saving import Saver
 from bss_ray.train.stops import Stopped, Stops, Wish
 from bss_ray.train.updates import ScoreUpdates
-from bss_ray.train.whereabouts import placement_message
-from bss_ray.wait import DEFAULT_LIMIT_S, wait_for
-
-# Messages about batches, at most one in so many seconds: the board is for people.
-_POST_INTERVAL_S = 0.5
-
-
-class Stateful(Protocol):
-    """Anything with a state that belongs into a checkpoint: optimiser, schedule, scaler, ..."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerContext:
-    """What the trainer sends to every rank."""
-
-    coordinator: Any
-    holders: StartedHolders
-    train: Shards
-    validation: Shards | None
-    scheduler: Scheduler
-    measurer: Measurer
-    scoring: Scoring
-    seed: int
-    wait_limit_s: float = DEFAULT_LIMIT_S
-    run: str = "run"
-    profile: bool = False
-    initial_scores: SavedScores | None = None
-    session: Session = field(default_factory=TrainSession)
+from bss_ray.wait import wait_for
 
 
 class Sampler:
@@ -103,32 +59,33 @@ class Sampler:
         self._context = context
         self._ranks = context.session.ranks()
         self.rank = self._ranks.rank
-        self._logger = RunLogger(role="rank", run=context.run, rank=self.rank)
+        self._say = Reporter(context, self.rank, lambda: self._position)
+        self._saver = Saver(context, self._ranks)
         self.shards = self._as_they_lie(context.train)
         nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
         self._loader, self._validation = self._make_loaders(nodes)
         self._plan: Plan | None = None
         self._ended = False
-        self._position = Position()
-        self._history: list[dict[str, Any]] = []
-        self._posted, self._new_rows = 0.0, 0
-        self._warned: set[str] = set()
         self._seconds = {"scoring": 0.0, "planning": 0.0, "training": 0.0}
         self._observed = Observed(self.device)
         self._model: nn.Module | None = None
-        self._profiler = Profiler(context.profile and self.rank == 0, self._post)
+        self._profiler = Profiler(context.profile and self.rank == 0, self._say.post)
         self._epochs = 0
-        attempt, self._saved = self._restore_scores()
-        self._engine = self._make_engine(attempt)
-        self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._notice)
+        begin = self._saver.restore()
+        self._position, self._saved = begin.position, begin.saved
+        self._history: list[dict[str, Any]] = [] if begin.manifest is None else begin.manifest.history
+        if begin.manifest is not None and self.rank == 0:  # sums over all ranks: one of them carries them on
+            self._observed.restore(begin.manifest.observed)
+        self._engine = self._make_engine(begin.attempt)
+        self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._say.notice)
         self.resumed = self._saved is not None
         self._restored = False
         self._stateful: dict[str, Stateful] = {}
         self._stops = Stops(self._ranks, self._stopping, self._taken_away)
         self._preempted = False
-        self._post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
-        self._post_placement(nodes)
-        self._log("goes on from a checkpoint" if self.resumed else "begins")
+        self._say.post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
+        self._say.placement(nodes)
+        self._say.log("goes on from a checkpoint" if self.resumed else "begins")
 
     def _as_they_lie(self, shards: Shards) -> Shards:
         """Shards on the nodes where they are in this attempt; the ranks must agree, for it decides who reads what."""
@@ -223,7 +180,7 @@ class Sampler:
                     "sampler.epochs(n, model=model), or set burn_in >= 1"
                 )
             self._update_scores(-1, model)
-            self._context.session.scored_first(self._scores)
+            self._context.session.scored_first(lambda: self._saver.scores(self._position.version))
         self._epochs = n
         while self._position.epoch < n:
             epoch = self._position.epoch
@@ -260,12 +217,12 @@ class Sampler:
         at = self._position
         coordinator = self._context.coordinator
         plan: Plan = wait_for(coordinator.plan.remote(epoch, at.version, at.batch), f"the plan of epoch {epoch}")
-        self._warn(plan.warnings)
+        self._say.warn(plan.warnings)
         order = Order(plan, self._window)
         profiled = not self._context.scheduler.is_burn_in(epoch) or epoch + 1 == self._epochs
         self._plan = plan
         self._seconds["planning"] += time.perf_counter() - started
-        self._log("%d global batches of %d rows, from batch %d", plan.batches, plan.rows, at.batch)
+        self._say.log("%d global batches of %d rows, from batch %d", plan.batches, plan.rows, at.batch)
         started = time.perf_counter()
         try:
             with contextlib.closing(self._loader.batches(plan, order, self._position.batch, transform)) as loaded:
@@ -275,7 +232,9 @@ class Sampler:
                     self.loss_scale = batch.loss_scale
                     # Set before the batch is used: who saves in the loop's body has trained on it.
                     self._position = replace(self._position, batch=batch.number + 1)
-                    self._post_progress(plan, batch.number, started)
+                    self._say.progress(
+                        plan, batch.number, waited_s=self._loader.waited, spent_s=time.perf_counter() - started
+                    )
                     with self._profiler.step(plan, batch.number, due=profiled):
                         yield batch.tensors
         finally:
@@ -366,7 +325,7 @@ class Sampler:
         review: Review = wait_for(
             self._context.coordinator.review.remote(epoch, plan.version), f"the review of epoch {epoch}"
         )
-        self._warn(review.warnings)
+        self._say.warn(review.warnings)
         self._model = model
         self._update_scores(epoch, model)
         row = {"epoch": epoch, **self._figures(plan), **self._score_figures(review)}
@@ -377,7 +336,7 @@ class Sampler:
         following = Position(epoch + 1, 0, self._position.version)
         self._save(row, following, Sums(), model, stateful)
         self._position = following
-        self._post({"kind": "epoch", "epoch": epoch, "row": row, "history": self._history})
+        self._say.post({"kind": "epoch", "epoch": epoch, "row": row, "history": self._history})
         return row
 
     def _save_unfinished(
@@ -424,7 +383,7 @@ class Sampler:
         """New scores after `epoch`, if they are due; errors as of `ScoreUpdates.after`."""
         started = time.perf_counter()
         if self._context.scheduler.scores_due_after(epoch):
-            self._post({"kind": "status", "text": "scoring"})
+            self._say.post({"kind": "status", "text": "scoring"})
         version = self._updates.after(epoch, self._position.version, model)
         self._position = replace(self._position, version=version)
         self._seconds["scoring"] += time.perf_counter() - started
@@ -437,79 +396,10 @@ class Sampler:
         model: nn.Module,
         stateful: dict[str, Stateful],
     ) -> None:
-        """Write this rank's share of a checkpoint and report it."""
-        with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
-            folder = Path(name)
-            self._ranks.barrier()  # all have handed over what belongs to the state
-            holders = self._parts()
-            written: list[ScoreFile] = []
-            for index in range(self._ranks.rank, len(holders), self._ranks.count):
-                parts = wait_for(holders[index], f"the scores of holder {index}")
-                written += write_scores(folder, index, position.version, parts)
-            everyones = self._ranks.gather(written)
-            if self._ranks.rank == 0:
-                states = {"model": unwrap_model(model), **stateful}
-                digests = write_states(folder, {name: part.state_dict() for name, part in states.items()})
-                manifest = Manifest(
-                    fingerprint=self.shards.fingerprint,
-                    seed=self._context.seed,
-                    rows=self.shards.rows,
-                    num_classes=self.shards.num_classes,
-                    position=position,
-                    history=self._history,
-                    observed=list(observed),
-                    digests=digests,
-                    scores=[file for own in everyones for file in own],
-                )
-                write_manifest(folder, manifest)
-            # A rank without a file of its own reports without one, and still takes part in the barrier.
-            checkpoint = ray.train.Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
-            self._context.session.report(row, checkpoint)
-        self._log("saved a checkpoint for epoch %d, batch %d", position.epoch, position.batch)
+        self._saver.save(row, position, self._history, observed, model, stateful)
+        self._say.log("saved a checkpoint for epoch %d, batch %d", position.epoch, position.batch)
 
     # ---- internals ----------------------------------------------------------------------------
-
-    def _scores(self) -> list[PartState]:
-        """Scores of all rows."""
-        return [part for parts in wait_for(self._parts(), "the scores of all holders") for part in parts]
-
-    def _parts(self) -> list[Any]:
-        """References to each holder's scores."""
-        version = self._position.version
-        parts: list[Any] = wait_for(
-            self._context.coordinator.parts.remote(version), f"the holders' scores of version {version}"
-        )
-        return parts
-
-    def _restore_scores(self) -> tuple[str, SavedCheckpoint | None]:
-        """Put all holders where the checkpoint stands (or at the start), and this rank with them.
-
-        Returns:
-            Name of this attempt, and the checkpoint.
-        """
-        checkpoint = self._context.session.checkpoint()
-        saved = None if checkpoint is None else SavedCheckpoint(checkpoint)
-        manifest = None
-        if saved is not None:
-            manifest = saved.manifest_for(fingerprint=self.shards.fingerprint, seed=self._context.seed)
-        coordinator, initial = self._context.coordinator, self._context.initial_scores
-        attempt = ""
-        if self._ranks.rank == 0:
-            if manifest is not None:
-                begun = coordinator.load.remote(saved, manifest.position.version)
-            elif initial is not None:
-                begun = coordinator.load.remote(initial, 1)
-            else:
-                begun = coordinator.reset.remote()
-            attempt = wait_for(begun, "the holders to stand where the checkpoint stands")
-        if manifest is not None:
-            self._position, self._history = manifest.position, manifest.history
-            if self._ranks.rank == 0:  # sums over all ranks: one of them carries them on
-                self._observed.restore(manifest.observed)
-        elif initial is not None:
-            self._position = Position(version=1)
-        # No rank may plan before the holders stand where the checkpoint stands.
-        return self._ranks.from_first(attempt), saved
 
     def _window(self, index: int) -> Any:
         what = f"window {index} of epoch {self.plan.epoch}"
@@ -539,57 +429,9 @@ class Sampler:
             saved = f"saved at epoch {self._position.epoch}, batch {self._position.batch}"
         else:
             saved = "nothing saved: the train loop does not call sampler.restore(model=..., optimizer=...)"
-        self._notice(f"{'the run is to stop' if wish == 'stop' else 'a node is about to be taken away'}: {saved}")
+        self._say.notice(f"{'the run is to stop' if wish == 'stop' else 'a node is about to be taken away'}: {saved}")
         if wish == "stop":
             raise Stopped
-
-    def _post_progress(self, plan: Plan, batch: int, started: float) -> None:
-        """Now and then, and at the end of an epoch: how far it is, and the rows since the last such message."""
-        start, stop = plan.span(batch)
-        self._new_rows += stop - start
-        now = time.perf_counter()
-        if batch + 1 < plan.batches and now - self._posted < _POST_INTERVAL_S:
-            return
-        stalled = round(self._loader.waited / (now - started), 4)
-        self._post(
-            {
-                "kind": "batch",
-                "batch": batch,
-                "batches": plan.batches,
-                "new_rows": self._new_rows,
-                "loader_stall_share": stalled,
-            }
-        )
-        self._posted, self._new_rows = now, 0
-
-    def _post_placement(self, rank_nodes: list[str]) -> None:
-        """What runs where, if there is more than this process."""
-        holders = self._context.holders
-        if self._ranks.rank == 0 and isinstance(holders, ActorHolders):
-            takes = ray.get_runtime_context().get_assigned_resources()
-            self._post(placement_message(holders.prefix, rank_nodes, takes))
-
-    def _warn(self, warnings: dict[str, str]) -> None:
-        """Tell the user of each kind of trouble once, not in every epoch."""
-        for name, text in warnings.items():
-            if name not in self._warned:
-                self._warned.add(name)
-                self._notice(f"Warning: {text}")
-
-    def _notice(self, text: str) -> None:
-        """Something that the user should read."""
-        self._post({"kind": "notice", "text": text})
-
-    def _log(self, text: str, *args: object) -> None:
-        """For whoever reads this rank's log."""
-        at = self._position
-        self._logger.at(epoch=at.epoch, version=at.version).info(text, *args)
-
-    def _post(self, message: dict[str, Any]) -> None:
-        """Put a message on the board, with where training stands; rank 0 speaks for all."""
-        if self._ranks.rank == 0:
-            where = {"epoch": self._position.epoch, "version": self._position.version, "rank": 0}
-            self._context.coordinator.board.remote("post", {**where, **message})
 
 
 _current: Sampler | None = None

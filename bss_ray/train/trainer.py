@@ -30,6 +30,7 @@ from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
+from bss_ray.train.context import SamplerContext
 from bss_ray.train.elastic import RankTrainer
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.lost_shards import AwaitLostShards
@@ -43,7 +44,7 @@ from bss_ray.train.resources import (
     scorer_options,
     settle_engine,
 )
-from bss_ray.train.sampler import Sampler, SamplerContext, set_sampler
+from bss_ray.train.sampler import Sampler, set_sampler
 from bss_ray.train.session import Session, TrainSession
 from bss_ray.train.stops import Stopped
 from bss_ray.train.supervise import BoardReader, Message, OnMessage, looking_on, signs_of_life, supervise
