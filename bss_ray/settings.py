@@ -41,6 +41,13 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
+        """`--verbose` alone is `--verbose true`."""
+        for action in self._actions:
+            if action.option_strings and str(getattr(action, "_typehint", None)) == "<class 'bool'>":
+                action.nargs, action.const = "?", True
+        return super().parse_args(args, *more, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())
         print(f"bss-ray: {text}{self._nearest(text)}\nFor all options: {self.prog} --help", file=sys.stderr)

@@ -87,5 +87,6 @@ class Reporter:
         """What runs where, if there is more than this process."""
         holders = self._context.holders
         if self._rank == 0 and isinstance(holders, ActorHolders):
-            takes = ray.get_runtime_context().get_assigned_resources()
+            here = ray.get_runtime_context()
+            takes = here.get_assigned_resources() if here.get_actor_id() else {}  # a driver that trains has none
             self.post(placement_message(holders.prefix, rank_nodes, takes))

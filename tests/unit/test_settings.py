@@ -129,3 +129,10 @@ class TestTrainingConfig:
         parser = train_parser(words)
         assert make(TrainConfig, instantiate(parser, parser.parse_args(words))) == config
         assert training_config(yaml.safe_load(text)) == (config, text)
+
+
+def test_a_switch_needs_no_value() -> None:
+    settings = train_parser([]).parse_args(["--profile", "--scoring.overlap", "--verbose", "false"])
+    assert (settings.profile, settings.scoring.overlap, settings.verbose) == (True, True, False)
+    with pytest.raises(SystemExit):
+        train_parser([]).parse_args(["--profile", "maybe"])
