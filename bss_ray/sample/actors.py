@@ -430,7 +430,9 @@ def _near(nodes: Sequence[str], index: int) -> dict[str, Any]:
     if not node:
         return {}
     # Without the spilling it would wait for ever for a node that others have filled.
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)}
+    strategy = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+    # A byte: Ray starts an actor that asks for no resource at all anywhere, whatever its strategy says.
+    return {"scheduling_strategy": strategy, "memory": 1}
 
 
 def scorer_names(holders: ActorHolders, scoring: Scoring) -> list[str]:
