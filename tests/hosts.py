@@ -105,6 +105,7 @@ class Cluster:
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_health_check_period_ms": "1000",  # a lost raylet is noticed after 5 s, not 15
             "SPT_NOENV": "1",  # else the titles of Ray's processes are written over their environment in /proc
             MARK: self.mark,

@@ -9,7 +9,7 @@ from ray._private.state import actors
 from ray.util import placement_group_table
 
 # Ray Data keeps these for all its later executions.
-_RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "DatasetManager"}
+_RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor", "DatasetManager"}
 
 
 def leftovers() -> list[str]:

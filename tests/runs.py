@@ -18,6 +18,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.names import CLOCKED
 from bss_ray.testing import Fault
+from bss_ray.wait import DEFAULT_LIMIT_S
 
 # The ranks do not know this module: send what it defines along with the loop.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -186,6 +187,7 @@ def run(
     failures: int = 0,
     placement: str = "PACK",
     batch_size: int = BATCH,
+    wait_limit_s: float = DEFAULT_LIMIT_S,
     **audit: object,
 ) -> Outcome:
     """Run `audited_loop` to its end."""
@@ -198,6 +200,7 @@ def run(
         scoring=scoring or bss_ray.Scoring(engine="actors", momentum=0.5),
         batch_size=batch_size,
         seed=SEED,
+        wait_limit_s=wait_limit_s,
         train_loop_config=Audit(folder / "audit", **audit),  # type: ignore[arg-type]
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, **{"placement_strategy": placement, **(scaling or {})}
