@@ -307,7 +307,7 @@ def commands() -> list[tuple[str, str]]:
     """Every `bss-ray`, `submit.sh` and `sbatch` command in the files, with the name of its file."""
     found = []
     for path in sorted(path for path in CLUSTER.rglob("*") if path.is_file()):
-        text = path.read_text().replace("\\\n", " ")
+        text = re.sub(r"\\\n#? *", "", path.read_text())  # of comments, too
         pattern = r"(?:bss-ray |submit\.sh [^\n`]*?|slurm\.sh )\b((?:train|score|tune) --[^\n`#|]*)"
         found += [(path.name, command.strip()) for command in re.findall(pattern, text)]
     return found
