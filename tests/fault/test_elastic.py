@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,7 +108,8 @@ def test_a_node_comes_and_another_goes(cluster: Cluster, tmp_path: Path, monkeyp
 
     # What ran where: one rank, two, one again; and the scorers have left the lost node.
     placed = [message for message in messages if message["kind"] == "placement"]
-    assert [sum(row["processes"].get("ranks", 0) for row in message["rows"]) for message in placed] == [1, 2, 1]
+    ranks = [sum(row["processes"].get("ranks", 0) for row in message["rows"]) for message in placed]
+    assert [number for number, _ in itertools.groupby(ranks)] == [1, 2, 1]
     scorers = [{row["node"]: row["processes"].get("scorers", 0) for row in message["rows"]} for message in placed]
     assert sum(scorers[0].values()) == sum(scorers[-1].values()) == 2
     lost = f"/{first.node_id[:6]}"
