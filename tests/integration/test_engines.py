@@ -1,6 +1,7 @@
 """Actors, workers and online: the same scores for the same weights, each at its own time."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 import bss_ray
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError
+from bss_ray.sample.profiling import SCORING, STEP
 from bss_ray.sample.scorer import Scorer
 from bss_ray.sample.state import PartState
+from bss_ray.storage import StoragePath
 from bss_ray.train.engines import ActorsEngine, OnlineEngine, WorkersEngine
+from bss_ray.train.profiling import ProfileFolder
 from bss_ray.train.sampler import Sampler
 from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
 
@@ -182,6 +186,29 @@ def test_online_without_observations_says_what_is_missing(shards: Shards, tmp_pa
     config = {"epochs": 2, "after": lambda *_: None, "observe": False}
     with pytest.raises(ConfigError, match=r"Call it in the loop"):
         fit(tmp_path, shards, online_loop, bss_ray.Scoring(engine="online"), train_loop_config=config)
+
+
+# ---- profiles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "files"), [("workers", [STEP, SCORING]), ("online", [STEP])])
+def test_a_rank_profiles_its_step_and_its_pass(engine: Any, files: list[str], shards: Shards, tmp_path: Path) -> None:
+    config = {"epochs": 3, "after": lambda *_: None}
+    scoring = bss_ray.Scoring(engine=engine)
+    messages = fit(tmp_path, shards, online_loop, scoring, train_loop_config=config, profile=True)
+    found = {message["file"]: message for message in messages if message["kind"] == "profile"}
+    assert sorted(found) == sorted(files)
+    for message in found.values():
+        events = json.loads(ray.get(message["trace"][0]))["traceEvents"]
+        operators = [event["name"] for event in events if event.get("cat") == "cpu_op"]
+        assert "aten::linear" in operators
+        assert "aten::" in message["summary"]
+    folder = ProfileFolder(StoragePath.of(str(tmp_path)))
+    for message in found.values():
+        assert folder.take(message) == f"wrote profile/{message['file']}"
+    folder.finish()
+    summary = (tmp_path / "profile" / "summary.txt").read_text()
+    assert ("no scoring pass: scoring.engine=online makes none" in summary) == (engine == "online")
 
 
 # ---- overlapped -----------------------------------------------------------------------------------
