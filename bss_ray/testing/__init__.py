@@ -21,6 +21,7 @@ _WHERE = {
     "GlobalSampler": "sampler",
     "Hang": "faults",
     "KillActor": "faults",
+    "KillController": "faults",
     "KillRank": "faults",
     "Raise": "faults",
     "SamplerContract": "sampler",
@@ -35,6 +36,7 @@ __all__ = [
     "GlobalSampler",
     "Hang",
     "KillActor",
+    "KillController",
     "KillRank",
     "Raise",
     "SamplerContract",
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bss_ray.testing.faults import Fault, FullDisk, Hang, KillActor, KillRank, Raise
+    from bss_ray.testing.faults import Fault, FullDisk, Hang, KillActor, KillController, KillRank, Raise
     from bss_ray.testing.sampler import GlobalSampler, SamplerContract, Setup, SlicedSampler
     from bss_ray.testing.store import StoreContract
 

@@ -77,14 +77,17 @@ class KillActor:
     role: str
 
     def __call__(self) -> None:
-        import ray  # a fault of a plain process does not need Ray
+        _kill_actor(_actor_of_this_run(self.role), self.role)
 
-        killed = _actor_of_this_run(self.role).__ray_call__.remote(_kill)
-        try:
-            ray.get(killed)
-        except ray.exceptions.RayActorError:
-            return
-        raise AssertionError(f"{self.role} answered, although it was killed")
+
+@dataclass(frozen=True)
+class KillController:
+    """Kill -9 Ray Train's controller; the ranks, which it has started, end with it."""
+
+    def __call__(self) -> None:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        _kill_actor(get_train_context().controller_actor, "the controller")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,16 @@ def _actor_of_this_run(role: str) -> Any:
     coordinator = get_sampler()._context.coordinator
     name: str = ray.get(coordinator.__ray_call__.remote(_own_name))
     return ray.get_actor(name.removesuffix("coordinator") + role)
+
+
+def _kill_actor(actor: Any, role: str) -> None:
+    import ray  # a fault of a plain process does not need Ray
+
+    try:
+        ray.get(actor.__ray_call__.remote(_kill))
+    except ray.exceptions.RayActorError:
+        return
+    raise AssertionError(f"{role} answered, although it was killed")
 
 
 def _own_name(_actor: Any) -> str | None:

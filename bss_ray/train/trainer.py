@@ -33,6 +33,7 @@ from bss_ray.storage.probe import check_storage
 from bss_ray.train.context import SamplerContext
 from bss_ray.train.elastic import RankTrainer
 from bss_ray.train.initial import ScoresFile
+from bss_ray.train.lost_controller import free_when_told
 from bss_ray.train.lost_shards import AwaitLostShards
 from bss_ray.train.packing import Group
 from bss_ray.train.resources import (
@@ -229,6 +230,7 @@ class BalancedTrainer:
             except ray.exceptions.RayActorError as error:
                 if 0 <= failures < attempt:
                     raise
+                free_when_told()
                 why = str(error).strip().splitlines()[0]
                 board.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
         raise AssertionError("unreachable")

@@ -2,14 +2,8 @@
 
 A trial that trains on several ranks runs a trainer of its own inside Ray Tune's trial process. If Tune stops the
 trial, that process ends within a fraction of a second. What it owns ends with it: the run's actors, Ray Train's
-controller, and with the controller the ranks. Two things do not:
-
-* The ranks' placement group. Ray keeps it, and the CPUs in it, until the driver's job ends.
-* A detached actor that Ray Train starts to remove the placement group of a dead controller. It asks the dashboard
-  whether the controller lives, so without a dashboard it does nothing, for ever.
-
-So a nested run has no such actor, and its placement group is removed by `free_nested`: by the trial's process as long
-as that lives, else by the driver (`FreeNested`). Both need nothing but Ray's tables of actors and placement groups.
+controller, and with the controller the ranks. Their placement group does not (`train/lost_controller.py`): it is
+removed by the trial's process as long as that lives, else by the driver (`FreeNested`).
 """
 
 from __future__ import annotations
@@ -19,24 +13,20 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import ray
 import ray.train
 import ray.tune
 from ray._private.state import state as ray_state
 from ray.core.generated import gcs_pb2
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2.api import data_parallel_trainer
 from ray.train.v2.api.callback import UserCallback
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from bss_ray.train.lost_controller import CONTROLLER, free_lost_groups
 from bss_ray.train.trainer import BalancedTrainer
 
 MakeTrainer = Callable[[list[UserCallback]], BalancedTrainer]
 OnReport = Callable[[dict[str, Any], str | None], None]
 
-_CONTROLLER = "TrainController"  # Ray Train's class
 _SWEEP_S = 1.0
 _STOP_S = 20.0
 
@@ -71,9 +61,7 @@ def _fit(trainer: BalancedTrainer, reports: Any, on_report: OnReport) -> ray.tra
 
     def fit() -> None:
         try:
-            # In place of the callback that starts the detached actor, one that does nothing.
-            with mock.patch.object(data_parallel_trainer, "PlacementGroupCleanerCallback", ControllerCallback):
-                outcome.append(trainer.fit())
+            outcome.append(trainer.fit())
         except BaseException as error:
             outcome.append(error)
         reports.hand_over.remote(None)
@@ -139,18 +127,11 @@ def free_nested() -> bool:
     Returns:
         Whether no run of another process of this job is left.
     """
+    free_lost_groups()
     context, tables = ray.get_runtime_context(), ray_state._connect_and_get_accessor()
-    job = ray.JobID.from_hex(context.get_job_id())
-    for entry in tables.get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
-        if group.creator_job_id != job.binary() or group.state == group.REMOVED or not group.creator_actor_dead:
-            continue
-        creator = tables.get_actor_info(ray.ActorID(group.creator_actor_id))
-        if creator is not None and gcs_pb2.ActorTableData.FromString(creator).class_name == _CONTROLLER:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-    own = bytes.fromhex(context.get_worker_id())
+    job, own = ray.JobID.from_hex(context.get_job_id()), bytes.fromhex(context.get_worker_id())
     actors = map(gcs_pb2.ActorTableData.FromString, tables.get_actor_table(job, "ALIVE"))
-    return all(actor.class_name != _CONTROLLER or actor.owner_address.worker_id == own for actor in actors)
+    return all(actor.class_name != CONTROLLER or actor.owner_address.worker_id == own for actor in actors)
 
 
 class FreeNested(ray.tune.Callback):  # type: ignore[misc]
