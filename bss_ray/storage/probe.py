@@ -36,7 +36,7 @@ def check_storage(folder: StoragePath) -> None:
     Raises:
         StorageError: a node cannot write, or does so elsewhere; names all such nodes, and why.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _alive()
     if len(nodes) == 1:
         folder.check_writable()
         return
@@ -54,13 +54,21 @@ def check_storage(folder: StoragePath) -> None:
 
 def _ask(nodes: list[dict[str, Any]], probe: StoragePath) -> list[str]:
     """What is wrong, a line for each node that has a problem."""
-    tasks = {_try_out.options(scheduling_strategy=_on(node)).remote(probe, node["NodeID"]): node for node in nodes}
-    _, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=_LIMIT_S)
+    tasks = [_try_out.options(scheduling_strategy=_on(node)).remote(probe, node["NodeID"]) for node in nodes]
+    _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_LIMIT_S)
     for task in late:
         ray.cancel(task, force=True)
-    no_answer = f"has not answered within {_LIMIT_S:g} s"
-    outcomes = [no_answer if task in late else _outcome(task, probe / node["NodeID"]) for task, node in tasks.items()]
-    return [f"{_named(node)} {why}" for node, why in zip(nodes, outcomes, strict=True) if why is not None]
+    still_there = {node["NodeID"] for node in _alive()}  # a node that has left meanwhile is no problem of the storage
+    problems = []
+    for node, task in zip(nodes, tasks, strict=True):
+        why = f"has not answered within {_LIMIT_S:g} s" if task in late else _outcome(task, probe / node["NodeID"])
+        if why is not None and node["NodeID"] in still_there:
+            problems.append(f"{_named(node)} {why}")
+    return problems
+
+
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
@@ -82,7 +90,7 @@ def _outcome(task: Any, file: StoragePath) -> str | None:
     return None if why is None else why.replace("{host}", socket.gethostname())
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, name="bss_ray.look_at_storage")
 def _try_out(probe: StoragePath, name: str) -> str | None:
     """On a node: look for the driver's file and write one. What is wrong, if anything is.
 

@@ -26,10 +26,18 @@ from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 
-# Another disk over `apart`, and one over `locked` that nothing can be written to.
-_MOUNT = (
-    'mount -t tmpfs apart "$0/apart" && mount --bind "$0/locked" "$0/locked" && mount -o remount,bind,ro "$0/locked"'
-)
+# Another disk over `apart`; `locked` takes no writes; what is written to `layered` goes to a layer of the node's own.
+_MOUNT = """
+set -e
+mount -t tmpfs apart "$0/apart"
+mount --bind "$0/locked" "$0/locked"
+mount -o remount,bind,ro "$0/locked"
+mount -t tmpfs layer "$0/layer"
+mkdir "$0/layer/upper" "$0/layer/work"
+if mount -t overlay -o lowerdir="$0/layered",upperdir="$0/layer/upper",workdir="$0/layer/work" layers "$0/layered"
+then touch "$0/has-layers"; fi
+exec "$@"
+"""
 
 
 def namespaces() -> bool:
@@ -46,7 +54,7 @@ def namespaces() -> bool:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("storage")
-    for name in ("shared", "apart", "locked"):
+    for name in ("shared", "apart", "locked", "layered", "layer"):
         (folder / name).mkdir()
     return folder
 
@@ -59,7 +67,7 @@ def node(folders: Path, no_ray_session: None) -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     words = ["-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--num-cpus=1", "--block"]
     second = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", f'{_MOUNT} && exec "$@"', str(folders), sys.executable, *words],
+        ["unshare", "-m", "sh", "-c", _MOUNT, str(folders), sys.executable, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -109,6 +117,20 @@ def test_a_node_that_cannot_write_is_named_with_the_cause(node: str, folders: Pa
     with pytest.raises(StorageError, match=rf"id {node}\) cannot write there: .*Read-only file system"):
         check_storage(StoragePath.of(folders / "locked"))
     assert os.listdir(folders / "locked") == []
+
+
+def test_a_node_whose_files_are_not_seen_is_named(node: str, folders: Path) -> None:
+    if not (folders / "has-layers").exists():
+        pytest.skip("no overlay over this file system")
+    with pytest.raises(StorageError, match=rf"id {node}\) writes where this process \(.+\) does not see it"):
+        check_storage(StoragePath.of(folders / "layered"))
+    assert os.listdir(folders / "layered") == []
+
+
+def test_a_node_that_does_not_answer_is_named(node: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bss_ray.storage.probe._LIMIT_S", 0)
+    with pytest.raises(StorageError, match=rf"id {node}\) has not answered within 0 s"):
+        check_storage(StoragePath.of(folders / "shared"))
 
 
 def loop() -> None:
