@@ -13,6 +13,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from tensorboardX.proto.event_pb2 import Event
 
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.storage import StoragePath, absolute, hidden
@@ -98,18 +99,32 @@ def test_the_run_folder_of_an_object_store(tmp_path: Path) -> None:
     assert run.claim("seed: 1")
     with pytest.raises(ConfigError, match=r"seed: 1 there, 2 now(.|\n)*with a copy of fsspec\+memory://.*/mine/config"):
         run.claim("seed: 2")
-    with Events(run.path / "tensorboard") as events:
-        events.add({"epoch": 0, "train_loss": 0.5, "never": float("nan")})
-        (file,) = (run.path / "tensorboard").glob("events.*")
-        first = len(file.read_bytes())
-        events.add({"epoch": 1, "train_loss": 0.25})
-        assert len(file.read_bytes()) > first > 0
     run.write_metrics([{"epoch": 0, "loss": 1.0}])
     assert (run.path / "metrics.csv").read_text() == "epoch,loss\r\n0,1.0\r\n"
     run.write_result({"chosen_epoch": 0})
     assert run.result() == {"chosen_epoch": 0}
     run.release()
     assert not run.claim("seed: 2"), "a run without checkpoints leaves its name free"
+
+
+def test_events_of_an_epoch_are_there_at_once(folder: StoragePath) -> None:
+    with Events(folder / "tensorboard") as events:
+        for epoch, loss in enumerate((0.5, 0.25)):
+            events.add({"epoch": epoch, "train_loss": loss, "never": float("nan"), "text": "none"})
+            assert read_events(folder / "tensorboard") == [(n, "train/loss", 0.5 / (n + 1)) for n in range(epoch + 1)]
+    assert len((folder / "tensorboard").glob()) == 1
+
+
+def read_events(folder: StoragePath) -> list[tuple[int, str, float]]:
+    """Step, tag and value of what is in the file of events, but for the epochs themselves."""
+    (file,) = folder.glob("events.out.tfevents.*")
+    content, found = file.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        length = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value if value.tag != "epoch"]
+        content = content[16 + length :]
+    return found
 
 
 class TestNames:
@@ -151,6 +166,22 @@ class TestErrors:
         with pytest.raises(StorageError, match=r"no\.txt cannot be written: No such file"):
             (StoragePath.of(tmp_path / "gone") / "no.txt").write_text("")
         assert os.listdir(tmp_path) == ["file"]
+
+    @pytest.mark.parametrize("error", [PermissionError("the key has expired"), pa.ArrowException("no token.\nMore")])
+    def test_of_a_store_that_refuses(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_args: object, **_options: object) -> None:
+            raise error
+
+        for name in ("info", "mkdir", "_open"):
+            monkeypatch.setattr(MemoryFileSystem, name, refuse)
+        place = StoragePath.of("fsspec+memory://mine")
+        for use, done in (
+            (place.exists, "opened"),
+            (place.mkdir, "written"),
+            (lambda: place.write_text(""), "written"),
+        ):
+            with pytest.raises(StorageError, match=f"memory://mine cannot be {done}: (the key|no token).* bucket is"):
+                use()
 
     def test_a_file_system_that_never_answers(self) -> None:
         never = threading.Event()
