@@ -9,7 +9,7 @@ from ray._private.state import actors
 from ray.util import placement_group_table
 
 # Ray Data keeps these for all its later executions.
-_RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor", "DatasetManager"}
+RAY_DATA = {"_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor", "DatasetManager"}
 
 
 def leftovers() -> list[str]:
@@ -17,7 +17,7 @@ def leftovers() -> list[str]:
     living = [
         f"{actor['ActorClassName']} {actor['Name']}"
         for actor in actors().values()
-        if actor["State"] != "DEAD" and actor["ActorClassName"] not in _RAY_DATA
+        if actor["State"] != "DEAD" and actor["ActorClassName"] not in RAY_DATA
     ]
     groups = [table for table in placement_group_table().values() if table["state"] != "REMOVED"]
     return living + [f"placement group {table['placement_group_id']} {table['state']}" for table in groups]

@@ -57,8 +57,8 @@ def children(parent: int) -> list[int]:
 
 
 def command_of(pid: int) -> list[str]:
-    """Its command line."""
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    """Its command line, or title."""
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
 
 
 def free_ports(count: int) -> list[int]:

@@ -237,9 +237,16 @@ class Sampler:
                     )
                     with self._profiler.step(plan, batch.number, due=profiled):
                         yield batch.tensors
+            self._share_buffers()
         finally:
             self._ended = True
             self._seconds["training"] += time.perf_counter() - started
+
+    def _share_buffers(self) -> None:
+        """Rank 0's running statistics on all ranks, as DDP shares them before a step: all measure the saved model."""
+        if self._model is not None and self._ranks.count > 1:
+            for buffer in unwrap_model(self._model).buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     @property
     def position(self) -> Position:
