@@ -18,7 +18,8 @@ from tests.leftovers import left_after
 from tests.namespaces import ENVIRONMENT, Network, network
 from tests.runs import ROWS, Outcome, make_spread_shards, run
 
-pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("no_ray_session")]
+# The hard limit of each test; quiet machines need a third of it.
+pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
 
 OUTAGE_S = 20.0
 # Ray's head gives a host up when five questions in turn were not answered within 8 s: after 40 s.
@@ -98,7 +99,7 @@ def test_a_cable_is_out_for_a_while(site: Site, tmp_path: Path) -> None:
     time.sleep(OUTAGE_S)
     assert driver.process.poll() is None, "it ended while the host could not be heard"
     site.network.plug_in(host)
-    check(driver, 150)
+    check(driver, 300)
 
 
 def test_two_hosts_do_not_hear_each_other(site: Site, tmp_path: Path) -> None:
@@ -109,10 +110,10 @@ def test_two_hosts_do_not_hear_each_other(site: Site, tmp_path: Path) -> None:
         driver.result(200)
     site.network.join(one, other)
     again = site.cluster.driver(train, tmp_path, in_the_middle(tmp_path), failures=0)
-    assert check(again, 150).resumed
+    assert check(again, 300).resumed
 
 
 def test_a_cable_stays_out(site: Site, tmp_path: Path) -> None:
     host = site.network.hosts[-1]
     driver = begin(site, tmp_path, lambda: site.network.unplug(host), failures=3)
-    assert check(driver, 220).resumed
+    assert check(driver, 400).resumed

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 
+from bss_ray.train.checkpoint import SavedCheckpoint
 from tests.hosts import BIN, Cluster, Host, started
 from tests.leftovers import RAY_DATA, left_after
 from tests.processes import ROOT, command_of, marked
@@ -59,10 +61,14 @@ def runtime_env(mark: str) -> str:
     return json.dumps({"env_vars": variables})
 
 
-def submit(cluster: Cluster, argv: list[str], mark: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`, which follows the log and returns the job's exit code."""
-    options = ("--address", cluster.dashboard_url, "--runtime-env-json", runtime_env(mark))
-    return cluster.command(BIN / "ray", "job", "submit", *options, "--", *argv)
+def job_command(cluster: Cluster, action: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` and the like."""
+    return cluster.command(BIN / "ray", "job", action, "--address", cluster.dashboard_url, *options)
+
+
+def submit(cluster: Cluster, argv: list[str], mark: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`: it follows the log."""
+    return job_command(cluster, "submit", "--runtime-env-json", runtime_env(mark), *options, "--", *argv)
 
 
 def by_client(cluster: Cluster, argv: list[str], mark: str) -> tuple[str, str, int]:
@@ -134,6 +140,26 @@ def test_job_client(cluster: Cluster, local: Path, tmp_path: Path) -> None:
     check_log(log)
     check_same(tmp_path / "run", local)
     check_nothing_left(cluster, mark)
+
+
+def test_a_stopped_job_goes_on(cluster: Cluster, local: Path, tmp_path: Path) -> None:
+    mark = secrets.token_hex(8)
+    submit(cluster, command(tmp_path), mark, "--no-wait", "--submission-id", mark)
+    while not (tmp_path / "run" / "metrics.csv").exists():  # after epoch 0
+        time.sleep(0.1)
+    stopped = job_command(cluster, "stop", mark)
+    assert "was stopped" in stopped.stdout, stopped
+    position = last_checkpoint(tmp_path / "run").manifest().position
+    assert (0, 0) < (position.epoch, position.batch) < (EPOCHS, 0)
+    assert position.batch > 0, "stopped in the middle of an epoch"
+    check_nothing_left(cluster, mark)
+    assert submit(cluster, command(tmp_path), mark).returncode == 0
+    check_same(tmp_path / "run", local)
+
+
+def last_checkpoint(run: Path) -> SavedCheckpoint:
+    folder = max(path for path in run.glob("checkpoint_*") if path.is_dir())
+    return SavedCheckpoint(ray.train.Checkpoint.from_directory(folder))
 
 
 def test_a_failure_is_told_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
