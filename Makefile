@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test quick setup clean
 
 demo: $(INSTALLED)  ## train on the embedded data set
 	$(BIN)/bss-ray train
@@ -14,6 +14,12 @@ test: $(INSTALLED)  ## lint, types and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+quick: $(INSTALLED)  ## lint, types and the tests that start no Ray
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit tests/property
 
 setup: $(INSTALLED)  ## make the virtual environment
 
