@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import platform
 import statistics
@@ -84,8 +85,11 @@ def make_dataset(rows: int) -> ray.data.Dataset:
     rng = np.random.default_rng(0)
     columns = {name: rng.standard_normal((rows, WIDTH), dtype=np.float32) for name in COLUMNS.modalities}
     columns["label"] = rng.integers(0, CLASSES, rows)
-    return ray.data.from_numpy(np.arange(rows)).map_batches(
-        lambda batch: {name: values[batch["data"]] for name, values in columns.items()}, batch_size=1024
+    # Spread: so little data would lie on one node.
+    return ray.data.range(rows, override_num_blocks=16).map_batches(
+        lambda batch: {name: values[batch["id"]] for name, values in columns.items()},
+        batch_size=None,
+        scheduling_strategy="SPREAD",
     )
 
 
@@ -97,6 +101,7 @@ def rates(nodes: int, args: argparse.Namespace) -> tuple[float, float, float]:
         cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     epochs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         bss_ray.BalancedTrainer(

@@ -132,8 +132,10 @@ def watched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Watch
     finally:
         done.set()
         scraper.join()
-    actors = {actor.name: actor for actor in list_actors(limit=1000, detail=True) if actor.name.startswith("bss_ray-")}
-    tasks = {task.name for task in list_tasks(limit=10000)}
+    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    listed = list_actors(here, limit=1000, detail=True)
+    actors = {actor.name: actor for actor in listed if actor.name.startswith("bss_ray-")}
+    tasks = {task.name for task in list_tasks(here, limit=10000)}
     return Watched(dict(result.metrics), scraped, actors, tasks)
 
 
