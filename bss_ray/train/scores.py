@@ -12,12 +12,14 @@ from torchmetrics.functional.classification import binary_auroc
 from bss_ray.data.shards import Shards
 from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
+from bss_ray.wait import wait_for
 
 
 def write_scores(path: StoragePath, saved: SavedCheckpoint, shards: Shards) -> None:
     """Write a checkpoint's scores as a folder of Parquet files, one a shard, replacing an older one."""
     with path.replaced() as folder:
-        ray.get([_write_part.remote(folder, saved, shards, index) for index in range(len(shards.parts))])
+        written = [_write_part.remote(folder, saved, shards, index) for index in range(len(shards.parts))]
+        wait_for(written, "the scores of the run to be written")
 
 
 @ray.remote(name="bss_ray.write_scores")

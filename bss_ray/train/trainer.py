@@ -49,7 +49,7 @@ from bss_ray.train.sampler import Sampler, set_sampler
 from bss_ray.train.session import Session, TrainSession
 from bss_ray.train.stops import Stopped
 from bss_ray.train.supervise import BoardReader, Message, OnMessage, looking_on, signs_of_life, supervise
-from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit
+from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
 
 
 class BalancedTrainer:
@@ -324,7 +324,8 @@ def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: A
     except Stopped:
         return None
     except BssRayError as error:
-        ray.get(context.coordinator.board.remote("post", {"kind": "fatal", "error": user_error(error)}))
+        posted = context.coordinator.board.remote("post", {"kind": "fatal", "error": user_error(error)})
+        wait_for(posted, "the coordinator's board")
         raise
     finally:
         set_sampler(None)
