@@ -38,9 +38,10 @@ from torch import Tensor, nn
 import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.sample.actors import ActorHolders, CoordinatorActor, ScoringJob, coordinator_settings
+from bss_ray.sample.actors import ActorHolders, CoordinatorActor, ScoringJob
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.pool import ScorerPool, ShardReport
+from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
 
 CLASSES, WIDTH = 4, 8

@@ -20,9 +20,9 @@ import torch
 from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.sample.actors import start_coordinator, start_holders
 from bss_ray.sample.loader import Loader
 from bss_ray.sample.plan import Order
+from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import PartState
 
 

@@ -19,7 +19,7 @@ from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import ObjectStore
 from bss_ray.measure.normalise import NORMALISE
-from bss_ray.sample.actors import start_coordinator, start_holders
+from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import Delivery
 
 # Rows of one delivery.

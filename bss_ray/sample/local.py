@@ -9,11 +9,9 @@ from typing import Any
 import ray
 
 from bss_ray.data.shards import Shards
-from bss_ray.sample.actors import CoordinatorActor, HolderActor, coordinator_settings
-from bss_ray.sample.plan import Tail
-from bss_ray.sample.scoring import Scoring
+from bss_ray.sample.actors import CoordinatorActor, HolderActor
+from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
-from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.wait import wait_limit
 
 
@@ -63,19 +61,8 @@ class InProcessHolder:
             self._holder.call("receive", delivery, epoch=epoch, version=version, attempt=attempt)
 
 
-def start_here(
-    shards: Shards,
-    *,
-    scheduler: Scheduler,
-    scoring: Scoring,
-    seed: int,
-    batch_size: int,
-    tail: Tail,
-    run: str = "run",
-) -> tuple[InProcessHolder, InProcess]:
-    """Holder and coordinator in this process; arguments as of `start_coordinator`."""
+def start_here(shards: Shards, *, run: str = "run", **settings: Any) -> tuple[InProcessHolder, InProcess]:
+    """Holder and coordinator in this process; settings as of `start_coordinator`, but for the rows."""
     holder = InProcessHolder([(part.first_row, part.rows) for part in shards.parts])
-    settings = coordinator_settings(
-        rows=shards.rows, scheduler=scheduler, scoring=scoring, seed=seed, batch_size=batch_size, tail=tail
-    )
-    return holder, InProcess(CoordinatorActor(holder, None, settings, run=run, wait_limit_s=wait_limit()))
+    made = coordinator_settings(rows=shards.rows, **settings)
+    return holder, InProcess(CoordinatorActor(holder, None, made, run=run, wait_limit_s=wait_limit()))

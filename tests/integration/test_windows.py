@@ -13,7 +13,7 @@ import ray
 
 from bss_ray import Learning, Scoring
 from bss_ray.data.shards import Shards
-from bss_ray.sample.actors import start_coordinator, start_holders
+from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import LostStateError, PartState
 from tests.runs import ROWS, make_shards
 from tests.support import local_coordinator, order_of, saved

@@ -24,12 +24,14 @@ class Coordinator:
     def __init__(self) -> None:
         self.its_board = Board()
         self.lost = False
+        self.asked = threading.Event()
 
     @property
     def board(self) -> Coordinator:
         return self
 
     def remote(self, method: str, *args: Any) -> Any:
+        self.asked.set()
         if self.lost:
             raise ray.exceptions.ActorUnavailableError("lost", b"0" * 16)
         return getattr(self.its_board, method)(*args)
@@ -80,6 +82,7 @@ def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: 
     board = coordinator.its_board
 
     def fit() -> str:
+        coordinator.asked.wait(30)  # the main thread is looking on by now, and not still starting this one
         signal.raise_signal(signal.SIGINT)  # delivered to the main thread
         deadline = time.monotonic() + 30
         while not board.stopping() and time.monotonic() < deadline:
@@ -93,8 +96,10 @@ def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: 
 
     def stubborn() -> None:
         for _ in range(2):
+            coordinator.asked.clear()
+            coordinator.asked.wait(30)
             signal.raise_signal(signal.SIGINT)
-            time.sleep(0.2)
+            time.sleep(0.2)  # until it is handled: two at once are one
         end.wait(30)
 
     with pytest.raises(KeyboardInterrupt):
