@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ def start_ray(config: Any, display: Any) -> None:
     # The project's modules in the current folder must be found by all processes.
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    if not sys.stdout.isatty():  # Ray colours what it prints of its own also in a log
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if not config.verbose:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,22 +109,40 @@ def supervise(fit: Callable[[], T], board: BoardReader) -> tuple[T, bool]:
         WaitError: nothing was heard of the ranks for too long.
         Exception: of `fit`.
     """
-    running = _InThread(fit)
-    stopping = False
-    while True:
-        try:
-            while not running.done.wait(_POLL_S):
+    with _ctrl_c_is_an_interrupt():
+        running = _InThread(fit)
+        stopping = False
+        while True:
+            try:
+                while not running.done.wait(_POLL_S):
+                    if stopping:
+                        board.ask_to_stop()
+                    board.look()
+                    board.check_life()
+                board.look()  # the last messages
+                return running.result(), stopping
+            except KeyboardInterrupt:
                 if stopping:
-                    board.ask_to_stop()
-                board.look()
-                board.check_life()
-            board.look()  # the last messages
-            return running.result(), stopping
-        except KeyboardInterrupt:
-            if stopping:
-                raise
-            stopping = True
-            board.notice("stopping at the next batch, with a checkpoint (again: stop at once)")
+                    raise
+                stopping = True
+                board.notice("stopping at the next batch, with a checkpoint (again: stop at once)")
+
+
+@contextlib.contextmanager
+def _ctrl_c_is_an_interrupt() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where an earlier `fit` of Ray Train has left its own handler behind.
+
+    A process that was started with ctrl-C switched off keeps it so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 class _InThread(Generic[T]):

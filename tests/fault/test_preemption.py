@@ -91,4 +91,7 @@ def test_a_taken_node_is_saved_for_and_no_failure(two_workers: Cluster, tmp_path
     assert tuple(map(int, saved.groups())) in [(position.epoch, position.batch) for position in positions]
     assert outcome.resumed
     outcome.check_rows(ROWS, *[DRAWN] * (EPOCHS - 1))
-    assert sum(node["Alive"] for node in ray.nodes()) == 2
+    deadline = time.monotonic() + 60  # the run may well end before the notice does
+    while (nodes := sum(node["Alive"] for node in ray.nodes())) != 2 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert nodes == 2

@@ -77,7 +77,17 @@ def test_the_result_the_last_messages_and_errors_come_through(coordinator: Coord
         supervise(lambda: {}["inside"], reader)
 
 
+@pytest.fixture
+def handler_of_ray_train() -> Iterator[None]:
+    """What an earlier run of Ray Train, in this process and its main thread, leaves behind."""
+    before = signal.signal(signal.SIGINT, lambda _signal, _frame: None)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("handler_of_ray_train")
 def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: Coordinator) -> None:
+    theirs = signal.getsignal(signal.SIGINT)
     notices: list[Any] = []
     board = coordinator.its_board
 
@@ -105,6 +115,7 @@ def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: 
     with pytest.raises(KeyboardInterrupt):
         supervise(stubborn, BoardReader(coordinator, notices.append))
     end.set()
+    assert signal.getsignal(signal.SIGINT) is theirs
 
 
 def test_ranks_that_give_no_sign_of_life_end_the_run(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
