@@ -44,7 +44,9 @@ from bss_ray.sample.pool import ScorerPool, ShardReport
 from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
 
-CLASSES, WIDTH = 4, 8
+CLASSES = 4
+# A row has 1 kB: objects below 100 kB would stay with the driver, and all rows be read from its node.
+WIDTH = 128
 COLUMNS = bss_ray.Columns(modalities=("a", "b"))
 
 
@@ -86,11 +88,8 @@ def make_dataset(rows: int) -> ray.data.Dataset:
     rng = np.random.default_rng(0)
     columns = {name: rng.standard_normal((rows, WIDTH), dtype=np.float32) for name in COLUMNS.modalities}
     columns["label"] = rng.integers(0, CLASSES, rows)
-    # Spread: so little data would lie on one node.
     return ray.data.range(rows, override_num_blocks=16).map_batches(
-        lambda batch: {name: values[batch["id"]] for name, values in columns.items()},
-        batch_size=None,
-        scheduling_strategy="SPREAD",
+        lambda batch: {name: values[batch["id"]] for name, values in columns.items()}, batch_size=None
     )
 
 

@@ -9,6 +9,8 @@ import ray.data
 
 # Reports are barriers of one controller poll; the tests' epochs take milliseconds.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"
+# A worker process for each logical CPU, before anything asks for one: a second of CPU each, and few are used.
+os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  # the name that Ray reads
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,7 @@ def make_spread_shards(rows: int = ROWS, store: StoreConfig | None = None) -> Sh
         columns = {name: values[ids] for name, values in make_columns(rows).items()}
         return {**columns, "padding": np.zeros((len(ids), 600_000 // rows + 1, 2), np.float32)}
 
-    dataset = ray.data.range(rows, override_num_blocks=6).map_batches(
-        make, batch_size=None, scheduling_strategy="SPREAD"
-    )
+    dataset = ray.data.range(rows, override_num_blocks=6).map_batches(make, batch_size=None)
     return build_shards(dataset, replace(COLUMNS, extra=("padding",)), min_shards=6, store=store)
 
 

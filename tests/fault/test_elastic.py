@@ -102,8 +102,10 @@ def test_a_node_comes_and_another_goes(cluster: Cluster, tmp_path: Path, monkeyp
     assert {(epoch, number) for epoch, number, _ in trained} == undisturbed.batches.keys()
     for (epoch, number, world), rows in trained.items():
         assert rows == undisturbed.batches[epoch, number], (epoch, number, world)
-    again = [(epoch, number) for epoch, number, world in trained if world == 2 and (epoch, number, 1) in trained]
-    assert sorted(again) == [(0, 6), (0, 7), (1, 6), (1, 7)], "only what came after the last checkpoint"
+    for epoch in range(2):
+        again = [number for number in range(13) if {(epoch, number, 1), (epoch, number, 2)} <= trained.keys()]
+        # Only what came after the last checkpoint. That of batch 6 may not have reached the controller yet.
+        assert again in ([6, 7], [3, 4, 5, 6, 7])
     assert elastic.metrics["weight"] == pytest.approx(undisturbed.metrics["weight"], rel=1e-4)
 
     # What ran where: one rank, two, one again; and the scorers have left the lost node.

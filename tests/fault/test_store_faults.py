@@ -45,8 +45,7 @@ def make_dataset() -> ray.data.Dataset:
         inputs = (rows[:, None] * 1000 + np.arange(1000)).astype(np.float32)
         return {"a": inputs, "b": -inputs, "label": rows % 3, "name": np.array([f"row {row:d}" for row in rows])}
 
-    # SPREAD: both nodes make blocks, and so shards.
-    return ray.data.range(320, override_num_blocks=16).map_batches(make, batch_size=None, scheduling_strategy="SPREAD")
+    return ray.data.range(320, override_num_blocks=16).map_batches(make, batch_size=None)
 
 
 @pytest.fixture(scope="module")
