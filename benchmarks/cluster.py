@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.sample.actors import ActorHolders, CoordinatorActor, ScoringJob
+from bss_ray.sample.actors import EVERY, ActorHolders, CoordinatorActor, ScoringJob
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.pool import ScorerPool, ShardReport
 from bss_ray.sample.start import coordinator_settings
@@ -169,21 +169,25 @@ class Host:
         return ShardReport(part.rows, [], [])
 
     def rank(self, ranks: list[int], step: str, coordinator: Any, *args: Any) -> None:
-        """So many ranks, at the same time, take one step of an epoch's boundary."""
+        """These ranks, at the same time, take one step of an epoch's boundary."""
         with ThreadPoolExecutor(len(ranks)) as threads:
-            list(threads.map(lambda _: STEPS[step](coordinator, *args), ranks))
+            list(threads.map(lambda rank: STEPS[step](coordinator, rank, *args), ranks))
 
 
-def _first_window(coordinator: Any, epoch: int, version: int) -> None:
+def _review(coordinator: Any, _rank: int, epoch: int, version: int) -> None:
+    ray.get(coordinator.review.remote(epoch, version))
+
+
+def _state(coordinator: Any, rank: int, ranks: int, version: int) -> None:
+    ray.get(ray.get(coordinator.parts.remote(version, rank, ranks)))
+
+
+def _first_window(coordinator: Any, _rank: int, epoch: int, version: int) -> None:
     ray.get(coordinator.plan.remote(epoch, version, 0))
     ray.get(ray.get(coordinator.window.remote(epoch, 0, version))[0])
 
 
-STEPS = {
-    "review": lambda coordinator, epoch, version: ray.get(coordinator.review.remote(epoch, version)),
-    "state": lambda coordinator, version: ray.get(coordinator.parts.remote(version)),
-    "plan": _first_window,
-}
+STEPS = {"review": _review, "state": _state, "plan": _first_window}
 
 
 class ManyHolders(ActorHolders):
@@ -204,9 +208,10 @@ class ManyHolders(ActorHolders):
     def _host(self, index: int) -> Any:
         return self._hosts[index % len(self._hosts)]
 
-    def start(self, method: str, *args: Any) -> list[Any]:
-        self.sent += len(self.names)
-        return [self._host(index).call.remote(index, method, *args) for index in range(len(self.names))]
+    def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
+        called = range(len(self.names))[of]
+        self.sent += len(called)
+        return [self._host(index).call.remote(index, method, *args) for index in called]
 
     def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
         edges = itertools.pairwise([*self._first_rows, np.iinfo(np.int64).max])
@@ -297,7 +302,7 @@ def boundaries(args: argparse.Namespace, coordinator: Any, hosts: list[Any], sha
         published = ray.get(coordinator.finish_scoring.remote(epoch + 1))
         assert published.version == epoch + 1, published
         took["scoring"] = time.perf_counter() - started
-        took["state"] = all_ranks("state", epoch + 1)
+        took["state"] = all_ranks("state", args.ranks, epoch + 1)
         took["plan, window"] = all_ranks("plan", epoch + 1, epoch + 1)
         took["in all"] = sum(took.values())
         now_sent, now_busy = usage()

@@ -37,6 +37,9 @@ from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
 _WindowKey = tuple[int, int, int]
 
 
+EVERY = slice(None)
+
+
 @dataclass(frozen=True)
 class ScoringJob:
     """What scorers need to measure all rows with one model.
@@ -99,8 +102,8 @@ class HolderActor(_Named):
 class StartedHolders(Holders, Protocol):
     """Holders that can also leave their results where they are."""
 
-    def start(self, method: str, *args: Any) -> list[Any]:
-        """References to the holders' results."""
+    def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
+        """References to the results of all holders, or of some."""
         ...
 
     def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
@@ -133,11 +136,11 @@ class ActorHolders:
     def _actors(self) -> list[Any]:
         return [ray.get_actor(name) for name in self.names]
 
-    def start(self, method: str, *args: Any) -> list[Any]:
-        """References to the holders' results."""
+    def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
+        """References to the results of all holders, or of some."""
         if method == "load":
-            return [actor.load.remote(*args) for actor in self._actors]
-        return [actor.call.options(name=f"holder.{method}").remote(method, *args) for actor in self._actors]
+            return [actor.load.remote(*args) for actor in self._actors[of]]
+        return [actor.call.options(name=f"holder.{method}").remote(method, *args) for actor in self._actors[of]]
 
     def map(self, method: str, *args: Any) -> list[Any]:
         return list(wait_for(self.start(method, *args), f"the holders' {method}"))
@@ -320,16 +323,16 @@ class CoordinatorActor(_Named):
         self._check_version(version)
         return Review(*self._do("review", epoch))
 
-    def parts(self, version: int) -> list[Any]:
-        """References to each holder's `list[PartState]` of `version`; the scores do not pass through here.
+    def parts(self, version: int, rank: int = 0, ranks: int = 1) -> list[Any]:
+        """References to the `list[PartState]` of `version` of holders `rank`, `rank + ranks`, ...: those a rank writes.
 
-        Measures that are being made are part of the state: it waits for them.
+        The scores do not pass through here. Measures that are being made are part of the state: it waits for them.
         """
         self._check_version(version)
         if self._running is not None:
             with contextlib.suppress(ScoringFailedError, BssRayError):  # `finish_scoring` says so
                 self._running.result()
-        return self._holders.start("state", version)
+        return self._holders.start("state", version, of=slice(rank, None, ranks))
 
     def _do(self, method: str, *args: Any) -> Any:
         return self._planner.submit(getattr(self._coordinator, method), *args).result()

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from bss_ray.data.shards import Shards
-from bss_ray.sample.actors import CoordinatorActor, HolderActor
+from bss_ray.sample.actors import EVERY, CoordinatorActor, HolderActor
 from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
 from bss_ray.wait import wait_limit
@@ -47,9 +47,9 @@ class InProcessHolder:
         self._holder = HolderActor(spans, wait_limit())
         self._turn = threading.RLock()
 
-    def start(self, method: str, *args: Any) -> list[Any]:
-        """References to the holder's result."""
-        return [ray.put(result) for result in self.map(method, *args)]
+    def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
+        """References to the holder's result, if it is one `of` those that are meant."""
+        return [ray.put(result) for _ in [self][of] for result in self.map(method, *args)]
 
     def map(self, method: str, *args: Any) -> list[Any]:
         with self._turn:

@@ -113,21 +113,22 @@ class Saver:
             self._context.session.report(row, checkpoint)
 
     def _write_scores(self, folder: Path, version: int) -> list[ScoreFile]:
-        """This rank's share of the score files."""
-        holders = self._parts(version)
+        """This rank's share of the score files: those of every so manieth holder."""
+        rank, ranks = self._ranks.rank, self._ranks.count
         written: list[ScoreFile] = []
-        for index in range(self._ranks.rank, len(holders), self._ranks.count):
-            parts = wait_for(holders[index], f"the scores of holder {index}")
-            written += write_scores(folder, index, version, parts)
+        for index, held in enumerate(self._parts(version, rank, ranks)):
+            holder = rank + index * ranks
+            parts = wait_for(held, f"the scores of holder {holder}")
+            written += write_scores(folder, holder, version, parts)
         return written
 
     def scores(self, version: int) -> list[PartState]:
         """Scores of all rows."""
         return [part for parts in wait_for(self._parts(version), "the scores of all holders") for part in parts]
 
-    def _parts(self, version: int) -> Sequence[Any]:
-        """References to each holder's scores."""
+    def _parts(self, version: int, rank: int = 0, ranks: int = 1) -> Sequence[Any]:
+        """References to the scores of holders, see `CoordinatorActor.parts`."""
         parts: Sequence[Any] = wait_for(
-            self._context.coordinator.parts.remote(version), f"the holders' scores of version {version}"
+            self._context.coordinator.parts.remote(version, rank, ranks), f"the holders' scores of version {version}"
         )
         return parts
