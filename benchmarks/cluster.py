@@ -38,9 +38,11 @@ from torch import Tensor, nn
 import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.sample.actors import EVERY, ActorHolders, CoordinatorActor, ScoringJob
+from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder import Holder
+from bss_ray.sample.holder_actors import EVERY, ActorHolders
 from bss_ray.sample.pool import ScorerPool, ShardReport
+from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
 

@@ -1,7 +1,7 @@
 """The coordinator: score versions, the plan of each epoch, and reductions over all holders.
 
 It sees counts, sums and bounds of every holder, and one window of row ids at a time; never the
-scores of all rows. `Coordinator` is a plain class; `bss_ray.sample.actors` puts it into a Ray actor.
+scores of all rows. `Coordinator` is a plain class; `CoordinatorActor` puts it into a Ray actor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A holder of scores: the state of its own rows, and their keys.
 
-`Holder` is a plain class; `bss_ray.sample.actors` puts it into a Ray actor. It keeps 16 bytes a row: score,
+`Holder` is a plain class; `HolderActor` puts it into a Ray actor. It keeps 16 bytes a row: score,
 similarity and information (float32), the epoch in which the row was last drawn and the score version in which
 it was last measured (uint16). Measures of the next version take 12 more, from the first that arrives until
 they are published. It does not ask who measured them: scorers, ranks between epochs, or the training pass itself.

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 
 from bss_ray.data.shards import Shards
-from bss_ray.sample.actors import EVERY, CoordinatorActor, HolderActor
+from bss_ray.sample.coordinator_actor import CoordinatorActor
+from bss_ray.sample.holder_actors import EVERY, HolderActor
 from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
 from bss_ray.wait import wait_limit

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from bss_ray.errors import ConfigError, Problem, WeightError, find_problem, raise_first_problem
 from bss_ray.sample.radix import Window, cut_windows, digit_counts, within
@@ -246,8 +245,7 @@ def _settle(keys: np.ndarray, positions: np.ndarray, leading: np.ndarray) -> Non
         return
     tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
     if len(tied) > len(keys) // 8:  # keys that crowd in a corner of their range
-        bits = torch.from_numpy(keys.view(np.int64))
-        positions[:] = torch.sort(bits, stable=True).indices.numpy()
+        positions[:] = np.argsort(keys, kind="stable")
         return
     among = positions[tied]
     positions[tied] = among[np.lexsort((among, keys[among], leading[tied]))]

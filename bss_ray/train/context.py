@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from bss_ray.data.shards import Shards
 from bss_ray.measure.measurer import Measurer
-from bss_ray.sample.actors import SavedScores, StartedHolders
+from bss_ray.sample.holder_actors import SavedScores, StartedHolders
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.train.session import Session, TrainSession

@@ -24,11 +24,12 @@ from bss_ray.errors import ConfigError, ModelOutputError, Problem, raise_first_p
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.observation import Observation
 from bss_ray.measure.snapshot import pack_model, unwrap_model
-from bss_ray.sample.actors import ScoringJob, StartedHolders
 from bss_ray.sample.coordinator import Publication
+from bss_ray.sample.holder_actors import StartedHolders
 from bss_ray.sample.loader import FILLER, Loader
 from bss_ray.sample.pool import kept_rows_notice
 from bss_ray.sample.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
+from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.state import Delivery
 from bss_ray.schedule.schedulers import Scheduler

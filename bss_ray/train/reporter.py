@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from bss_ray.logs import RunLogger
-from bss_ray.sample.actors import ActorHolders
+from bss_ray.sample.holder_actors import ActorHolders
 from bss_ray.sample.plan import Plan
 from bss_ray.train.checkpoint import Position
 from bss_ray.train.context import SamplerContext

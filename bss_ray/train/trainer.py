@@ -21,8 +21,8 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.sample.actors import SavedScores, StartedHolders
 from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.sample.holder_actors import SavedScores, StartedHolders
 from bss_ray.sample.local import start_here
 from bss_ray.sample.memory import ONE_ARENA, keep_freed_memory
 from bss_ray.sample.plan import Tail

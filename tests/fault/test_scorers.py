@@ -21,9 +21,9 @@ import bss_ray
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ScoringError
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.sample.actors import ScoringJob
 from bss_ray.sample.coordinator import Publication
 from bss_ray.sample.scorer import Scorer
+from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
 from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
 

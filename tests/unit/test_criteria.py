@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from bss_ray.errors import ConfigError, DataError, ModelOutputError
-from bss_ray.measure import Measurer, Observation, criteria, register_information, register_similarity
+from bss_ray.measure import criteria
+from bss_ray.measure.criteria import register_information, register_similarity
 from bss_ray.measure.forward import evaluating
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.observation import Observation
 from bss_ray.models import LateFusion
 from bss_ray.testing.processes import in_another_process
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bss_ray.errors import DataError
-from bss_ray.measure import Measurer, balance_scores
+from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Bounds
-from bss_ray.measure.score import Accumulation
+from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.scoring import Scoring

@@ -16,8 +16,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import DataError
-from bss_ray.measure import balance_scores
-from bss_ray.measure.score import Accumulation
+from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import Delivery, PartState

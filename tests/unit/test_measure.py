@@ -20,9 +20,9 @@ from bss_ray.errors import (
     WeightError,
     raise_first_problem,
 )
-from bss_ray.measure import Measurer, balance_scores, per_row_loss
 from bss_ray.measure.forward import Forward, autocast, evaluating
-from bss_ray.measure.score import Accumulation
+from bss_ray.measure.measurer import Measurer, per_row_loss
+from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.measure.snapshot import pack_model, unpack_model, unwrap_model
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder

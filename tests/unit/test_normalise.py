@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 
 from bss_ray.errors import ConfigError, WeightError
-from bss_ray.measure import balance_scores, normalise
+from bss_ray.measure import normalise
 from bss_ray.measure.normalise import NORMALISATIONS, Bounds, Ranks, join
-from bss_ray.measure.score import Accumulation
+from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import Delivery

@@ -34,3 +34,9 @@ def test_sampler_without_ray() -> None:
     # A plain PyTorch script must not pay for Ray.
     code = "import bss_ray, sys; bss_ray.weighted_permutation([1.0], seed=0); sys.exit('ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_holders_without_torch() -> None:
+    # A second of start and 200 MB for each of many processes.
+    code = "import bss_ray.sample.holder_actors, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

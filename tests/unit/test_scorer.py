@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bss_ray.errors import ModelOutputError
-from bss_ray.measure import Measurer
 from bss_ray.measure.forward import Forward
+from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.sample.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
 

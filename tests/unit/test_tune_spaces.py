@@ -20,7 +20,7 @@ import torch
 import tune_spaces
 from bss_ray import balance_scores
 from bss_ray.imports import import_name
-from bss_ray.measure import Measurer
+from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
 from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule import Heuristic, Learning, Scheduler
