@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import os
 import platform
 import statistics
@@ -29,15 +28,15 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 import ray.train
 import torch
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 
 import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
-from bss_ray.data.store import ObjectStore
+from bss_ray.data.store import Arrays, ObjectStore
 from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.holder_actors import EVERY, ActorHolders
@@ -47,8 +46,7 @@ from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import Delivery
 
 CLASSES = 4
-# A row has 1 kB: objects below 100 kB would stay with the driver, and all rows be read from its node.
-WIDTH = 128
+WIDTH = 128  # a row has 1 kB
 COLUMNS = bss_ray.Columns(modalities=("a", "b"))
 
 
@@ -86,13 +84,26 @@ def train_loop(config: dict[str, Any]) -> None:
         sampler.report({}, model=model, optimizer=optimizer)
 
 
-def make_dataset(rows: int) -> ray.data.Dataset:
-    rng = np.random.default_rng(0)
+@ray.remote(num_cpus=0)
+def make_shard(first_row: int, rows: int) -> Arrays:
+    rng = np.random.default_rng(first_row)
     columns = {name: rng.standard_normal((rows, WIDTH), dtype=np.float32) for name in COLUMNS.modalities}
-    columns["label"] = rng.integers(0, CLASSES, rows)
-    return ray.data.range(rows, override_num_blocks=16).map_batches(
-        lambda batch: {name: values[batch["id"]] for name, values in columns.items()}, batch_size=None
-    )
+    return {**columns, "label": rng.integers(0, CLASSES, rows)}
+
+
+def make_shards(rows: int) -> tuple[Shards, list[Any]]:
+    """As many rows on each node, as a data set of many shards would lie; and the references that keep them there."""
+    nodes = [node["NodeID"] for node in ray.nodes()]
+    here = rows // len(nodes)
+    parts = [Shard(index * here, here, node) for index, node in enumerate(nodes)]
+    refs = []
+    for part in parts:
+        where = NodeAffinitySchedulingStrategy(part.node, soft=False)
+        refs.append(make_shard.options(scheduling_strategy=where).remote(part.first_row, part.rows))
+    ray.wait(refs, num_returns=len(refs), fetch_local=False)
+    features = {name: Feature((WIDTH,), "float32") for name in COLUMNS.modalities}
+    features["label"] = Feature((), "int64")
+    return Shards(COLUMNS, tuple(parts), features, CLASSES, "0" * 64, ObjectStore(refs)), refs
 
 
 def rates(nodes: int, args: argparse.Namespace) -> tuple[float, float, float]:
@@ -102,14 +113,12 @@ def rates(nodes: int, args: argparse.Namespace) -> tuple[float, float, float]:
     for _ in range(nodes - 1):
         cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     epochs: list[dict[str, Any]] = []
+    shards, _refs = make_shards(args.rows)
     with tempfile.TemporaryDirectory() as folder:
         bss_ray.BalancedTrainer(
             train_loop,
-            dataset=make_dataset(args.rows),
-            columns=COLUMNS,
+            dataset=shards,
             scheduler=bss_ray.Learning(temperature=0.5),
             scoring=bss_ray.Scoring(engine="actors", num_scorers=nodes, num_holders=nodes, batch_size=512),
             batch_size=args.batch_size,

@@ -11,37 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import ray.train
-import ray.train.torch
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-from ray.train.v2.api.callback import RayTrainCallback
 
 from bss_ray.train.cluster import read_nodes
 from bss_ray.train.packing import Group, Node, most
-
-
-class RankTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray ships no types
-    """Ray Train's trainer with elastic ranks that leave room for the run's other processes, and no detached actor.
-
-    Args:
-        groups: all processes of the run; the last are the ranks.
-        **settings: of `TorchTrainer`.
-    """
-
-    def __init__(self, *args: Any, groups: Sequence[Group], **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._groups = groups
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        # In its place: `lost_controller.py`, which says why.
-        made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-    def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
-        # A selector for each rank makes several kinds of ranks, of which Ray starts the first ones.
-        if self.scaling_config.elasticity_enabled and not isinstance(self.scaling_config.label_selector, list):
-            settings["scaling_policy"] = PlannedScaling(self.scaling_config, self._groups)
-        return super()._initialize_and_run_controller(**settings)
 
 
 class PlannedScaling(ElasticScalingPolicy):  # type: ignore[misc]

@@ -6,7 +6,6 @@ import functools
 import inspect
 import itertools
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,11 +31,11 @@ from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.context import SamplerContext
-from bss_ray.train.elastic import RankTrainer
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.lost_controller import free_when_told
 from bss_ray.train.lost_shards import AwaitLostShards
 from bss_ray.train.packing import Group
+from bss_ray.train.rank_trainer import RankTrainer
 from bss_ray.train.resources import (
     HOLDERS,
     SCORERS,
@@ -162,8 +161,6 @@ class BalancedTrainer:
                 the same call goes on.
         """
         set_wait_limit(self._wait_limit_s)
-        # Ranks wait for each other in Ray Train, too: without a limit, unless the user has set one.
-        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(self._wait_limit_s))
         scoring, why = settle_engine(self._scaling_config, self._scoring)
         request = check_resources(self._scaling_config, scoring, self._spare_cpus, self._wait_for_nodes)
         if self._scaling_config.num_workers:  # else nothing of this run is kept by Ray Train
@@ -211,6 +208,7 @@ class BalancedTrainer:
         return RankTrainer(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
             groups=groups,
+            wait_limit_s=self._wait_limit_s,
             torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(self._wait_limit_s))),
             scaling_config=self._scaling_config,
             run_config=self._with_lost_shards(_with_one_arena(self._run_config), context),
