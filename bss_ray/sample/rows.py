@@ -13,8 +13,8 @@ from bss_ray.data.store import Arrays
 from bss_ray.sample.holder_actors import Named
 from bss_ray.wait import wait_for
 
-# Requests that a node's server answers at a time.
-_SERVER_THREADS = 2
+# Requests that a node's server answers at a time, and how often one is sent again that its process did not outlive.
+_SERVER_THREADS, _SERVER_RETRIES = 2, 3
 
 # A group of batches: so many bytes, and so many batches.
 _GROUP_BYTES = 16 << 20
@@ -76,7 +76,7 @@ class RowReader:
     def group_size(self, rows: int) -> int:
         """How many batches of so many rows to load at a time.
 
-        Handing something over between threads costs 40 us, a task on another node more, and few copies of
+        Handing something over between threads costs 40 us, a request of another node more, and few copies of
         many rows share their overhead: a batch of 256 rows of 4 kB takes 181 us of a core alone and 90 to 140
         in a group of 8.
         """
@@ -117,10 +117,10 @@ class RowReader:
         return self._server(node).pick.options(name="bss_ray.pick_rows").remote(shards, row_ids)
 
     def _received(self, node: str, sent: Any, row_ids: np.ndarray) -> Arrays:
-        """What a server has sent; of one that is lost, what another sends."""
+        """What a server has sent; of one that is no more, what another sends."""
         try:
             arrays: Arrays = wait_for(sent, "rows of another node")
-        except ray.exceptions.RayActorError:  # it ends with the rank that has started it, or with its node
+        except ray.exceptions.RayActorError:  # it ends with the rank that has started it
             self._servers.pop(node, None)
             arrays = wait_for(self._ask(node, row_ids), "rows of another node, which have been asked for again")
         return arrays
@@ -130,8 +130,18 @@ class RowReader:
         if node not in self._servers:
             # Soft: if the node is lost it stands elsewhere, and Ray makes the shards again or says that it cannot.
             where = NodeAffinitySchedulingStrategy(node, soft=True)
-            # A byte: see `start._near`.
-            actor = ray.remote(num_cpus=0, memory=1, max_concurrency=_SERVER_THREADS)(RowServer)
-            named = actor.options(name=f"{self._prefix}rows-{node[:6]}", get_if_exists=True, scheduling_strategy=where)
-            self._servers[node] = named.remote()
+            self._servers[node] = (
+                ray.remote(RowServer)
+                .options(
+                    name=f"{self._prefix}rows-{node[:6]}",
+                    get_if_exists=True,
+                    scheduling_strategy=where,
+                    num_cpus=0,
+                    memory=1,  # a byte: see `start._near`
+                    max_concurrency=_SERVER_THREADS,
+                    max_restarts=-1,
+                    max_task_retries=_SERVER_RETRIES,
+                )
+                .remote()
+            )
         return self._servers[node]

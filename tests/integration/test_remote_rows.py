@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -125,7 +127,14 @@ def test_evaluation_moves_the_surplus(cluster: Cluster) -> None:
     assert all(len(locations[ref]["node_ids"]) == 1 for ref in refs)
 
 
-def test_another_takes_over_from_a_lost_server(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def _kill_process(server: ray.actor.ActorHandle) -> None:
+    os.kill(ray.get(server.__ray_call__.remote(lambda _server: os.getpid())), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kill", [ray.kill, _kill_process])
+def test_another_takes_over_from_a_lost_server(
+    kill: Callable[..., None], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rows_module, "_GROUP_BATCHES", 1)
     one, two = (node["NodeID"] for node in ray.nodes())
     shards, _refs = make_shards([one, two, two])
@@ -137,8 +146,9 @@ def test_another_takes_over_from_a_lost_server(cluster: Cluster, monkeypatch: py
         assert torch.equal(batch.tensors["a"], batch.tensors["row_id"].float()[:, None].expand(-1, WIDTH))
         read += batch.tensors["row_id"].tolist()
         if batch.number == 2:
-            ray.kill(ray.get_actor(f"test-rows-{two[:6]}"))
+            kill(ray.get_actor(f"test-rows-{two[:6]}"))
     assert read == order.tolist()
+    assert loader.moved_share > 0.5
 
 
 def test_a_lost_node_does_not_hang(cluster: Cluster) -> None:
