@@ -1,6 +1,6 @@
 """The Ray actors around `Holder`, all of them together, and how results stay with them. A thin shell, no decisions.
 
-Nothing here imports torch: a run may have many holders, and each would take a second longer to start and 200 MB more.
+Nothing here imports torch: a run may have many holders, and each would take a second longer to start and 120 MB more.
 """
 
 from __future__ import annotations
