@@ -13,8 +13,8 @@ from bss_ray.data.store import Arrays
 from bss_ray.sample.holder_actors import Named
 from bss_ray.wait import wait_for
 
-# Requests that a node's server answers at a time, and how often one is sent again that its process did not outlive.
-_SERVER_THREADS, _SERVER_RETRIES = 2, 3
+# Requests that a node's server answers at a time.
+_SERVER_THREADS = 2
 
 # A group of batches: so many bytes, and so many batches.
 _GROUP_BYTES = 16 << 20
@@ -112,36 +112,43 @@ class RowReader:
         return holders
 
     def _ask(self, node: str, row_ids: np.ndarray) -> Any:
-        """A reference to rows that the node's server picks out."""
+        """A reference to rows that are picked out on their node, by its server if it has one."""
         shards = self._shards.only(np.unique(self._shards.locate(row_ids)).tolist())
-        return self._server(node).pick.options(name="bss_ray.pick_rows").remote(shards, row_ids)
+        server = self._server(node)
+        if server is not None:
+            return server.pick.options(name="bss_ray.pick_rows").remote(shards, row_ids)
+        # Soft: if the node is lost the task runs elsewhere, and Ray makes the shards again or says that it cannot.
+        where = NodeAffinitySchedulingStrategy(node, soft=True)
+        return _pick_rows.options(scheduling_strategy=where).remote(shards, row_ids)
 
     def _received(self, node: str, sent: Any, row_ids: np.ndarray) -> Arrays:
-        """What a server has sent; of one that is no more, what another sends."""
+        """What was picked out; by a task where the server is no more."""
         try:
             arrays: Arrays = wait_for(sent, "rows of another node")
-        except ray.exceptions.RayActorError:  # it ends with the rank that has started it
-            self._servers.pop(node, None)
+        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
+            # It ends with the rank that has started it, and with its node.
+            self._servers[node] = None
             arrays = wait_for(self._ask(node, row_ids), "rows of another node, which have been asked for again")
         return arrays
 
-    def _server(self, node: str) -> Any:
-        """The node's server, which the first rank that needs one starts."""
+    def _server(self, node: str) -> Any | None:
+        """The node's server, which the first rank that needs one starts; None: it was lost."""
         if node not in self._servers:
-            # Soft: if the node is lost it stands elsewhere, and Ray makes the shards again or says that it cannot.
-            where = NodeAffinitySchedulingStrategy(node, soft=True)
             self._servers[node] = (
                 ray.remote(RowServer)
                 .options(
                     name=f"{self._prefix}rows-{node[:6]}",
                     get_if_exists=True,
-                    scheduling_strategy=where,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                     num_cpus=0,
                     memory=1,  # a byte: see `start._near`
                     max_concurrency=_SERVER_THREADS,
-                    max_restarts=-1,
-                    max_task_retries=_SERVER_RETRIES,
                 )
                 .remote()
             )
         return self._servers[node]
+
+
+@ray.remote(num_cpus=0, name="bss_ray.pick_rows")
+def _pick_rows(shards: Shards, row_ids: np.ndarray) -> Arrays:
+    return shards.gather(row_ids)

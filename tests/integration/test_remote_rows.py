@@ -132,7 +132,7 @@ def _kill_process(server: ray.actor.ActorHandle) -> None:
 
 
 @pytest.mark.parametrize("kill", [ray.kill, _kill_process])
-def test_another_takes_over_from_a_lost_server(
+def test_tasks_take_over_from_a_lost_server(
     kill: Callable[..., None], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_GROUP_BATCHES", 1)
