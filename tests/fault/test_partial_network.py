@@ -96,7 +96,7 @@ def check(driver: Driver, limit_s: float) -> Outcome:
 def test_a_cable_is_out_for_a_while(site: Site, tmp_path: Path) -> None:
     host = site.network.hosts[-1]
     # What was on its way may be lost, and its reader waits so long; Ray itself needs a minute to send an object again.
-    driver = begin(site, tmp_path, lambda: site.network.unplug(host), failures=3, wait_limit_s=60)
+    driver = begin(site, tmp_path, lambda: site.network.unplug(host), failures=10, wait_limit_s=60)
     time.sleep(OUTAGE_S)
     assert driver.process.poll() is None, "it ended while the host could not be heard"
     site.network.plug_in(host)
