@@ -104,7 +104,8 @@ def test_a_cable_is_out_for_a_while(site: Site, tmp_path: Path) -> None:
         check(driver, 500)
     except ray.train.TrainingFailedError as error:
         # Seen: a holder that lives, and whose answers do not come, for all attempts. It is said, and a new run goes on.
-        assert "waited 45 s for" in str(error)
+        if "waited 45 s for" not in str(error):
+            raise
         again = site.cluster.driver(train, tmp_path, in_the_middle(tmp_path), failures=0)
         assert check(again, 300).resumed
 
