@@ -131,12 +131,20 @@ def test_ray_job_submit(cluster: Cluster, local: Path, tmp_path: Path) -> None:
     mark = secrets.token_hex(8)
     job = submit(cluster, command(tmp_path), mark)
     assert job.returncode == 0, job.stdout
-    check_log(job.stdout)
     check_same(tmp_path / "run", local)
     check_nothing_left(cluster, mark)
 
 
-def test_a_stopped_job_goes_on_by_the_client(cluster: Cluster, local: Path, tmp_path: Path) -> None:
+def test_job_client(cluster: Cluster, local: Path, tmp_path: Path) -> None:
+    mark = secrets.token_hex(8)
+    status, log, code = by_client(cluster, command(tmp_path), mark)
+    assert (status, code) == ("SUCCEEDED", 0), log
+    check_log(log)
+    check_same(tmp_path / "run", local)
+    check_nothing_left(cluster, mark)
+
+
+def test_a_stopped_job_goes_on(cluster: Cluster, local: Path, tmp_path: Path) -> None:
     mark = secrets.token_hex(8)
     submit(cluster, command(tmp_path), mark, "--no-wait", "--submission-id", mark)
     while not (tmp_path / "run" / "metrics.csv").exists():  # after epoch 0
@@ -147,10 +155,8 @@ def test_a_stopped_job_goes_on_by_the_client(cluster: Cluster, local: Path, tmp_
     assert (0, 0) < (position.epoch, position.batch) < (EPOCHS, 0)
     assert position.batch > 0, "stopped in the middle of an epoch"
     check_nothing_left(cluster, mark)
-    status, log, code = by_client(cluster, command(tmp_path), mark)
-    assert (status, code) == ("SUCCEEDED", 0), log
+    assert submit(cluster, command(tmp_path), mark).returncode == 0
     check_same(tmp_path / "run", local)
-    check_nothing_left(cluster, mark)
 
 
 def last_checkpoint(run: Path) -> SavedCheckpoint:
