@@ -135,7 +135,8 @@ def _ctrl_c_is_an_interrupt() -> Iterator[None]:
     A process that was started with ctrl-C switched off keeps it so.
     """
     before = signal.getsignal(signal.SIGINT)
-    ours = threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN
+    # None: a handler that was not set from Python, and cannot be put back.
+    ours = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
     if ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

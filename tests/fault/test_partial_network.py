@@ -19,7 +19,7 @@ from tests.namespaces import ENVIRONMENT, Network, network
 from tests.runs import ROWS, Outcome, make_spread_shards, run
 
 # The hard limit of each test; quiet machines need a third of it.
-pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
 
 OUTAGE_S = 20.0
 # Ray's head gives a host up when five questions in turn were not answered within 8 s: after 40 s.
@@ -95,19 +95,12 @@ def check(driver: Driver, limit_s: float) -> Outcome:
 
 def test_a_cable_is_out_for_a_while(site: Site, tmp_path: Path) -> None:
     host = site.network.hosts[-1]
-    # What was on its way may be lost, and its reader waits so long.
-    driver = begin(site, tmp_path, lambda: site.network.unplug(host), failures=3, wait_limit_s=45)
+    # An answer that was on its way may be lost, and who waits for it waits so long.
+    driver = begin(site, tmp_path, lambda: site.network.unplug(host), failures=3, wait_limit_s=60)
     time.sleep(OUTAGE_S)
     assert driver.process.poll() is None, "it ended while the host could not be heard"
     site.network.plug_in(host)
-    try:
-        check(driver, 500)
-    except ray.train.TrainingFailedError as error:
-        # Seen: a holder that lives, and whose answers do not come, for all attempts. It is said, and a new run goes on.
-        if "waited 45 s for" not in str(error):
-            raise
-        again = site.cluster.driver(train, tmp_path, in_the_middle(tmp_path), failures=0)
-        assert check(again, 300).resumed
+    check(driver, 400)  # four attempts: a limit and a start each
 
 
 def test_two_hosts_do_not_hear_each_other(site: Site, tmp_path: Path) -> None:
