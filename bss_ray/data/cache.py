@@ -4,9 +4,9 @@
     <folder>/<data set>/manifest.json           written last: what the data set is, and each file's checksum
     <folder>/<data set>/lock                    every process that reads the data set holds a shared flock on it
     <folder>/keys/<key>.json                    which data set was made from which source
-    <folder>/.new-<build>/                      shards that are being made
+    <folder>/.new-<build>-<node>/               shards that are being made
 
-Files are written whole under `.new-<build>` and then renamed, so a name that is there is a whole file. A data
+Files are written whole under `.new-<build>-<node>` and then renamed, so a name that is there is a whole file. A data
 set's name is that of its content: two builds at once write the same files, and either may win. Locks are
 flocks, which end with their process, however it ends.
 """

@@ -186,10 +186,12 @@ class DiskWriter(Writer):
     build: str = field(default_factory=lambda: f".new-{uuid.uuid4().hex}")
 
     def put(self, index: int, arrays: Arrays) -> NodeFile:
-        folder = cache.cache_folder(self.folder) / self.build
+        node = ray.get_runtime_context().get_node_id()
+        # A folder of each node's own, also where all of them share a disk: the first to be done removes its one.
+        folder = cache.cache_folder(self.folder) / f"{self.build}-{node[:8]}"
         notes = {"bss_ray": json.dumps({"format": FORMAT, "shard": index})}
         entry = cache.write_shard(folder / f"shard-{index:05d}.arrow", arrays, notes)
-        return NodeFile(entry, str(folder), ray.get_runtime_context().get_node_id())
+        return NodeFile(entry, str(folder), node)
 
     def draft(self, kept: Sequence[Any]) -> DiskStore:
         return DiskStore(ray.get(list(kept)))
@@ -238,7 +240,8 @@ def _publish(
 
 
 def _discard(writer: DiskWriter) -> None:
-    shutil.rmtree(cache.cache_folder(writer.folder) / writer.build, ignore_errors=True)
+    for folder in cache.cache_folder(writer.folder).glob(f"{writer.build}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Found(NamedTuple):

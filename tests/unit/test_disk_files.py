@@ -8,16 +8,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from bss_ray.data import cache
+from bss_ray.data import cache, disk
 from bss_ray.data.arrow import to_array, to_arrays, to_batch
 from bss_ray.data.cache import FileEntry
-from bss_ray.data.disk import DiskStore, NodeFile
+from bss_ray.data.disk import DiskStore, DiskWriter, NodeFile
 from bss_ray.data.lance import LanceStore, LanceWriter
 from bss_ray.data.sources import files_key
 from bss_ray.data.store import KINDS, Arrays, StoreConfig
@@ -50,6 +51,21 @@ def make_data_set(folder: Path, name: str, rows: int = 37) -> list[FileEntry]:
     entry = cache.write_shard(folder / ".new-a" / "shard-00000.arrow", make_columns(rows), {})
     cache.publish(folder / ".new-a", folder / name, [entry], {"files": [entry]}, f"key-{name}")
     return [entry]
+
+
+def test_nodes_that_share_a_folder_publish_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = DiskWriter(str(tmp_path))
+    made: dict[str, NodeFile] = {}
+    for index, node in enumerate(("a" * 56, "b" * 56)):
+        context = SimpleNamespace(get_node_id=lambda node=node: node)
+        monkeypatch.setattr(disk.ray, "get_runtime_context", lambda context=context: context)
+        made[node] = writer.put(index, make_columns())
+    manifest = {"files": [file.entry for file in made.values()]}
+    for file in made.values():
+        disk._publish(writer, NAMES[0], [file], manifest, None)
+    kept = cache.survey(tmp_path / NAMES[0], manifest["files"])
+    assert kept == ([0, 1], [])
+    assert not list(tmp_path.glob(".new-*"))
 
 
 def test_columns_come_back_equal_and_without_a_copy(tmp_path: Path) -> None:
@@ -200,7 +216,7 @@ class TestLanceStore(StoreContract):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bss_ray.data import cache
+from bss_ray.data import cache, disk
 cache.hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
