@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -20,7 +23,10 @@ from bss_ray.sample.plan import Plan
 from bss_ray.sample.pool import ScorerPool, ScoringFailedError
 from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.state import LostStateError
-from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit
+from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
+
+# In which the error of a wait in vain reaches those who asked.
+_LAST_WORDS_S = 2.0
 
 # Score version, epoch, index of the window.
 _WindowKey = tuple[int, int, int]
@@ -40,6 +46,8 @@ class CoordinatorActor(Named):
     One thread does all of the coordinator's work, in the order it is asked for, so that the next window
     is made while the ranks consume the one at hand. Another leads the scorers, whether the ranks wait for them
     or not. The board has a thread of its own, so that the driver can look while scores are being made.
+
+    Where it has waited in vain for another process its own one ends, see `_leave_if_in_vain`.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class CoordinatorActor(Named):
     def start_scoring(self, job: ScoringJob) -> None:
         """Have all rows measured, beside whatever else is done; `finish_scoring` publishes."""
         self._running = self._scoring.submit(self._measure_all, job)
+        self._running.add_done_callback(_leave_if_in_vain)
 
     def _measure_all(self, job: ScoringJob) -> _Measured:
         assert self._pool is not None, "only engine=actors has scorers"
@@ -107,7 +116,7 @@ class CoordinatorActor(Named):
     def publish(self, version: int, expected: int | None) -> Publication:
         """`Coordinator.publish`."""
         self._forget_windows()
-        publication: Publication = self._planner.submit(self._coordinator.publish, version, expected=expected).result()
+        publication: Publication = self._submit(self._coordinator.publish, version, expected=expected).result()
         outcome = publication.failure or f"{publication.measured} rows measured"
         self._log.at(version=publication.version).info("publish %d: %s", version, outcome)
         return publication
@@ -129,7 +138,7 @@ class CoordinatorActor(Named):
         if index + 1 < len(plan.window_ends):
             self._window((version, epoch, index + 1))
         elif self._running is None:  # else there will be other scores
-            self._planner.submit(self._coordinator.plan_ahead, epoch)
+            self._submit(self._coordinator.plan_ahead, epoch)
         return [ref]
 
     def review(self, epoch: int, version: int) -> Review:
@@ -149,12 +158,18 @@ class CoordinatorActor(Named):
         return self._holders.start("state", version, of=slice(rank, None, ranks))
 
     def _do(self, method: str, *args: Any) -> Any:
-        return self._planner.submit(getattr(self._coordinator, method), *args).result()
+        return self._submit(getattr(self._coordinator, method), *args).result()
+
+    def _submit(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have the planner's thread do it, after whatever it was asked for before."""
+        done = self._planner.submit(work, *args, **kwargs)
+        done.add_done_callback(_leave_if_in_vain)
+        return done
 
     def _window(self, key: _WindowKey) -> Future[Any]:
         """A window that is made, or will be as soon as what was asked for before it is done."""
         if key not in self._windows:
-            self._windows[key] = self._planner.submit(self._put_window, *key[1:])
+            self._windows[key] = self._submit(self._put_window, *key[1:])
             # A rank may still want the one that another has just left; and one is made ahead.
             while len(self._windows) > 3:
                 self._windows.popitem(last=False)
@@ -178,3 +193,14 @@ class CoordinatorActor(Named):
     def board(self, method: str, *args: Any) -> Any:
         """A method of the run's `Board`."""
         return getattr(self._board, method)(*args)
+
+
+def _leave_if_in_vain(work: Future[Any]) -> None:
+    """End this process where it has waited for another one in vain; Ray starts it again, and the ranks fill it.
+
+    What does not come may be there all the same. After an outage of the network the raylet that has a result may wait
+    for an answer that is lost, and until that wait is over, seven minutes by Ray's defaults, it tells the owner of no
+    other result either; so none of them is fetched, in whatever attempt. Another process is another owner.
+    """
+    if not work.cancelled() and isinstance(work.exception(), WaitError):
+        threading.Timer(_LAST_WORDS_S, os._exit, [1]).start()

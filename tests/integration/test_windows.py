@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from bss_ray import Learning, Scoring
 from bss_ray.data.shards import Shards
 from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import LostStateError, PartState
+from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from tests.runs import ROWS, make_shards
 from tests.support import local_coordinator, order_of, saved
 
@@ -120,3 +123,29 @@ def test_new_scores_void_windows_and_old_versions_are_refused(coordinator: Any) 
             ray.get(call.remote(1, 1))
     with pytest.raises(LostStateError):
         ray.get(coordinator.window.remote(1, 0, 1))
+
+
+def test_a_coordinator_that_has_waited_in_vain_starts_again(shards: Shards) -> None:
+    holders, handles = start_holders(shards, Scoring(num_holders=2))
+    settings = {"rows": shards.rows, "scheduler": SCHEDULER, "scoring": Scoring(), "seed": 3, "batch_size": 1}
+    set_wait_limit(3)
+    coordinator = start_coordinator(holders, **settings, tail="keep")
+    set_wait_limit(DEFAULT_LIMIT_S)
+    process = [ray.get(actor.__ray_call__.remote(lambda _self: os.getpid())) for actor in (coordinator, handles[1])]
+    ray.get(coordinator.load.remote(Saved(saved(SCORE, 2)), 1))
+    os.kill(process[1], signal.SIGSTOP)
+    with pytest.raises(WaitError, match="waited 3 s for the holders' moments"):
+        ray.get(coordinator.plan.remote(1, 1))
+    os.kill(process[1], signal.SIGCONT)
+
+    def started_again() -> bool:
+        try:
+            return bool(ray.get(coordinator.__ray_call__.remote(lambda _self: os.getpid())) != process[0])
+        except ray.exceptions.RayActorError:
+            return False
+
+    until(started_again)
+    ray.get(coordinator.load.remote(Saved(saved(SCORE, 2)), 1))
+    assert ray.get(coordinator.plan.remote(1, 1)).rows > 0
+    for each in (coordinator, *handles):
+        ray.kill(each)
