@@ -39,8 +39,9 @@ def start_holders(
     """
     count = min(scoring.num_holders, len(shards.parts))
     edges = [len(shards.parts) * index // count for index in range(count + 1)]
-    # It comes back empty, and the next attempt of the ranks fills it from the checkpoint.
-    actor = ray.remote(num_cpus=scoring.cpus_per_holder, max_restarts=-1)(HolderActor)
+    # It comes back empty, and the next attempt of the ranks fills it from the checkpoint. A call whose connection turns
+    # out to be broken is sent once more: it does the same twice, or finds another version than it wants.
+    actor = ray.remote(num_cpus=scoring.cpus_per_holder, max_restarts=-1, max_task_retries=1)(HolderActor)
     spans = [(part.first_row, part.rows) for part in shards.parts]
     start = uuid.uuid4().hex[:8]
     names = [f"bss_ray-{run}-{start}-holder-{index}" for index in range(count)]

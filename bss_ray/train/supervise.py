@@ -196,9 +196,11 @@ def signs_of_life(coordinator: Any) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_S):
+        while True:  # at once: the driver has heard nothing since the attempt before
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(coordinator.board.remote("beat"), timeout=_ANSWER_S)
+            if done.wait(BEAT_S):
+                return
 
     thread = threading.Thread(target=beat, name="bss-ray-beat", daemon=True)
     thread.start()
