@@ -35,6 +35,7 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_ADDRESS=$ip:$port
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}  # srun does not take it from sbatch
+export RAY_grpc_keepalive_timeout_ms=120000  # README.md, "Outages of the network"
 # With several network interfaces name the one between the nodes:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 

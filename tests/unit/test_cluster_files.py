@@ -96,6 +96,7 @@ def test_a_launcher_file_sends_what_its_commands_use(path: Path) -> None:
             assert f"~/{used}" in mounts
         if "ray start" in command:
             assert "RAY_AUTH_MODE=token" in command
+            assert "RAY_grpc_keepalive_timeout_ms=120000 ray start" in command
         assert subprocess.run(["bash", "-n", "-c", command], capture_output=True).returncode == 0, command
 
 
