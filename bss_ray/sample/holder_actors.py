@@ -57,6 +57,11 @@ class HolderActor(Named):
 class StartedHolders(Holders, Protocol):
     """Holders that can also leave their results where they are."""
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of all actors of the run."""
+        ...
+
     def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
         """References to the results of all holders, or of some."""
         ...

@@ -68,7 +68,7 @@ class Loader:
     """Reads one rank's rows of every global batch of a plan, ahead of the loop.
 
     Rows go to a rank on the node that holds them, as far as it has room. The surplus is picked out by a
-    task on that node: single rows move, never shards.
+    process on that node: single rows move, never shards.
 
     Args:
         shards: the rows.
@@ -76,6 +76,7 @@ class Loader:
         rank_nodes: node id of every rank.
         device: where batches go.
         seed: the run's seed, for the random numbers of transforms.
+        prefix: of the names of the run's actors.
 
     Attributes:
         read: rows that the last `batches` has handed out so far, filler rows left out.
@@ -84,13 +85,20 @@ class Loader:
     """
 
     def __init__(
-        self, shards: Shards, *, rank: int, rank_nodes: list[str], device: torch.device, seed: int = 0
+        self,
+        shards: Shards,
+        *,
+        rank: int,
+        rank_nodes: list[str],
+        device: torch.device,
+        seed: int = 0,
+        prefix: str = "bss_ray-",
     ) -> None:
         self._shards = shards
         self._rank = rank
         self._device = device
         self._seed = seed
-        self._reader = RowReader(shards, rank_nodes[rank])
+        self._reader = RowReader(shards, rank_nodes[rank], prefix)
         nodes = {node: index for index, node in enumerate(dict.fromkeys(rank_nodes))}
         self._rank_homes = np.array([nodes[node] for node in rank_nodes])
         # Shards on nodes without a rank, or without a node, have no home: any rank may take their rows.

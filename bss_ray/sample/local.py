@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,7 @@ class InProcessHolder:
     def __init__(self, spans: list[tuple[int, int]]) -> None:
         self._holder = HolderActor(spans, wait_limit())
         self._turn = threading.RLock()
+        self.prefix = f"bss_ray-{uuid.uuid4().hex[:8]}-"
 
     def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
         """References to the holder's result, if it is one `of` those that are meant."""

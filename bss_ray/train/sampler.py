@@ -93,7 +93,14 @@ class Sampler:
 
     def _make_loaders(self, nodes: list[str]) -> tuple[Loader, Loader | None]:
         def load(shards: Shards) -> Loader:
-            return Loader(shards, rank=self._ranks.rank, rank_nodes=nodes, device=self.device, seed=self._context.seed)
+            return Loader(
+                shards,
+                rank=self._ranks.rank,
+                rank_nodes=nodes,
+                device=self.device,
+                seed=self._context.seed,
+                prefix=self._context.holders.prefix,
+            )
 
         validation = self._context.validation
         return load(self.shards), None if validation is None else load(self._as_they_lie(validation))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, ObjectStore
+from bss_ray.sample import rows as rows_module
 from bss_ray.sample.loader import Loader
 from bss_ray.sample.plan import Order, Plan, share_out
 
@@ -122,6 +125,30 @@ def test_evaluation_moves_the_surplus(cluster: Cluster) -> None:
     assert set((rows[0] // SHARD_ROWS).tolist()) <= {0, 2, 3, 5}  # nothing of the other node
     locations = ray.experimental.get_object_locations(refs)
     assert all(len(locations[ref]["node_ids"]) == 1 for ref in refs)
+
+
+def _kill_process(server: ray.actor.ActorHandle) -> None:
+    os.kill(ray.get(server.__ray_call__.remote(lambda _server: os.getpid())), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kill", [ray.kill, _kill_process])
+def test_tasks_take_over_from_a_lost_server(
+    kill: Callable[..., None], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "_GROUP_BATCHES", 1)
+    one, two = (node["NodeID"] for node in ray.nodes())
+    shards, _refs = make_shards([one, two, two])
+    order = np.random.default_rng(3).permutation(3 * SHARD_ROWS)
+    plan = Plan(0, 0, len(order), BATCH, "keep", (len(order),))
+    loader = Loader(shards, rank=0, rank_nodes=[one], device=torch.device("cpu"), prefix="test-")
+    read: list[int] = []
+    for batch in loader.batches(plan, Order(plan, lambda _: order)):
+        assert torch.equal(batch.tensors["a"], batch.tensors["row_id"].float()[:, None].expand(-1, WIDTH))
+        read += batch.tensors["row_id"].tolist()
+        if batch.number == 2:
+            kill(ray.get_actor(f"test-rows-{two[:6]}"))
+    assert read == order.tolist()
+    assert loader.moved_share > 0.5
 
 
 def test_a_lost_node_does_not_hang(cluster: Cluster) -> None:

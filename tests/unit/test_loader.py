@@ -98,7 +98,7 @@ def in_process_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[in
         asked.append((node, row_ids.tolist()))
         return self._shards.gather(row_ids)
 
-    monkeypatch.setattr(RowReader, "_pick", pick)
+    monkeypatch.setattr(RowReader, "_ask", pick)
     monkeypatch.setattr(rows_module, "wait_for", lambda reference, _what: reference)
     return asked
 
