@@ -7,9 +7,13 @@ checkpoint.
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, Generic, TypeVar
 
 import ray
+
+T = TypeVar("T")
 
 # Longer than any single step between processes should take; as long as torch.distributed waits for a collective.
 DEFAULT_LIMIT_S = 1800.0
@@ -51,9 +55,103 @@ def wait_for(reference: Any, what: str) -> Any:
         raise waited_for(what) from None
 
 
+def in_time(function: Callable[[], T], what: str) -> T:
+    """What a function returns that waits for others, and cannot be told for how long; it runs in another thread.
+
+    Args:
+        function: is left to itself where the limit is over.
+        what: is waited for, see `wait_for`.
+
+    Raises:
+        WaitError: it did not return within the limit.
+        BaseException: what it has raised.
+    """
+    call = InThread(function)
+    if not call.done.wait(_limit_s):
+        raise waited_for(what)
+    return call.result()
+
+
+def each_in_time(items: Iterator[T], what: str) -> Generator[T, None, None]:
+    """The items of an iterator that waits for others, such as Ray Data's.
+
+    Each is taken in a thread of its own, one after the other and none ahead. Where the wait ends first, with its
+    limit or with ctrl-C, the iterator is closed as soon as it can be.
+
+    Args:
+        items: a generator, or without anything to close.
+        what: is waited for, see `wait_for`.
+
+    Raises:
+        WaitError: one did not come within the limit.
+    """
+    end = object()
+    close = getattr(items, "close", lambda: None)
+    pull: InThread[Any] | None = None
+    try:
+        while True:
+            pull = InThread(lambda: next(items, end))
+            if not pull.done.wait(_limit_s):
+                raise waited_for(what)
+            item = pull.result()
+            if item is end:
+                return
+            yield item
+    finally:
+        if pull is None or pull.done.is_set():
+            close()
+        else:
+            pull.then(close)
+
+
 def waited_for(what: str) -> WaitError:
     """The error of a wait that is over."""
     return WaitError(
         f"waited {_limit_s:g} s for {what}. Its process or its node may be cut off or stuck: see `ray list actors` and "
         "`ray list nodes`; if it is only slow, raise wait_limit_s"
     )
+
+
+class InThread(Generic[T]):
+    """A call in a daemon thread, which does not keep the process alive.
+
+    Args:
+        function: what is called, at once.
+
+    Attributes:
+        done: that it has returned or raised.
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.done = threading.Event()
+        self._function = function
+        self._result: T
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="bss-ray-call", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:  # SystemExit, too, is the caller's
+            self._error = error
+        finally:
+            self.done.set()
+
+    def result(self) -> T:
+        """What it has returned; to be asked for when it is done.
+
+        Raises:
+            BaseException: what it has raised.
+        """
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def then(self, function: Callable[[], Any]) -> None:
+        """Call another function when it is done, in another thread."""
+
+        def wait() -> None:
+            self.done.wait()
+            function()
+
+        threading.Thread(target=wait, name="bss-ray-then", daemon=True).start()

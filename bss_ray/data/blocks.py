@@ -10,6 +10,7 @@ import ray.data
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import DataError, nearest
+from bss_ray.wait import each_in_time, in_time
 
 
 class Block(NamedTuple):
@@ -48,16 +49,22 @@ def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, Non
         DataError: it has no rows, or lacks a column.
     """
     try:
-        schema = dataset.schema()
+        schema = _schema_of(dataset)
     except ValueError:
         # Ray Data has no type for a column of tensors in some blocks and of tensors and nulls in others, and asks for
         # one where blocks are there already. Of those still to be made it looks at the first.
         dataset = dataset.map_batches(lambda block: block, batch_size=None, batch_format="pyarrow")
-        schema = dataset.schema()
+        schema = _schema_of(dataset)
     check_columns(schema, columns)
     dataset = dataset.select_columns(list(columns.all))
     dataset.context.execution_options.preserve_order = True  # row ids are positions
     return blocks_of(dataset)
+
+
+def _schema_of(dataset: ray.data.Dataset) -> ray.data.Schema | None:
+    """Of the first rows, which Ray Data may have to make."""
+    schema: ray.data.Schema | None = in_time(dataset.schema, "the data set's first rows")
+    return schema
 
 
 def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
@@ -76,14 +83,19 @@ def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
 def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
     """Run the data set and yield its blocks that have rows, as they are made; in order, if it preserves order."""
     first_row = 0
-    # The only use of Ray Data's developer API: references to blocks without moving them.
-    for bundle in dataset.iter_internal_ref_bundles():
+    for bundle in each_in_time(_bundles_of(dataset), "the data set's next rows"):
         for entry, cut in zip(bundle.blocks, bundle.slices, strict=True):
             all_rows, size = entry.metadata.num_rows, entry.metadata.size_bytes or 0
             offset, rows = (0, all_rows) if cut is None else (cut.start_offset, cut.num_rows)
             if rows:
                 yield Block(entry.ref, first_row, rows, offset, size * rows // all_rows)
                 first_row += rows
+
+
+def _bundles_of(dataset: ray.data.Dataset) -> Iterator[Any]:
+    """A generator, as already the call waits for the first bundle."""
+    # The only use of Ray Data's developer API: references to blocks without moving them.
+    yield from dataset.iter_internal_ref_bundles()
 
 
 def take_until(blocks: Iterator[Block], limit: float) -> tuple[deque[Block], bool]:

@@ -28,6 +28,7 @@ from bss_ray.data.store import ObjectWriter, StoreConfig, Writer
 from bss_ray.data.tasks import OnProgress, Report, Tasks
 from bss_ray.errors import DataError, raise_first_problem
 from bss_ray.names import presence_column
+from bss_ray.wait import wait_for
 
 # Large enough that a shard's overhead (a few hundred microseconds to open) is nothing, small enough
 # that shards spread evenly over nodes and scorers.
@@ -211,7 +212,7 @@ def _check(tasks: Tasks) -> Shards:
     Raises:
         DataError: some are not.
     """
-    reports: list[Report] = ray.get(tasks.reports)
+    reports: list[Report] = wait_for(tasks.reports, "the reports on the shards")
     raise_first_problem([problem for report in reports for problem in report.problems], DataError)
     columns, features = tasks.columns, _common_features(reports)
     lacking = frozenset[str]().union(*(report.lacking for report in reports))
@@ -229,7 +230,7 @@ def _check(tasks: Tasks) -> Shards:
         store=tasks.writer.draft(tasks.kept),
     )
     if columns.id is not None:
-        _refuse_duplicates(shards, columns.id, ray.get(_equal_hashes.remote(*tasks.ids)))
+        _refuse_duplicates(shards, columns.id, wait_for(_equal_hashes.remote(*tasks.ids), "the ids to be compared"))
     return shards
 
 

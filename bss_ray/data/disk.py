@@ -27,6 +27,7 @@ from bss_ray.data.manifest import FORMAT, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays, MappedStore, Writer
 from bss_ray.errors import BssRayError, StorageError
+from bss_ray.wait import wait_for
 
 _LAST_WORDS_S = 60.0
 
@@ -149,7 +150,7 @@ def _get(ref: Any) -> Any:
         StorageError: the node is gone, and its files with it.
     """
     try:
-        result = ray.get(ref)
+        result = wait_for(ref, "the disk store of another node")
     except ray.exceptions.RayTaskError:
         raise  # an error of our own, no lost node
     except ray.exceptions.RayError as error:
@@ -194,7 +195,7 @@ class DiskWriter(Writer):
         return NodeFile(entry, str(folder), node)
 
     def draft(self, kept: Sequence[Any]) -> DiskStore:
-        return DiskStore(ray.get(list(kept)))
+        return DiskStore(wait_for(list(kept), "what is known of the shards"))
 
     def finish(self, shards: Shards, key: str | None) -> Shards:
         assert isinstance(shards.store, DiskStore)

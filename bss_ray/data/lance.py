@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from bss_ray.data.arrow import to_arrays, to_batch
 from bss_ray.data.manifest import from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays, Store, Writer
 from bss_ray.errors import DataError, StorageError, optional_import
+from bss_ray.wait import wait_for
 
 _NOTE = b"bss_ray"
 # Lance's own default: versions without a tag, which builds leave that were stopped or found their content there.
@@ -130,7 +130,7 @@ class LanceWriter(Writer):
         return Fragments([json.dumps(fragment.to_json()) for fragment in fragments], batch.schema, batch.num_rows)
 
     def draft(self, kept: Sequence[Any]) -> LanceStore:
-        return self.commit(ray.get(list(kept)))
+        return self.commit(wait_for(list(kept), "what is known of the shards"))
 
     def commit(self, made: Sequence[Fragments]) -> LanceStore:
         """A store over a new version of these fragments, in their order."""

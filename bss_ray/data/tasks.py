@@ -22,6 +22,7 @@ from bss_ray.data.shards import Feature
 from bss_ray.data.store import Arrays, Writer
 from bss_ray.errors import BssRayError, DataError, Problem
 from bss_ray.names import presence_column
+from bss_ray.wait import wait_limit, waited_for
 
 OnProgress = Callable[[int, int], None]
 
@@ -134,9 +135,15 @@ class Tasks:
         self._pending[refs[0]] = index, cut
 
     def _wait(self, most: float) -> None:
-        """Wait until at most so many tasks run."""
+        """Wait until at most so many tasks run.
+
+        Raises:
+            WaitError: none of them was done within the limit.
+        """
         while len(self._pending) > most:
-            done, _ = ray.wait(list(self._pending), num_returns=1, fetch_local=False)
+            done, _ = ray.wait(list(self._pending), num_returns=1, timeout=wait_limit(), fetch_local=False)
+            if not done:
+                raise waited_for(f"one of {len(self._pending)} shards to be made")
             index, cut = self._pending.pop(done[0])
             report: Report = ray.get(done[0])
             if report.failure is not None:

@@ -120,7 +120,7 @@ class Collector:
 
     def _advance(self, *, wait: bool) -> None:
         if self._running is not None and (wait or ray.wait([self._running], timeout=0)[0]):
-            look, self._running = get(self._running), None
+            look, self._running = get(self._running, "a look at the measures"), None
             self._judge(look)
         if self._running is None and self._begun < len(self.blocks):
             group = self.blocks[self._begun : self._begun + _GROUP]

@@ -29,6 +29,7 @@ from bss_ray.score.pool import Pool
 from bss_ray.storage import absolute
 from bss_ray.train.loop import ModelSpec as ModelSpec  # for the command, too
 from bss_ray.train.weights import Weights
+from bss_ray.wait import DEFAULT_LIMIT_S
 
 Split = Literal["train", "validation", "test"]
 
@@ -49,6 +50,7 @@ MAY_CHANGE = frozenset(
         "ray_address",
         "log_format",
         "verbose",
+        "wait_limit_s",
     }
 )
 
@@ -82,6 +84,7 @@ class ScoreConfig:
         cpus_per_actor: logical CPUs of an actor; null takes 1, or 0 where the cluster has one CPU.
         gpus_per_actor: share of a GPU of an actor; null takes 1 where the cluster has GPUs.
         piece_rows: most rows whose measures make a file; a stop loses no more than the pieces being made.
+        wait_limit_s: longest time, in seconds, without anything new of the actors and tasks of the job.
         name: of the job; the same name and settings: it goes on where it stopped.
         storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
         ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
@@ -111,6 +114,7 @@ class ScoreConfig:
     cpus_per_actor: float | None = None
     gpus_per_actor: float | None = None
     piece_rows: int = PIECE_ROWS
+    wait_limit_s: float = DEFAULT_LIMIT_S
     name: str = "scores"
     storage_path: str = "runs"
     ray_address: str | None = None
@@ -125,6 +129,8 @@ class ScoreConfig:
             raise ConfigError(f"unknown split {self.split!r}; {nearest(self.split, get_args(Split))}")
         if self.bad_rows not in get_args(BadRows):
             raise ConfigError(f"unknown bad_rows {self.bad_rows!r}; {nearest(self.bad_rows, get_args(BadRows))}")
+        if not self.wait_limit_s > 0:
+            raise ConfigError(f"wait_limit_s must be positive; received {self.wait_limit_s}")
         for name in ("num_classes", "piece_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -22,6 +23,7 @@ from bss_ray.score.pool import Room, settings_of, users_error
 from bss_ray.score.scores import column, with_row_ids
 from bss_ray.score.units import Unit
 from bss_ray.storage import StoragePath
+from bss_ray.wait import each_in_time
 
 # Rows that so many actors have died of are not given to another. Ray Data would go on for ever.
 _MAX_DEATHS = 3
@@ -95,10 +97,15 @@ def measure_rows(
     )
     try:
         with settings_of(dataset):
-            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for table in each_in_time(_tables_of(dataset), "the next rows to be measured"):
                 yield from map(_report_of, table["report"].to_pylist())
     except ray.exceptions.RayError as error:
         raise users_error(error) or error from None
+
+
+def _tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """A generator, as already the call waits for the first table."""
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _report_of(text: str) -> PieceReport:

@@ -30,6 +30,7 @@ from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.scores import roc_areas
+from bss_ray.wait import set_wait_limit
 
 Message = dict[str, Any]
 OnMessage = Callable[[Message], None]
@@ -77,7 +78,9 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
 
     Raises:
         BssRayError: a setting, the weights, the data or the model is to blame; what is done stays.
+        WaitError: nothing new came for `wait_limit_s`; what is done stays.
     """
+    set_wait_limit(job.config.wait_limit_s)
     room = job.config.pool.on_cluster()
     check_storage(folder.path)
     on_message({"kind": "status", "text": f"looking at the {job.config.split} rows of {job.data}"})
@@ -151,7 +154,7 @@ def open_source(job: Job, room: Room, on_message: OnMessage) -> Source:
     path = parquet_paths(job.data)[config.split]
     if path is not None:
         units = parquet_units(path, columns)
-        features = get(_known_features.remote(units, columns))
+        features = get(_known_features.remote(units, columns), "a look at the rows")
         return Source(units, features, files_key(path) or "")
     dataset = load_splits(job.data, mispaired=config.mispaired or 0.0, seed=config.seed or 0)[config.split]
     if dataset is None:

@@ -13,6 +13,7 @@ import ray.data
 
 from bss_ray.errors import BssRayError, ConfigError, ResourceError
 from bss_ray.sample.memory import ONE_ARENA
+from bss_ray.wait import wait_for
 
 # An environment of their own also has rows read by tasks, beside the measuring of others: Ray Data would read inside of
 # the actors, where both are alike.
@@ -132,9 +133,9 @@ def users_error(error: Exception) -> BssRayError | None:
     return type(cause)(str(cause).partition(_ADDED_BY_RAY)[0])
 
 
-def get(references: Any) -> Any:
-    """`ray.get`, with a user's error as it was raised in the task."""
+def get(reference: Any, what: str) -> Any:
+    """`wait_for`, with a user's error as it was raised in the task."""
     try:
-        return ray.get(references)
+        return wait_for(reference, what)
     except ray.exceptions.RayTaskError as error:
         raise users_error(error) or error from None

@@ -68,14 +68,16 @@ def score_rows(task: SecondPass, path: StoragePath) -> dict[str, Any]:
     groups = group_pieces(find_pieces(task.measures), _PART_ROWS)
     if not groups:
         raise CheckpointError(f"{task.measures} holds no measures. Give the same command again")
-    looks: list[_Look] = get([_look.remote(task, group) for group in groups])
+    looking = [_look.remote(task, group) for group in groups]
+    looks: list[_Look] = [get(look, "a look at the next measures") for look in looking]
     raise_first_problem([problem for look in looks for problem in look.unpaired], DataError)
     if task.bad_rows == "error":
         raise_first_problem([problem for look in looks for problem in look.bad], ModelOutputError)
     norms = Norms.union([look.norms for look in looks])
     shared = ray.put(norms)
     with path.replaced() as folder:
-        parts = get([_write_part.remote(task, group, shared, folder, index) for index, group in enumerate(groups)])
+        writing = [_write_part.remote(task, group, shared, folder, index) for index, group in enumerate(groups)]
+        parts = [get(part, "the next part of the scores") for part in writing]
     return {"bounds": _bounds(norms), **Summary.union(parts).to_json()}
 
 

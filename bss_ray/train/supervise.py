@@ -7,12 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
 from bss_ray.errors import BssRayError
-from bss_ray.wait import wait_limit, waited_for
+from bss_ray.wait import InThread, wait_limit, waited_for
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -110,7 +110,7 @@ def supervise(fit: Callable[[], T], board: BoardReader) -> tuple[T, bool]:
         Exception: of `fit`.
     """
     with _ctrl_c_is_an_interrupt():
-        running = _InThread(fit)
+        running = InThread(fit)
         stopping = False
         while True:
             try:
@@ -144,30 +144,6 @@ def _ctrl_c_is_an_interrupt() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, before)
-
-
-class _InThread(Generic[T]):
-    """A call in a daemon thread, which does not keep the process alive."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self.done = threading.Event()
-        self._function = function
-        self._result: T
-        self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="bss-ray-fit", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._result = self._function()
-        except BaseException as error:  # SystemExit, too, is the caller's
-            self._error = error
-        finally:
-            self.done.set()
-
-    def result(self) -> T:
-        if self._error is not None:
-            raise self._error
-        return self._result
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from bss_ray.score.dataset import score_dataset
 from bss_ray.score.job import SUMMARY_FILE, score
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.weights import Weights
+from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from tests.scoring import COLUMNS, forwarded, make_columns, make_recorder, make_table, reference, write_folder
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -206,3 +207,14 @@ def test_what_the_cluster_can_never_give_is_refused_at_once(columns: dict[str, A
     dataset = ray.data.from_arrow(make_table(columns))
     with pytest.raises(ResourceError, match="1 GPU each do not fit"):
         score_dataset(dataset, make_recorder(), columns=COLUMNS, num_gpus=1)
+
+
+def test_measures_that_do_not_come_are_not_waited_for_without_end(columns: dict[str, Any], tmp_path: Path) -> None:
+    write_folder(tmp_path / "rows", make_table(columns), [], row_group=50)
+    slow = replace(SPEC, init_args={"log": str(tmp_path), "pause": 12.0})
+    config = replace(config_of(tmp_path, tmp_path / "rows", wait_limit_s=6), model=slow)
+    try:
+        with pytest.raises(WaitError, match="waited 6 s for the next rows to be measured"):
+            run_job(config, make_recorder())
+    finally:
+        set_wait_limit(DEFAULT_LIMIT_S)

@@ -1,6 +1,8 @@
 """Shards: stable row ids, one fingerprint however they are cut, and bad data named before training."""
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from bss_ray.errors import ConfigError, DataError, ResourceError
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.scoring import Scoring
 from bss_ray.train.resources import check_resources, settle_engine
+from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -146,3 +149,20 @@ def test_the_engine_follows_from_what_the_ranks_leave() -> None:
     assert settled(5, num_scorers=1)[0] == "actors"
     assert settled(6, overlap=True)[0] == "actors"
     assert settled(1, engine="online") == ("online", "as set")
+
+
+@pytest.mark.parametrize(("stuck", "what"), [({0, 1}, "first rows"), ({1}, "next rows")])
+def test_rows_that_do_not_come_are_not_waited_for_without_end(stuck: set[int], what: str, tmp_path: Path) -> None:
+    def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        while batch["id"][0] in stuck and not (tmp_path / "go on").exists():
+            time.sleep(0.05)
+        return {name: values[batch["id"]] for name, values in make_columns().items()}
+
+    dataset = ray.data.range(2, override_num_blocks=2).map_batches(make, batch_size=None)
+    set_wait_limit(5)
+    try:
+        with pytest.raises(WaitError, match=f"waited 5 s for the data set's {what}"):
+            build_shards(dataset, COLUMNS)
+    finally:
+        set_wait_limit(DEFAULT_LIMIT_S)
+        (tmp_path / "go on").touch()
