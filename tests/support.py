@@ -1,8 +1,9 @@
-"""What several test modules share: a coordinator over holders in this process, without Ray."""
+"""What several test modules share: a coordinator over holders in this process, and the end of calls given up."""
 
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,11 @@ def order_of(coordinator: Coordinator, epoch: int) -> tuple[np.ndarray, Plan]:
     """All row ids of an epoch in their order, and its plan."""
     plan = coordinator.plan(epoch)
     return np.concatenate([coordinator.window(epoch, index) for index in range(len(plan.window_ends))]), plan
+
+
+def join_calls() -> None:
+    """Wait for calls that were given up (`bss_ray.wait`): Ray ends a process in which one outlives its session."""
+    for thread in threading.enumerate():
+        if thread.name in ("bss-ray-call", "bss-ray-then"):
+            thread.join(60)
+            assert not thread.is_alive(), thread

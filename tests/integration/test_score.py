@@ -24,6 +24,7 @@ from bss_ray.train.folder import RunFolder
 from bss_ray.train.weights import Weights
 from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from tests.scoring import COLUMNS, forwarded, make_columns, make_recorder, make_table, reference, write_folder
+from tests.support import join_calls
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -218,3 +219,4 @@ def test_measures_that_do_not_come_are_not_waited_for_without_end(columns: dict[
             run_job(config, make_recorder())
     finally:
         set_wait_limit(DEFAULT_LIMIT_S)
+        join_calls()

@@ -21,6 +21,7 @@ from bss_ray.sample.scoring import Scoring
 from bss_ray.train.resources import check_resources, settle_engine
 from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from tests.runs import COLUMNS, make_columns, make_dataset
+from tests.support import join_calls
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -166,3 +167,4 @@ def test_rows_that_do_not_come_are_not_waited_for_without_end(stuck: set[int], w
     finally:
         set_wait_limit(DEFAULT_LIMIT_S)
         (tmp_path / "go on").touch()
+        join_calls()
