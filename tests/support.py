@@ -50,6 +50,6 @@ def order_of(coordinator: Coordinator, epoch: int) -> tuple[np.ndarray, Plan]:
 def join_calls() -> None:
     """Wait for calls that were given up (`bss_ray.wait`): Ray ends a process in which one outlives its session."""
     for thread in threading.enumerate():
-        if thread.name in ("bss-ray-call", "bss-ray-then"):
+        if thread.name.startswith(("bss-ray-call", "bss-ray-then", "StreamingExecutor")):
             thread.join(60)
             assert not thread.is_alive(), thread
