@@ -76,8 +76,8 @@ def each_in_time(items: Iterator[T], what: str) -> Generator[T, None, None]:
     """The items of an iterator that waits for others, such as Ray Data's.
 
     Each is taken in a thread of its own, one after the other and none ahead. Where the wait ends first, with its
-    limit or with ctrl-C, the iterator is closed as soon as it can be. Until then `ray.shutdown()` would end the process:
-    Ray takes a call that outlives its session for a bug of its own.
+    limit or with ctrl-C, the iterator is closed as soon as it can be. Until then `ray.shutdown()` would end the
+    process: Ray takes a call that outlives its session for a bug of its own.
 
     Args:
         items: a generator, or without anything to close.
