@@ -128,13 +128,14 @@ def test_new_scores_void_windows_and_old_versions_are_refused(coordinator: Any) 
 def test_a_coordinator_that_has_waited_in_vain_starts_again(shards: Shards) -> None:
     holders, handles = start_holders(shards, Scoring(num_holders=2))
     settings = {"rows": shards.rows, "scheduler": SCHEDULER, "scoring": Scoring(), "seed": 3, "batch_size": 1}
-    set_wait_limit(3)
+    ray.get([handle.call.remote("forget") for handle in handles])  # they are there
+    set_wait_limit(10)
     coordinator = start_coordinator(holders, **settings, tail="keep")
     set_wait_limit(DEFAULT_LIMIT_S)
     process = [ray.get(actor.__ray_call__.remote(lambda _self: os.getpid())) for actor in (coordinator, handles[1])]
     ray.get(coordinator.load.remote(Saved(saved(SCORE, 2)), 1))
     os.kill(process[1], signal.SIGSTOP)
-    with pytest.raises(WaitError, match="waited 3 s for the holders' moments"):
+    with pytest.raises(WaitError, match="waited 10 s for the holders' moments"):
         ray.get(coordinator.plan.remote(1, 1))
     os.kill(process[1], signal.SIGCONT)
 
