@@ -66,10 +66,7 @@ def in_time(function: Callable[[], T], what: str) -> T:
         WaitError: it did not return within the limit.
         BaseException: what it has raised.
     """
-    call = InThread(function)
-    if not call.done.wait(_limit_s):
-        raise waited_for(what)
-    return call.result()
+    return InThread(function).in_time(what)
 
 
 def each_in_time(items: Iterator[T], what: str) -> Generator[T, None, None]:
@@ -92,9 +89,7 @@ def each_in_time(items: Iterator[T], what: str) -> Generator[T, None, None]:
     try:
         while True:
             pull = InThread(lambda: next(items, end))
-            if not pull.done.wait(_limit_s):
-                raise waited_for(what)
-            item = pull.result()
+            item = pull.in_time(what)
             if item is end:
                 return
             yield item
@@ -147,6 +142,17 @@ class InThread(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._result
+
+    def in_time(self, what: str) -> T:
+        """What it returns within the limit.
+
+        Raises:
+            WaitError: it has not, and goes on.
+            BaseException: what it has raised.
+        """
+        if not self.done.wait(_limit_s):
+            raise waited_for(what)
+        return self.result()
 
     def then(self, function: Callable[[], Any]) -> None:
         """Call another function when it is done, in another thread."""

@@ -150,7 +150,7 @@ def _get(ref: Any) -> Any:
         StorageError: the node is gone, and its files with it.
     """
     try:
-        result = wait_for(ref, "the disk store of another node")
+        result = wait_for(ref, "the disk store of a node")
     except ray.exceptions.RayTaskError:
         raise  # an error of our own, no lost node
     except ray.exceptions.RayError as error:

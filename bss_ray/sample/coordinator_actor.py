@@ -201,6 +201,8 @@ def _leave_if_in_vain(work: Future[Any]) -> None:
     What does not come may be there all the same. After an outage of the network the raylet that has a result may wait
     for an answer that is lost, and until that wait is over, seven minutes by Ray's defaults, it tells the owner of no
     other result either; so none of them is fetched, in whatever attempt. Another process is another owner.
+
+    A coordinator in the process that trains (`local.py`) waits for no other, so this never ends that one.
     """
     if not work.cancelled() and isinstance(work.exception(), WaitError):
         threading.Timer(_LAST_WORDS_S, os._exit, [1]).start()

@@ -59,7 +59,7 @@ class RowReader:
         row_bytes: bytes of a row's columns.
     """
 
-    def __init__(self, shards: Shards, node: str, prefix: str = "bss_ray-") -> None:
+    def __init__(self, shards: Shards, node: str, prefix: str) -> None:
         self._shards, self._prefix = shards, prefix
         self._servers: dict[str, Any] = {}
         self.row_bytes = sum(feature.row_bytes for feature in shards.features.values())

@@ -218,6 +218,12 @@ def test_dockerfile() -> None:
     assert done.returncode == 0, done.stdout.decode()
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "slurm.sh"])
+def test_servers_are_patient(name: str) -> None:
+    """As those of the launcher files; the manifests have the image's environment."""
+    assert "RAY_grpc_keepalive_timeout_ms=120000" in (CLUSTER / name).read_text()
+
+
 def test_the_image_has_what_the_build_copies() -> None:
     allowed = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     for line in (CLUSTER / "Dockerfile").read_text().splitlines():

@@ -501,4 +501,4 @@ def test_pinned_buffers_have_the_columns_dtypes() -> None:
 
 def test_groups_are_bounded_by_bytes_and_batches() -> None:
     shards = make_shards(["n"], rows=2000, width=1024)
-    assert [RowReader(shards, "n").group_size(rows) for rows in (1, 256, 10_000)] == [64, 15, 1]
+    assert [RowReader(shards, "n", "").group_size(rows) for rows in (1, 256, 10_000)] == [64, 15, 1]

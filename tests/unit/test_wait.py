@@ -78,5 +78,7 @@ def test_errors_are_the_iterators(error: Exception) -> None:
 
 def test_a_call() -> None:
     assert in_time(lambda: 3, "a number") == 3
+    go_on = threading.Event()
     with pytest.raises(WaitError, match=r"waited 0.3 s for a number"):
-        in_time(threading.Event().wait, "a number")
+        in_time(go_on.wait, "a number")
+    go_on.set()
