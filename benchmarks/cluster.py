@@ -40,10 +40,10 @@ from bss_ray.data.store import Arrays, ObjectStore
 from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.holder_actors import EVERY, ActorHolders
-from bss_ray.sample.pool import ScorerPool, ShardReport
-from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.start import coordinator_settings
-from bss_ray.sample.state import Delivery
+from bss_ray.sample.state import MeasureBatch
+from bss_ray.scoring.actor import ScoringJob
+from bss_ray.scoring.pool import ScorerPool, ShardReport
 
 CLASSES = 4
 WIDTH = 128  # a row has 1 kB
@@ -176,7 +176,9 @@ class Host:
         rng = np.random.default_rng([job.version, shard])
         measures = (rng.random(part.rows, dtype=np.float32) for _ in range(2))
         rows = np.arange(part.first_row, part.first_row + part.rows)
-        holders.deliver(Delivery.of(rows, *measures).sound(), epoch=job.epoch, version=job.version, attempt=job.attempt)
+        holders.deliver(
+            MeasureBatch.of(rows, *measures).sound(), epoch=job.epoch, version=job.version, attempt=job.attempt
+        )
         return ShardReport(part.rows, [], [])
 
     def rank(self, ranks: list[int], step: str, coordinator: Any, *args: Any) -> None:
@@ -224,7 +226,7 @@ class ManyHolders(ActorHolders):
         self.sent += len(called)
         return [self._host(index).call.remote(index, method, *args) for index in called]
 
-    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
+    def deliver(self, delivery: MeasureBatch, *, epoch: int, version: int, attempt: str) -> None:
         edges = itertools.pairwise([*self._first_rows, np.iinfo(np.int64).max])
         parts = [(index, delivery.within(*edge)) for index, edge in enumerate(edges)]
         call = {"epoch": epoch, "version": version, "attempt": attempt}

@@ -20,10 +20,10 @@ import torch
 from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
-from bss_ray.sample.loader import Loader
+from bss_ray.load.loader import Loader
 from bss_ray.sample.plan import Order
 from bss_ray.sample.start import start_coordinator, start_holders
-from bss_ray.sample.state import PartState
+from bss_ray.sample.state import ScoreBlock
 
 
 @dataclass
@@ -32,8 +32,8 @@ class RandomScores:
 
     seed: int
 
-    def scores(self, start: int, stop: int) -> list[PartState]:
-        state = PartState.empty(start, stop - start)
+    def scores(self, start: int, stop: int) -> list[ScoreBlock]:
+        state = ScoreBlock.empty(start, stop - start)
         state.score[:] = np.random.default_rng([self.seed, start]).uniform(-1, 1, stop - start)
         return [state]
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
-from bss_ray.sample.loader import Loader
+from bss_ray.load.loader import Loader
 from bss_ray.sample.plan import Order, Plan
 
 Tensors = dict[str, torch.Tensor]

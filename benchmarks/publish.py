@@ -20,7 +20,7 @@ from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import ObjectStore
 from bss_ray.measure.normalise import NORMALISE
 from bss_ray.sample.start import start_coordinator, start_holders
-from bss_ray.sample.state import Delivery
+from bss_ray.sample.state import MeasureBatch
 
 # Rows of one delivery.
 _PART = 1 << 19
@@ -51,7 +51,9 @@ def main() -> None:
         for start in range(0, options.rows, _PART):
             rows = np.arange(start, min(start + _PART, options.rows))
             similarity, information = (rng.random(len(rows), dtype=np.float32) for _ in range(2))
-            holders.deliver(Delivery.of(rows, similarity, information), epoch=version, version=version, attempt=attempt)
+            holders.deliver(
+                MeasureBatch.of(rows, similarity, information), epoch=version, version=version, attempt=attempt
+            )
         delivered = time.perf_counter()
         publication = ray.get(coordinator.publish.remote(version, options.rows))
         assert (publication.version, publication.measured) == (version, options.rows)

@@ -24,7 +24,7 @@ import torch
 from bss_ray import Learning
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.state import PartState
+from bss_ray.sample.state import ScoreBlock
 
 
 class MeasuredHolders(LocalHolders):
@@ -62,7 +62,7 @@ class RandomHolder(Holder):
 
     def load(self, parts: Any, version: int, attempt: str = "") -> int:
         run = self._runs[0]
-        state = PartState.empty(run.first_row, len(run.score))
+        state = ScoreBlock.empty(run.first_row, len(run.score))
         rng = np.random.default_rng(state.first_row)
         for values in (state.score, state.similarity, state.information):
             for first in range(0, len(values), 1 << 22):

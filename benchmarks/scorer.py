@@ -36,12 +36,12 @@ from bss_ray.data.store import ObjectStore
 from bss_ray.measure.forward import Forward, evaluating
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.models import LateFusion
-from bss_ray.sample.memory import keep_freed_memory
-from bss_ray.sample.pool import ScorerPool
-from bss_ray.sample.scorer import Scorer
-from bss_ray.sample.scorer_actor import ScoringJob
+from bss_ray.runtime.memory import keep_freed_memory
 from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
 from bss_ray.schedule import Uniform
+from bss_ray.scoring.actor import ScoringJob
+from bss_ray.scoring.pool import ScorerPool
+from bss_ray.scoring.scorer import Scorer
 
 SHAPES = {"audio": (1, 32, 32), "image": (1, 8, 8)}
 CLASSES = 10

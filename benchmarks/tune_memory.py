@@ -39,10 +39,10 @@ import torch
 import yaml
 from ray._private.internal_api import get_memory_info_reply
 
-from bss_ray.settings import instantiate, make, resolved
+from bss_ray.cli.tune import tune_parser
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import TrainConfig
-from bss_ray.tune.command import tune_parser
+from bss_ray.train.settings import instantiate, make, resolved
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.space import find_space
 from bss_ray.tune.tuner import tune

@@ -30,7 +30,7 @@ import ray
 import torch
 import yaml
 
-from bss_ray.settings import overlay, training_config
+from bss_ray.train.settings import overlay, training_config
 from bss_ray.tune.record import load_study
 
 GOAL = 0.35

@@ -19,8 +19,8 @@ _WHERE = {
     "Learning": "bss_ray.schedule.schedulers",
     "Measurer": "bss_ray.measure.measurer",
     "Measures": "bss_ray.measure.measurer",
-    "RowRandom": "bss_ray.sample.randomness",
-    "Scoring": "bss_ray.sample.scoring",
+    "RowRandom": "bss_ray.load.randomness",
+    "Scoring": "bss_ray.scoring.config",
     "StoreConfig": "bss_ray.data.store",
     "Uniform": "bss_ray.schedule.schedulers",
     "balance_scores": "bss_ray.measure.score",
@@ -55,14 +55,14 @@ if TYPE_CHECKING:
     from bss_ray.data.columns import Columns
     from bss_ray.data.store import StoreConfig
     from bss_ray.errors import BssRayError
+    from bss_ray.load.randomness import RowRandom
     from bss_ray.measure.criteria import register_information, register_similarity
     from bss_ray.measure.measurer import Measurer, Measures
     from bss_ray.measure.score import balance_scores
     from bss_ray.sample.permutation import weighted_permutation
-    from bss_ray.sample.randomness import RowRandom
-    from bss_ray.sample.scoring import Scoring
     from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
     from bss_ray.score.dataset import score_dataset
+    from bss_ray.scoring.config import Scoring
     from bss_ray.train.sampler import get_sampler
     from bss_ray.train.trainer import BalancedTrainer
 

@@ -17,8 +17,8 @@ from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.names import CLOCKED
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S
 from bss_ray.testing import Fault
-from bss_ray.wait import DEFAULT_LIMIT_S
 
 # The ranks do not know this module: send what it defines along with the loop.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -13,9 +13,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from bss_ray.settings import training_config
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import TrainConfig
+from bss_ray.train.settings import training_config
 from bss_ray.tune.config import Pruning, TuneConfig
 from bss_ray.tune.space import find_space
 from bss_ray.tune.tuner import tune

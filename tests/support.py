@@ -11,7 +11,7 @@ import numpy as np
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Plan
-from bss_ray.sample.state import PartState
+from bss_ray.sample.state import ScoreBlock
 from bss_ray.schedule import Scheduler
 
 
@@ -21,9 +21,9 @@ def cut(rows: int, parts: int) -> list[tuple[int, int]]:
     return [(start, stop - start) for start, stop in itertools.pairwise(edges) if stop > start]
 
 
-def saved(score: np.ndarray, parts: int = 1) -> list[PartState]:
+def saved(score: np.ndarray, parts: int = 1) -> list[ScoreBlock]:
     """`score` (N,) as a checkpoint of `parts` parts; the measures do not matter to an order."""
-    states = [PartState.empty(first, n) for first, n in cut(len(score), parts)]
+    states = [ScoreBlock.empty(first, n) for first, n in cut(len(score), parts)]
     for state in states:
         state.score[:] = np.asarray(score)[state.first_row : state.stop_row]
     return states
@@ -48,7 +48,7 @@ def order_of(coordinator: Coordinator, epoch: int) -> tuple[np.ndarray, Plan]:
 
 
 def join_calls() -> None:
-    """Wait for calls that were given up (`bss_ray.wait`): Ray ends a process in which one outlives its session."""
+    """Wait for abandoned calls (`runtime.wait`): Ray ends a process in which one of them outlives its session."""
     for thread in threading.enumerate():
         if thread.name.startswith(("bss-ray-call", "bss-ray-then", "StreamingExecutor")):
             thread.join(60)

@@ -1,7 +1,7 @@
 """AV-Digits: the small audio-visual data set inside the package.
 
 Handwritten digits (8x8 images) paired with the same digit spoken (32x32 log-mel spectrograms, noisy).
-`make_av_digits.py` made the Parquet file beside this module; `docs/av_digits.md` is its data card.
+`scripts/make_av_digits.py` made the Parquet file beside this module; `docs/av_digits.md` is its data card.
 """
 
 from __future__ import annotations

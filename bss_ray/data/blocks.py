@@ -10,7 +10,7 @@ import ray.data
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import DataError, nearest
-from bss_ray.wait import each_in_time, in_time
+from bss_ray.runtime.wait import call_with_timeout, iterate_with_timeout
 
 
 class Block(NamedTuple):
@@ -63,7 +63,7 @@ def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, Non
 
 def _schema_of(dataset: ray.data.Dataset) -> ray.data.Schema | None:
     """Of the first rows, which Ray Data may have to make."""
-    schema: ray.data.Schema | None = in_time(dataset.schema, "the data set's first rows")
+    schema: ray.data.Schema | None = call_with_timeout(dataset.schema, "the data set's first rows")
     return schema
 
 
@@ -83,7 +83,7 @@ def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
 def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
     """Run the data set and yield its blocks that have rows, as they are made; in order, if it preserves order."""
     first_row = 0
-    for bundle in each_in_time(_bundles_of(dataset), "the data set's next rows"):
+    for bundle in iterate_with_timeout(_bundles_of(dataset), "the data set's next rows"):
         for entry, cut in zip(bundle.blocks, bundle.slices, strict=True):
             all_rows, size = entry.metadata.num_rows, entry.metadata.size_bytes or 0
             offset, rows = (0, all_rows) if cut is None else (cut.start_offset, cut.num_rows)

@@ -20,15 +20,14 @@ import ray
 
 from bss_ray.data.blocks import cut_as_they_come, cut_evenly, drain, execute, take_until
 from bss_ray.data.columns import Columns
-from bss_ray.data.digest import add_digests
 from bss_ray.data.disk import DiskWriter
-from bss_ray.data.manifest import FORMAT, digest
+from bss_ray.data.manifest import FORMAT, add_digests, digest
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectWriter, StoreConfig, Writer
 from bss_ray.data.tasks import OnProgress, Report, Tasks
 from bss_ray.errors import DataError, raise_first_problem
 from bss_ray.names import presence_column
-from bss_ray.wait import wait_for
+from bss_ray.runtime.wait import wait_for
 
 # Large enough that a shard's overhead (a few hundred microseconds to open) is nothing, small enough
 # that shards spread evenly over nodes and scorers.

@@ -27,7 +27,7 @@ from bss_ray.data.manifest import FORMAT, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays, MappedStore, Writer
 from bss_ray.errors import BssRayError, StorageError
-from bss_ray.wait import wait_for
+from bss_ray.runtime.wait import wait_for
 
 _LAST_WORDS_S = 60.0
 

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bss_ray.data.arrow import to_arrays, to_batch
+from bss_ray.data.cache import to_arrays, to_batch
 from bss_ray.data.manifest import from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays, Store, Writer
 from bss_ray.errors import DataError, StorageError, optional_import
-from bss_ray.wait import wait_for
+from bss_ray.runtime.wait import wait_for
 
 _NOTE = b"bss_ray"
 # Lance's own default: versions without a tag, which builds leave that were stopped or found their content there.

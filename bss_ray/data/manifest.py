@@ -8,9 +8,49 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Store
+
+_MASK = (1 << 64) - 1
+
+
+def row_hashes(values: np.ndarray, name: str) -> np.ndarray:
+    """(n,) uint64 hash of each row of `values` (n, ...), for a column of that name."""
+    if values.dtype.kind in "OSU":
+        return np.array([_hash_text(str(value)) for value in values], dtype=np.uint64)
+    raw = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    if raw.shape[1] % 8:
+        raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8)))
+    words = raw.view(np.uint64)
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    factors = np.random.Philox(key=[seed, 0]).random_raw(words.shape[1]) | np.uint64(1)
+    return _mix(words @ factors)
+
+
+def rows_digest(hashes: np.ndarray, first_row: int) -> int:
+    """Digest of consecutive rows, to be added to that of others modulo 2^64."""
+    ids = np.arange(first_row, first_row + len(hashes), dtype=np.uint64)
+    return int(_mix(hashes ^ _mix(ids + np.uint64(1))).sum(dtype=np.uint64))
+
+
+def add_digests(digests: list[int]) -> int:
+    """Digest of all rows from those of parts."""
+    return sum(digests) & _MASK
+
+
+def _hash_text(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): every input bit reaches every output bit."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(words ^ (words >> np.uint64(31)))
+
 
 # Version of what stores keep on disk; part of every name, so that other versions are not found.
 # 2: every shard says which rows have which modality; labels have a task.

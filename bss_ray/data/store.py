@@ -18,7 +18,7 @@ import ray
 
 from bss_ray.data.span import Span
 from bss_ray.errors import ConfigError, nearest
-from bss_ray.wait import wait_for
+from bss_ray.runtime.wait import wait_for
 
 if TYPE_CHECKING:
     from bss_ray.data.shards import Shards

@@ -16,13 +16,13 @@ from ray.data.block import Block, BlockAccessor
 from bss_ray.data.blocks import Cut
 from bss_ray.data.checks import check_input, check_labels, check_presence, count_outputs, store_labels
 from bss_ray.data.columns import Columns
-from bss_ray.data.digest import row_hashes, rows_digest
+from bss_ray.data.manifest import row_hashes, rows_digest
 from bss_ray.data.read import read_column, read_partial
 from bss_ray.data.shards import Feature
 from bss_ray.data.store import Arrays, Writer
 from bss_ray.errors import BssRayError, DataError, Problem
 from bss_ray.names import presence_column
-from bss_ray.wait import wait_limit, waited_for
+from bss_ray.runtime.wait import wait_limit, wait_timeout_error
 
 OnProgress = Callable[[int, int], None]
 
@@ -143,7 +143,7 @@ class Tasks:
         while len(self._pending) > most:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=wait_limit(), fetch_local=False)
             if not done:
-                raise waited_for(f"one of {len(self._pending)} shards to be made")
+                raise wait_timeout_error(f"one of {len(self._pending)} shards to be made")
             index, cut = self._pending.pop(done[0])
             report: Report = ray.get(done[0])
             if report.failure is not None:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bss_ray.errors import ConfigError, DataError, nearest
-from bss_ray.imports import import_name
 from bss_ray.measure.criteria import INFORMATIONS, SIMILARITIES, check_weights
 from bss_ray.measure.observation import TASKS, Observation, Outputs, RowLoss, check_labels, check_outputs
-from bss_ray.names import FEATURES
+from bss_ray.names import FEATURES, import_name
 
 
 class Measures(NamedTuple):

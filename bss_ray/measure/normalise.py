@@ -16,7 +16,7 @@ import numpy as np
 Normalise = Literal["minmax", "rank"]
 NORMALISE: tuple[str, ...] = get_args(Normalise)
 
-# Ranks tell values apart by the leading 24 bits of their float32: 15 bits of the mantissa. Counts of all
+# RankNorm tell values apart by the leading 24 bits of their float32: 15 bits of the mantissa. Counts of all
 # 32 bits would be as long as the data.
 _DROPPED_BITS = 8
 
@@ -34,25 +34,25 @@ class Norm(Protocol):
 
 
 @dataclass(frozen=True)
-class Bounds:
+class MinMaxNorm:
     """Min-max normalisation (BSS, Norm): smallest and largest value over all rows."""
 
     low: float
     high: float
 
     @staticmethod
-    def of(values: np.ndarray) -> Bounds:
-        """Bounds of (n,) values, NaN left out; of no values, bounds that any others replace."""
+    def of(values: np.ndarray) -> MinMaxNorm:
+        """MinMaxNorm of (n,) values, NaN left out; of no values, bounds that any others replace."""
         if len(values) == 0 or (low := np.fmin.reduce(values)) != low:
-            return Bounds(math.inf, -math.inf)
+            return MinMaxNorm(math.inf, -math.inf)
         # + 0: of -0.0 and 0.0 either may come out as the smallest, and `apply` would pass its sign on.
-        return Bounds(float(low) + 0.0, float(np.fmax.reduce(values)) + 0.0)
+        return MinMaxNorm(float(low) + 0.0, float(np.fmax.reduce(values)) + 0.0)
 
     @staticmethod
-    def union(parts: Sequence[Bounds]) -> Bounds:
-        """Bounds over all parts. Exact, whatever the parts' number and order."""
+    def union(parts: Sequence[MinMaxNorm]) -> MinMaxNorm:
+        """MinMaxNorm over all parts. Exact, whatever the parts' number and order."""
         lows, highs = (part.low for part in parts), (part.high for part in parts)
-        return Bounds(min(lows, default=math.inf), max(highs, default=-math.inf))
+        return MinMaxNorm(min(lows, default=math.inf), max(highs, default=-math.inf))
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """(values - low) / (high - low) in float64; a constant column becomes 0."""
@@ -63,7 +63,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankNorm:
     """Rank normalisation: the share of all rows with a smaller value, so that one outlier flattens nothing.
 
     A row's value is (rows below + half of the other rows of the same value) / (N - 1). Values are the same when
@@ -78,27 +78,27 @@ class Ranks:
     counts: np.ndarray
 
     @staticmethod
-    def of(values: np.ndarray) -> Ranks:
+    def of(values: np.ndarray) -> RankNorm:
         """Counts of (n,) values; NaN left out."""
         bits = _leading_bits(values[~np.isnan(values)])
         if len(bits) < _MANY:
-            return Ranks(*np.unique(bits, return_counts=True))
+            return RankNorm(*np.unique(bits, return_counts=True))
         counts = np.bincount(bits)
         bins = np.flatnonzero(counts)
-        return Ranks(bins.astype(np.uint32), counts[bins])
+        return RankNorm(bins.astype(np.uint32), counts[bins])
 
     @staticmethod
-    def union(parts: Sequence[Ranks]) -> Ranks:
+    def union(parts: Sequence[RankNorm]) -> RankNorm:
         """Counts over all parts. Exact, whatever the parts' number and order."""
         if not parts:
-            return Ranks(np.empty(0, np.uint32), np.empty(0, np.int64))
+            return RankNorm(np.empty(0, np.uint32), np.empty(0, np.int64))
         bins, place = np.unique(np.concatenate([part.bins for part in parts]), return_inverse=True)
         counts = np.zeros(len(bins), np.int64)
         np.add.at(counts, place, np.concatenate([part.counts for part in parts]))
-        return Ranks(bins, counts)
+        return RankNorm(bins, counts)
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Ranks in [0, 1], float64; a constant column becomes 0. All values must have been counted."""
+        """RankNorm in [0, 1], float64; a constant column becomes 0. All values must have been counted."""
         missing = np.isnan(values)
         if len(self.bins) < 2:  # as with min and max: a constant says nothing
             return np.where(missing, np.nan, 0.0)
@@ -128,7 +128,7 @@ class Ranks:
         return table
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Ranks, (self.bins, self.counts)
+        return RankNorm, (self.bins, self.counts)
 
 
 def _leading_bits(values: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ def _leading_bits(values: np.ndarray) -> np.ndarray:
     return np.asarray(ordered >> np.uint32(_DROPPED_BITS))
 
 
-NORMALISATIONS: dict[str, type[Bounds] | type[Ranks]] = {"minmax": Bounds, "rank": Ranks}
+NORMALISATIONS: dict[str, type[MinMaxNorm] | type[RankNorm]] = {"minmax": MinMaxNorm, "rank": RankNorm}
 
 
 def join(parts: Sequence[Any]) -> Norm:

@@ -32,7 +32,7 @@ from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
 from bss_ray.sample.plan import TAILS, Plan, Tail
 from bss_ray.sample.radix import Window, cut_windows, radix_select
-from bss_ray.sample.state import Ages, Delivery, LostStateError, PartState
+from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, ScoreBlock
 from bss_ray.schedule.schedulers import Scheduler, Uniform
 
 # A row is neglected when it has not been drawn for so many epochs.
@@ -62,7 +62,7 @@ class LocalHolders:
     def map(self, method: str, *args: Any) -> list[Any]:
         return [getattr(holder, method)(*args) for holder in self._holders]
 
-    def deliver(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
+    def deliver(self, delivery: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
         """Bring measures to those who hold their rows."""
         for holder in self._holders:
             holder.receive(delivery, epoch=epoch, attempt=attempt, version=version)
@@ -213,7 +213,7 @@ class Coordinator:
         """Go back to saved scores.
 
         Args:
-            parts: handed to every holder's `load`: a list of `PartState`, or where to read it.
+            parts: handed to every holder's `load`: a list of `ScoreBlock`, or where to read it.
             version: the saved version.
 
         Raises:
@@ -234,7 +234,7 @@ class Coordinator:
         self._plans.clear()
         self._reviews.clear()
 
-    def state(self) -> list[PartState]:
+    def state(self) -> list[ScoreBlock]:
         """Scores and measures of all rows; only for small data and tests, it gathers every row."""
         return [part for parts in self._holders.map("state", self._version) for part in parts]
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import ray
 
 from bss_ray.errors import BssRayError
-from bss_ray.logs import RunLogger
-from bss_ray.sample.board import Board
+from bss_ray.runtime.event_log import EventLog
+from bss_ray.runtime.logs import RunLogger
+from bss_ray.runtime.run_metrics import RunMetrics
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.sample.coordinator import Coordinator, Publication, Review
-from bss_ray.sample.gauges import Gauges
 from bss_ray.sample.holder_actors import Named, SavedScores, StartedHolders
 from bss_ray.sample.plan import Plan
-from bss_ray.sample.pool import ScorerPool, ScoringFailedError
-from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.state import LostStateError
-from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
+from bss_ray.scoring.actor import ScoringJob
+from bss_ray.scoring.pool import ScorerPool, ScoringFailedError
 
 # In which the error of a wait in vain reaches those who asked.
 _LAST_WORDS_S = 2.0
@@ -67,7 +67,7 @@ class CoordinatorActor(Named):
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="bss-ray-scoring")
         self._running: Future[_Measured] | None = None
         self._windows: collections.OrderedDict[_WindowKey, Future[Any]] = collections.OrderedDict()
-        self._board = Board(Gauges(run).take)
+        self._board = EventLog(RunMetrics(run).take)
         self._log = RunLogger(role="coordinator", run=run)
 
     def reset(self) -> str:
@@ -191,7 +191,7 @@ class CoordinatorActor(Named):
 
     @ray.method(concurrency_group="board")
     def board(self, method: str, *args: Any) -> Any:
-        """A method of the run's `Board`."""
+        """A method of the run's `EventLog`."""
         return getattr(self._board, method)(*args)
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from bss_ray.errors import Problem, WeightError, find_problem
 from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise
 from bss_ray.measure.score import Accumulation, accumulate_scores, current_scores
+from bss_ray.runtime.threads import in_threads
 from bss_ray.sample.draw import Draw, Keys, Moments
 from bss_ray.sample.permutation import arrivals, race_keys
 from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, ordered_bits
-from bss_ray.sample.state import Ages, ComingMeasures, Delivery, LostStateError, PartState
-from bss_ray.sample.threads import in_threads
+from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, ScoreBlock
 
 # Rows whose weights and keys are made at a time: they stay in cache, and nothing beside the state grows.
 _CHUNK_ROWS = 1 << 17
@@ -63,7 +63,7 @@ class HolderSummary(NamedTuple):
 class _Chunk(NamedTuple):
     """Some consecutive rows of a run."""
 
-    run: PartState
+    run: ScoreBlock
     start: int
     stop: int
 
@@ -92,7 +92,7 @@ class Holder:
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
         # Neighbouring shards are one run: random numbers are drawn by blocks of 65,536 row ids, and
         # small shards would draw the same block again and again.
-        self._runs = [PartState.empty(first, rows) for first, rows in _joined(spans)]
+        self._runs = [ScoreBlock.empty(first, rows) for first, rows in _joined(spans)]
         self._version = 0
         self._attempt = ""
         self._epoch = -1
@@ -105,9 +105,9 @@ class Holder:
     def reset(self, attempt: str = "") -> None:
         """Forget all scores: the state before the first update."""
         self._attempt = attempt
-        self._replace([PartState.empty(run.first_row, len(run.score)) for run in self._runs], 0)
+        self._replace([ScoreBlock.empty(run.first_row, len(run.score)) for run in self._runs], 0)
 
-    def receive(self, delivery: Delivery, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> int:
+    def receive(self, delivery: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> int:
         """Keep measures until they are published; the scores stay as they are. Rows of others are passed over.
 
         Args:
@@ -123,7 +123,7 @@ class Holder:
             self._refused += 1
             return 0
         if epoch > self._epoch:
-            self._age_coming()
+            self._age_pending()
             self._epoch = epoch
         elif epoch < self._epoch:  # a late one: its steps are not those of the epoch at hand
             delivery = delivery._replace(step=np.minimum(delivery.step, 0))
@@ -132,22 +132,22 @@ class Holder:
             own = delivery.within(run.first_row, run.stop_row)
             if len(own.rows) == 0:
                 continue
-            if run.coming is None:
-                self._runs[index] = run = replace(run, coming=ComingMeasures.empty(len(run.score)))
-            assert run.coming is not None
-            run.coming.take(own.rows - run.first_row, own)
+            if run.pending is None:
+                self._runs[index] = run = replace(run, pending=PendingMeasures.empty(len(run.score)))
+            assert run.pending is not None
+            run.pending.take(own.rows - run.first_row, own)
             found += len(own.rows)
         return found
 
     def forget(self) -> None:
         """Forget the measures that are not published."""
-        self._runs = [replace(run, coming=None) for run in self._runs]
+        self._runs = [replace(run, pending=None) for run in self._runs]
 
-    def _age_coming(self) -> None:
+    def _age_pending(self) -> None:
         """What has been measured so far is of an earlier epoch from now on."""
         for run in self._runs:
-            if run.coming is not None:
-                np.minimum(run.coming.step, 0, out=run.coming.step)
+            if run.pending is not None:
+                np.minimum(run.pending.step, 0, out=run.pending.step)
 
     def summary(self, normalise: Normalise) -> HolderSummary:
         """What the normalisation over all rows needs to know of the own ones, by their latest measures."""
@@ -156,10 +156,12 @@ class Holder:
         measured, unpaired = 0, []
         for run in self._runs:
             known = run.last_measured > 0
-            if run.coming is not None:
-                known |= run.coming.measured
-                measured += int(np.count_nonzero(run.coming.measured))
-                unpaired += find_problem(_NO_PAIR, np.isnan(run.coming.similarity) & run.coming.measured, run.first_row)
+            if run.pending is not None:
+                known |= run.pending.measured
+                measured += int(np.count_nonzero(run.pending.measured))
+                unpaired += find_problem(
+                    _NO_PAIR, np.isnan(run.pending.similarity) & run.pending.measured, run.first_row
+                )
             for norm, name in zip(norms, ("similarity", "information"), strict=True):
                 values = _latest(run, name)
                 norm.append(kind.of(values if known.all() else values[known]))
@@ -182,13 +184,13 @@ class Holder:
         self._check_version(version - 1)
 
         def update(chunk: _Chunk) -> None:
-            coming = chunk.run.coming
-            if coming is None:
+            pending = chunk.run.pending
+            if pending is None:
                 return
             here = slice(chunk.start, chunk.stop)
             old, new = chunk.run, runs[chunk.run.first_row]
-            fresh = coming.measured[here]
-            similarity, information = coming.similarity[here], coming.information[here]
+            fresh = pending.measured[here]
+            similarity, information = pending.similarity[here], pending.information[here]
             current = current_scores(similarity, information, norms, accumulation.unpaired)
             if version > 1:
                 mixed = accumulate_scores(
@@ -227,7 +229,7 @@ class Holder:
             found += Ages(len(ages), int(ages.sum()), int(ages.max(initial=0)))
         return found
 
-    def state(self, version: int) -> list[PartState]:
+    def state(self, version: int) -> list[ScoreBlock]:
         """Scores and measures of all own rows.
 
         Raises:
@@ -236,11 +238,11 @@ class Holder:
         self._check_version(version)
         # Marks of drawn rows and measures go on in the arrays at hand; what is handed out stays as it is.
         return [
-            replace(run, last_drawn=run.last_drawn.copy(), coming=None if run.coming is None else run.coming.copy())
+            replace(run, last_drawn=run.last_drawn.copy(), pending=None if run.pending is None else run.pending.copy())
             for run in self._runs
         ]
 
-    def load(self, parts: list[PartState], version: int, attempt: str = "") -> int:
+    def load(self, parts: list[ScoreBlock], version: int, attempt: str = "") -> int:
         """Take over scores that were saved by any holders; rows of others are passed over.
 
         Args:
@@ -251,7 +253,7 @@ class Holder:
         Returns:
             How many own rows were found.
         """
-        runs = [PartState.empty(run.first_row, len(run.score)) for run in self._runs]
+        runs = [ScoreBlock.empty(run.first_row, len(run.score)) for run in self._runs]
         found = 0
         for index, own in enumerate(runs):
             seen = np.zeros(len(own.score), dtype=bool)
@@ -263,19 +265,19 @@ class Holder:
                 there = slice(start - saved.first_row, stop - saved.first_row)
                 for name, values in own.arrays.items():
                     values[here] = getattr(saved, name)[there]
-                if saved.coming is not None:
-                    if own.coming is None:
-                        runs[index] = own = replace(own, coming=ComingMeasures.empty(len(own.score)))
-                    assert own.coming is not None
-                    for name, values in own.coming.arrays.items():
-                        values[here] = getattr(saved.coming, name)[there]
+                if saved.pending is not None:
+                    if own.pending is None:
+                        runs[index] = own = replace(own, pending=PendingMeasures.empty(len(own.score)))
+                    assert own.pending is not None
+                    for name, values in own.pending.arrays.items():
+                        values[here] = getattr(saved.pending, name)[there]
                 seen[here] = True
             found += int(seen.sum())
         self._attempt = attempt
         self._replace(runs, version)
         return found
 
-    def _replace(self, runs: list[PartState], version: int) -> None:
+    def _replace(self, runs: list[ScoreBlock], version: int) -> None:
         """New scores. The arrays are new as well: the old ones may be part of a state that was handed out."""
         self._runs, self._version, self._epoch = runs, version, -1
         self._top_counts = self._prepared = None
@@ -386,13 +388,13 @@ def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return runs
 
 
-def _latest(run: PartState, name: str) -> np.ndarray:
+def _latest(run: ScoreBlock, name: str) -> np.ndarray:
     """(n,) the latest measures of a run's rows, published or not."""
     published: np.ndarray = getattr(run, name)
-    if run.coming is None:
+    if run.pending is None:
         return published
-    coming: np.ndarray = getattr(run.coming, name)
-    return coming if run.coming.measured.all() else np.where(run.coming.measured, coming, published)
+    pending: np.ndarray = getattr(run.pending, name)
+    return pending if run.pending.measured.all() else np.where(run.pending.measured, pending, published)
 
 
 def _scores(chunk: _Chunk) -> np.ndarray:

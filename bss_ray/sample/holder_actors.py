@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
 from bss_ray.sample.coordinator import Holders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.state import Delivery, PartState
-from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
+from bss_ray.sample.state import MeasureBatch, ScoreBlock
 
 EVERY = slice(None)
 
@@ -24,7 +24,7 @@ EVERY = slice(None)
 class SavedScores(Protocol):
     """Saved scores that every node can read, such as a checkpoint."""
 
-    def scores(self, start: int, stop: int) -> list[PartState]:
+    def scores(self, start: int, stop: int) -> list[ScoreBlock]:
         """Saved scores that overlap rows [start, stop)."""
         ...
 
@@ -66,7 +66,7 @@ class StartedHolders(Holders, Protocol):
         """References to the results of all holders, or of some."""
         ...
 
-    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
+    def deliver(self, delivery: MeasureBatch, *, epoch: int, version: int, attempt: str) -> None:
         """Bring measures to those who hold their rows; returns when they have them."""
         ...
 
@@ -105,7 +105,7 @@ class ActorHolders:
     def map(self, method: str, *args: Any) -> list[Any]:
         return list(wait_for(self.start(method, *args), f"the holders' {method}"))
 
-    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
+    def deliver(self, delivery: MeasureBatch, *, epoch: int, version: int, attempt: str) -> None:
         """Bring measures to those who hold their rows; returns when they have them.
 
         Raises:

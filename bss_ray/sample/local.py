@@ -10,11 +10,11 @@ from typing import Any
 import ray
 
 from bss_ray.data.shards import Shards
+from bss_ray.runtime.wait import wait_limit
 from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder_actors import EVERY, HolderActor
 from bss_ray.sample.start import coordinator_settings
-from bss_ray.sample.state import Delivery
-from bss_ray.wait import wait_limit
+from bss_ray.sample.state import MeasureBatch
 
 
 class InProcess:
@@ -58,7 +58,7 @@ class InProcessHolder:
         with self._turn:
             return [self._holder.load(*args) if method == "load" else self._holder.call(method, *args)]
 
-    def deliver(self, delivery: Delivery, *, epoch: int, version: int, attempt: str) -> None:
+    def deliver(self, delivery: MeasureBatch, *, epoch: int, version: int, attempt: str) -> None:
         """Bring measures to the holder."""
         with self._turn:
             self._holder.call("receive", delivery, epoch=epoch, version=version, attempt=attempt)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from bss_ray.errors import ConfigError, Problem, WeightError, find_problem, raise_first_problem
+from bss_ray.runtime.threads import in_threads
 from bss_ray.sample.radix import Window, cut_windows, digit_counts, within
-from bss_ray.sample.threads import in_threads
 
 BLOCK_ROWS = 65_536
 

@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from bss_ray.errors import CheckpointError, StorageError
-from bss_ray.sample.state import COMING_COLUMNS, STATE_COLUMNS, ComingMeasures, PartState
-from bss_ray.storage.local import write_local
+from bss_ray.sample.state import PENDING_COLUMNS, STATE_COLUMNS, PendingMeasures, ScoreBlock
+from bss_ray.storage.files import write_local
 
 # Prefix of the arrays of measures that are not yet published.
-_COMING = "coming_"
+_PENDING = "coming_"
 
 # Rows of one file (268 MB): whoever wants some of them reads them all.
 _FILE_ROWS = 1 << 24
@@ -79,7 +79,7 @@ def digest(stream: BinaryIO) -> str:
     return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
 
 
-def write_scores(folder: Path, holder: int, version: int, parts: Iterable[PartState]) -> list[ScoreFile]:
+def write_scores(folder: Path, holder: int, version: int, parts: Iterable[ScoreBlock]) -> list[ScoreFile]:
     """Write one holder's scores of `version`.
 
     Raises:
@@ -90,8 +90,8 @@ def write_scores(folder: Path, holder: int, version: int, parts: Iterable[PartSt
         for start in range(0, len(part.score), _FILE_ROWS):
             rows = slice(start, start + _FILE_ROWS)
             arrays = {name: values[rows] for name, values in part.arrays.items()}
-            if part.coming is not None:
-                arrays |= {_COMING + name: values[rows] for name, values in part.coming.arrays.items()}
+            if part.pending is not None:
+                arrays |= {_PENDING + name: values[rows] for name, values in part.pending.arrays.items()}
             place = {"first_row": np.int64(part.first_row + start), "version": np.int64(version)}
             path = folder / f"scores-{holder:05d}-{len(files):05d}.npz"
             found = write_file(path, partial(_save_arrays, {**place, **arrays}))
@@ -105,7 +105,7 @@ def _save_arrays(arrays: dict[str, Any], stream: BinaryIO) -> None:
 
 def read_scores(
     files: Iterable[ScoreFile], read: Callable[[str], bytes], *, version: int, start: int, stop: int
-) -> list[PartState]:
+) -> list[ScoreBlock]:
     """Saved scores that overlap rows [start, stop), whoever held them.
 
     Args:
@@ -122,7 +122,7 @@ def read_scores(
     return [_read_file(file, read, version) for file in wanted]
 
 
-def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> PartState:
+def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> ScoreBlock:
     try:
         content = read(file.name)
     except FileNotFoundError as error:
@@ -133,9 +133,9 @@ def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> P
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in STATE_COLUMNS}
-            coming = None
-            if _COMING + COMING_COLUMNS[0] in saved:
-                coming = ComingMeasures(**{name: saved[_COMING + name] for name in COMING_COLUMNS})
+            pending = None
+            if _PENDING + PENDING_COLUMNS[0] in saved:
+                pending = PendingMeasures(**{name: saved[_PENDING + name] for name in PENDING_COLUMNS})
             place = (int(saved["first_row"]), int(saved["version"]))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # written by another program
         raise CheckpointError(f"{file.name} cannot be used ({error})") from error
@@ -144,4 +144,4 @@ def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> P
             f"{file.name} holds {len(arrays['score'])} rows from row {place[0]} of score version {place[1]}; the "
             f"manifest says {file.rows} rows from row {file.first_row} of version {version}"
         )
-    return PartState(place[0], **arrays, coming=coming)
+    return ScoreBlock(place[0], **arrays, pending=pending)

@@ -12,15 +12,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.measure.measurer import Measurer
+from bss_ray.runtime.wait import wait_limit
 from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder import WINDOW_ROWS
 from bss_ray.sample.holder_actors import ActorHolders, HolderActor
 from bss_ray.sample.plan import Tail
-from bss_ray.sample.pool import ScorerPool
-from bss_ray.sample.scorer_actor import ScorerActor
-from bss_ray.sample.scoring import Scoring
 from bss_ray.schedule.schedulers import Scheduler
-from bss_ray.wait import wait_limit
+from bss_ray.scoring.actor import ScorerActor
+from bss_ray.scoring.config import Scoring
+from bss_ray.scoring.pool import ScorerPool
 
 
 def start_holders(

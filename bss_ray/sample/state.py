@@ -16,7 +16,7 @@ class LostStateError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class PartState:
+class ScoreBlock:
     """Scores of consecutive rows, as holders keep and save them.
 
     Attributes:
@@ -26,7 +26,7 @@ class PartState:
         information: (n,) float32, of the last measurement.
         last_drawn: (n,) uint16, epoch + 1 in which the row was last drawn; 0 for never.
         last_measured: (n,) uint16, score version in which the row was last measured; 0 for never.
-        coming: measures of the next version, as far as they are there.
+        pending: measures of the next version, as far as they are there.
     """
 
     first_row: int
@@ -35,14 +35,14 @@ class PartState:
     information: np.ndarray
     last_drawn: np.ndarray
     last_measured: np.ndarray
-    coming: ComingMeasures | None = None
+    pending: PendingMeasures | None = None
 
     @staticmethod
-    def empty(first_row: int, rows: int) -> PartState:
+    def empty(first_row: int, rows: int) -> ScoreBlock:
         """The state before the first update."""
         score, similarity, information = (np.zeros(rows, np.float32) for _ in range(3))
         last_drawn, last_measured = (np.zeros(rows, np.uint16) for _ in range(2))
-        return PartState(first_row, score, similarity, information, last_drawn, last_measured)
+        return ScoreBlock(first_row, score, similarity, information, last_drawn, last_measured)
 
     @property
     def stop_row(self) -> int:
@@ -54,17 +54,17 @@ class PartState:
         """The arrays by name; without those of the next version."""
         return {name: getattr(self, name) for name in STATE_COLUMNS}
 
-    def copy(self) -> PartState:
+    def copy(self) -> ScoreBlock:
         """The same scores in arrays of their own, without measures of a next version."""
         score, similarity, information, last_drawn, last_measured = (values.copy() for values in self.arrays.values())
-        return PartState(self.first_row, score, similarity, information, last_drawn, last_measured)
+        return ScoreBlock(self.first_row, score, similarity, information, last_drawn, last_measured)
 
 
 STATE_COLUMNS = ("score", "similarity", "information", "last_drawn", "last_measured")
 
 
 @dataclass(frozen=True)
-class ComingMeasures:
+class PendingMeasures:
     """Measures of some rows, not yet published.
 
     A row that is measured again keeps the later measure: that of the higher step, then of the higher information. So
@@ -82,26 +82,26 @@ class ComingMeasures:
     step: np.ndarray
 
     @staticmethod
-    def empty(rows: int) -> ComingMeasures:
+    def empty(rows: int) -> PendingMeasures:
         """None yet."""
         similarity, information = (np.zeros(rows, np.float32) for _ in range(2))
-        return ComingMeasures(similarity, information, np.full(rows, -1, np.int32))
+        return PendingMeasures(similarity, information, np.full(rows, -1, np.int32))
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name."""
-        return {name: getattr(self, name) for name in COMING_COLUMNS}
+        return {name: getattr(self, name) for name in PENDING_COLUMNS}
 
-    def copy(self) -> ComingMeasures:
+    def copy(self) -> PendingMeasures:
         """The same measures in arrays of their own."""
-        return ComingMeasures(*(values.copy() for values in self.arrays.values()))
+        return PendingMeasures(*(values.copy() for values in self.arrays.values()))
 
     @property
     def measured(self) -> np.ndarray:
         """(n,) which rows have been measured."""
         return np.asarray(self.step >= 0)
 
-    def take(self, rows: np.ndarray, new: Delivery) -> None:
+    def take(self, rows: np.ndarray, new: MeasureBatch) -> None:
         """Keep new measures (k,) of `rows` (k,), positions that ascend; one may occur more than once."""
         own = self.arrays.values()
         fresh = (new.similarity, new.information, new.step)
@@ -118,10 +118,10 @@ class ComingMeasures:
             array[places[last]] = values[last]
 
 
-COMING_COLUMNS = ("similarity", "information", "step")
+PENDING_COLUMNS = ("similarity", "information", "step")
 
 
-class Delivery(NamedTuple):
+class MeasureBatch(NamedTuple):
     """Measures on their way to the holders.
 
     Attributes:
@@ -137,24 +137,26 @@ class Delivery(NamedTuple):
     step: np.ndarray
 
     @staticmethod
-    def of(rows: np.ndarray, similarity: np.ndarray, information: np.ndarray, step: np.ndarray | int = 0) -> Delivery:
+    def of(
+        rows: np.ndarray, similarity: np.ndarray, information: np.ndarray, step: np.ndarray | int = 0
+    ) -> MeasureBatch:
         """A delivery of rows in any order."""
         step = np.broadcast_to(np.asarray(step, np.int32), rows.shape)
         columns = (rows, similarity, information, step)
         if (np.diff(rows) >= 0).all():
-            return Delivery(*columns)
+            return MeasureBatch(*columns)
         order = np.argsort(rows, kind="stable")
-        return Delivery(*(column[order] for column in columns))
+        return MeasureBatch(*(column[order] for column in columns))
 
-    def sound(self) -> Delivery:
+    def sound(self) -> MeasureBatch:
         """Those of rows whose outputs were finite; the others keep the score that they have."""
         good = ~np.isnan(self.information)
-        return self if good.all() else Delivery(*(column[good] for column in self))
+        return self if good.all() else MeasureBatch(*(column[good] for column in self))
 
-    def within(self, start: int, stop: int) -> Delivery:
+    def within(self, start: int, stop: int) -> MeasureBatch:
         """Those of rows [start, stop)."""
         low, high = np.searchsorted(self.rows, [start, stop])
-        return Delivery(*(column[low:high] for column in self))
+        return MeasureBatch(*(column[low:high] for column in self))
 
 
 class Ages(NamedTuple):

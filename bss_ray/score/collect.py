@@ -13,10 +13,9 @@ import ray
 from bss_ray.errors import DataError, ModelOutputError, Problem, raise_first_problem
 from bss_ray.measure.normalise import Normalise
 from bss_ray.measure.score import Unpaired
-from bss_ray.sample.scoring import BadRows
-from bss_ray.score.measuring import Measured, kept_notice
+from bss_ray.score.measuring import Measured, Norms, check_pairs, kept_notice
 from bss_ray.score.pool import get
-from bss_ray.score.scores import Norms, check_pairs
+from bss_ray.scoring.config import BadRows
 
 # What an actor has to say of a block; in the block's first row, since an actor does not know which rows it has, and
 # the driver does not see what an actor returns.

@@ -15,21 +15,21 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS
 from bss_ray.errors import ConfigError, DataError, nearest
-from bss_ray.imports import import_name
-from bss_ray.logs import LogFormat, check_log_format
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
 from bss_ray.measure.score import Accumulation, Unpaired
 from bss_ray.models.weights import classes_of_weights, load_weights
-from bss_ray.sample.scoring import BadRows
+from bss_ray.names import import_name
+from bss_ray.runtime.logs import LogFormat, check_log_format
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S
+from bss_ray.score.measure_files import FILE_ROWS
 from bss_ray.score.measuring import Measuring
-from bss_ray.score.pieces import PIECE_ROWS
-from bss_ray.score.pool import Pool
+from bss_ray.score.pool import PoolConfig
+from bss_ray.scoring.config import BadRows
 from bss_ray.storage import absolute
+from bss_ray.train.initial import Weights
 from bss_ray.train.loop import ModelSpec as ModelSpec  # for the command, too
-from bss_ray.train.weights import Weights
-from bss_ray.wait import DEFAULT_LIMIT_S
 
 Split = Literal["train", "validation", "test"]
 
@@ -113,7 +113,7 @@ class ScoreConfig:
     max_actors: int | None = None
     cpus_per_actor: float | None = None
     gpus_per_actor: float | None = None
-    piece_rows: int = PIECE_ROWS
+    piece_rows: int = FILE_ROWS
     wait_limit_s: float = DEFAULT_LIMIT_S
     name: str = "scores"
     storage_path: str = "runs"
@@ -137,9 +137,9 @@ class ScoreConfig:
                 raise ConfigError(f"{name} must be at least 1; received {value}")
 
     @property
-    def pool(self) -> Pool:
+    def pool(self) -> PoolConfig:
         """Actors that score."""
-        return Pool(
+        return PoolConfig(
             min_actors=self.min_actors,
             max_actors=self.max_actors,
             cpus=self.cpus_per_actor,

@@ -16,12 +16,20 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
 from bss_ray.measure.score import Accumulation, Unpaired
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.sample.scoring import BadRows
 from bss_ray.score.collect import REPORT, Collector, with_report
-from bss_ray.score.measuring import Measured, Measuring, RowMeasurer, prepare_actor, snapshot_of
-from bss_ray.score.pool import Pool, settings_of, users_error
-from bss_ray.score.rows import read_rows
-from bss_ray.score.scores import Norms, with_row_ids, with_scores
+from bss_ray.score.measuring import (
+    Measured,
+    Measuring,
+    Norms,
+    RowMeasurer,
+    prepare_actor,
+    snapshot_of,
+    with_row_ids,
+    with_scores,
+)
+from bss_ray.score.pool import PoolConfig, settings_of, unwrap_ray_error
+from bss_ray.score.read_tasks import read_rows
+from bss_ray.scoring.config import BadRows
 
 
 def score_dataset(
@@ -87,7 +95,7 @@ def score_dataset(
         bad_rows=bad_rows,
         num_classes=num_classes,
     )
-    pool = Pool(min_actors=actors[0], max_actors=actors[1], cpus=num_cpus, gpus=num_gpus)
+    pool = PoolConfig(min_actors=actors[0], max_actors=actors[1], cpus=num_cpus, gpus=num_gpus)
     check_columns(dataset.schema(), columns)
     room = pool.on_cluster()
     snapshot = ray.put(pack_model(model))  # alive until all rows are measured
@@ -135,7 +143,7 @@ def _collect(measured: ray.data.Dataset, collector: Collector) -> None:
             assert block.offset == 0, "only limit() and split() cut blocks"
             collector.add(block.ref, block.first_row)
     except ray.exceptions.RayError as error:
-        raise users_error(error) or error from None
+        raise unwrap_ray_error(error) or error from None
     collector.finish()
 
 

@@ -19,18 +19,17 @@ from bss_ray.data.shards import Feature
 from bss_ray.data.sources import files_key, load_splits, parquet_paths
 from bss_ray.errors import CheckpointError, DataError, StorageError
 from bss_ray.measure.snapshot import pack_model
+from bss_ray.runtime.wait import set_wait_limit
 from bss_ray.score.config import Job
-from bss_ray.score.first_pass import Pass, PieceReport, measure_rows
+from bss_ray.score.measure_files import find_measure_files, missing_rows
 from bss_ray.score.measuring import kept_notice
-from bss_ray.score.pieces import find_pieces, missing_rows
-from bss_ray.score.pool import Room, get
-from bss_ray.score.second_pass import SecondPass, score_rows
-from bss_ray.score.units import Unit, known_features, parquet_units, shard_units
+from bss_ray.score.passes import MeasureFileReport, MeasurePass, NormalisePass, measure_rows, score_rows
+from bss_ray.score.pool import PoolSize, get
+from bss_ray.score.read_tasks import ReadTask, known_features, parquet_tasks, shard_tasks
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
-from bss_ray.train.scores import roc_areas
-from bss_ray.wait import set_wait_limit
+from bss_ray.train.run import roc_areas
 
 Message = dict[str, Any]
 OnMessage = Callable[[Message], None]
@@ -54,7 +53,7 @@ class Source:
         key: names the content.
     """
 
-    units: Sequence[Unit]
+    units: Sequence[ReadTask]
     features: Mapping[str, Feature]
     key: str
 
@@ -90,7 +89,7 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     measures.mkdir()
     figures = _measure(job, source, measures, room, on_message)
     on_message({"kind": "status", "text": "scoring: second pass, over the measures"})
-    settings = SecondPass(measures, job.columns, job.config.normalise, job.config.unpaired, job.config.bad_rows)
+    settings = NormalisePass(measures, job.columns, job.config.normalise, job.config.unpaired, job.config.bad_rows)
     found = score_rows(settings, folder.path / "scores.parquet")
     result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
     folder.write_result(result)
@@ -133,7 +132,7 @@ def _varies(path: StoragePath, name: str) -> bool:
 def forget_beginning(path: StoragePath) -> None:
     """Take back the claim of a job that has failed before anything was measured, so that its name is free again."""
     measures = path / "measures"
-    if find_pieces(measures) or (path / SUMMARY_FILE).exists():
+    if find_measure_files(measures) or (path / SUMMARY_FILE).exists():
         return
     for name in ("measures", "plan.json", "config.yaml"):
         (path / name).remove()
@@ -144,7 +143,7 @@ def forget_beginning(path: StoragePath) -> None:
 # ---- the rows -------------------------------------------------------------------------------------
 
 
-def open_source(job: Job, room: Room, on_message: OnMessage) -> Source:
+def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
     """The rows of the job: Parquet is read in place, anything else becomes shards first.
 
     Raises:
@@ -153,7 +152,7 @@ def open_source(job: Job, room: Room, on_message: OnMessage) -> Source:
     config, columns = job.config, job.columns
     path = parquet_paths(job.data)[config.split]
     if path is not None:
-        units = parquet_units(path, columns)
+        units = parquet_tasks(path, columns)
         features = get(_known_features.remote(units, columns), "a look at the rows")
         return Source(units, features, files_key(path) or "")
     dataset = load_splits(job.data, mispaired=config.mispaired or 0.0, seed=config.seed or 0)[config.split]
@@ -168,11 +167,11 @@ def open_source(job: Job, room: Room, on_message: OnMessage) -> Source:
         on_progress=lambda done, of: on_message({"kind": "shards", "split": config.split, "done": done, "of": of}),
         on_notice=lambda text: on_message({"kind": "notice", "text": text}),
     )
-    return Source(shard_units(shards), shards.features, shards.fingerprint)
+    return Source(shard_tasks(shards), shards.features, shards.fingerprint)
 
 
 @ray.remote(name="bss_ray.look_at_rows")
-def _known_features(units: Sequence[Unit], columns: Columns) -> dict[str, Feature]:
+def _known_features(units: Sequence[ReadTask], columns: Columns) -> dict[str, Feature]:
     """A task: the nodes that read the rows look at them, not the driver."""
     return known_features(units, columns)
 
@@ -202,9 +201,9 @@ def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
 # ---- first pass -----------------------------------------------------------------------------------
 
 
-def _measure(job: Job, source: Source, folder: StoragePath, room: Room, on_message: OnMessage) -> dict[str, Any]:
+def _measure(job: Job, source: Source, folder: StoragePath, room: PoolSize, on_message: OnMessage) -> dict[str, Any]:
     """Measure the rows that no piece holds; figures of it."""
-    done = find_pieces(folder)
+    done = find_measure_files(folder)
     runs = missing_rows(done, source.rows)
     already = sum(piece.rows for piece in done)
     if already:
@@ -214,14 +213,14 @@ def _measure(job: Job, source: Source, folder: StoragePath, room: Room, on_messa
     progress = _Progress(already, source.rows, on_message)
     if runs:
         snapshot = ray.put(pack_model(model))  # alive until all rows are measured
-        task = Pass(job.measuring, source.features, folder, job.config.piece_rows)
+        task = MeasurePass(job.measuring, source.features, folder, job.config.piece_rows)
         on_message({"kind": "status", "text": f"measuring with {_actors(room)}"})
         for report in measure_rows(source.units, runs, snapshot, task, room):
             progress.add(report)
     return progress.finish()
 
 
-def _actors(room: Room) -> str:
+def _actors(room: PoolSize) -> str:
     bounds = f"{room.min_actors} to {room.max_actors}" if room.max_actors > room.min_actors else str(room.min_actors)
     return f"{bounds} actor{'' if bounds == '1' else 's'}, {room.cpus:g} CPU and {room.gpus:g} GPU each"
 
@@ -238,7 +237,7 @@ class _Progress:
         self._said: set[str] = set()
         self._bad_rows, self._bad_ids = 0, list[int]()
 
-    def add(self, report: PieceReport) -> None:
+    def add(self, report: MeasureFileReport) -> None:
         """A piece is done."""
         self._done += report.piece.rows
         self._warm = self._warm or (time.monotonic(), self._done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -13,15 +13,17 @@ import torch
 
 from bss_ray.data.checks import check_labels
 from bss_ray.data.columns import Columns
-from bss_ray.errors import ConfigError, Problem, nearest
+from bss_ray.errors import ConfigError, Problem, find_problem, nearest
 from bss_ray.measure.forward import Forward, autocast, evaluating, to_tensors
 from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise, join
 from bss_ray.measure.observation import check_outputs
+from bss_ray.measure.score import Unpaired, current_scores
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.names import FUSED, loss_column, presence_column
-from bss_ray.sample.memory import keep_freed_memory
-from bss_ray.sample.scorer import RowMeasures, Scorer
-from bss_ray.sample.scoring import BadRows
+from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.scoring.config import BadRows
+from bss_ray.scoring.scorer import RowMeasures, Scorer
 
 SIMILARITY, INFORMATION, SCORE = "similarity", "information", "score"
 
@@ -178,3 +180,63 @@ def snapshot_of(reference: Any) -> ModelSnapshot:
     """The model behind a reference; Ray Data hands constructors' references on as they are."""
     snapshot: ModelSnapshot = ray.get(reference)
     return snapshot
+
+
+_NO_PAIR = (
+    "a row needs two modalities for a similarity, as unpaired=error says. Let such rows count as unpaired=neutral or "
+    "lowest, or filter them out"
+)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Normalisations of both measures, of some rows or of all.
+
+    Attributes:
+        similarity: of the rows that have two modalities.
+        information: of the rows with sound outputs.
+    """
+
+    similarity: Norm
+    information: Norm
+
+    @staticmethod
+    def of(table: pa.Table, normalise: Normalise) -> Norms:
+        """Norms of a part."""
+        kind = NORMALISATIONS[normalise]
+        return Norms(*(kind.of(column(table, name)) for name in (SIMILARITY, INFORMATION)))
+
+    @staticmethod
+    def union(parts: Sequence[Norms]) -> Norms:
+        """Norms over all parts, exactly; at least one."""
+        return Norms(join([part.similarity for part in parts]), join([part.information for part in parts]))
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """A measure (n,) float32; NaN where it is null."""
+    values: np.ndarray = table[name].to_numpy(zero_copy_only=False).astype(np.float32)
+    return values
+
+
+def no_similarity(table: pa.Table) -> np.ndarray:
+    """(n,) rows with sound outputs and fewer than two modalities."""
+    return np.asarray(np.isnan(column(table, SIMILARITY)) & ~np.isnan(column(table, INFORMATION)))
+
+
+def check_pairs(table: pa.Table, first_row: int, unpaired: Unpaired) -> list[Problem]:
+    """Rows without a similarity, where they are an error."""
+    return find_problem(_NO_PAIR, no_similarity(table), first_row) if unpaired == "error" else []
+
+
+def with_scores(table: pa.Table, norms: Norms, unpaired: Unpaired) -> pa.Table:
+    """The table and a column of scores: the bits of `balance_scores`; null where there is no information."""
+    similarity, information = column(table, SIMILARITY), column(table, INFORMATION)
+    scores = current_scores(similarity, information, (norms.similarity, norms.information), unpaired)
+    missing = np.isnan(information)
+    return table.append_column(SCORE, pa.array(scores.astype(np.float32), pa.float32(), mask=missing))
+
+
+def with_row_ids(table: pa.Table, first_row: int) -> pa.Table:
+    """The table with the row ids in front."""
+    ids = np.arange(first_row, first_row + len(table), dtype=np.int64)
+    return table.add_column(0, "row_id", pa.array(ids))

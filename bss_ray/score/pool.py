@@ -12,8 +12,8 @@ import ray
 import ray.data
 
 from bss_ray.errors import BssRayError, ConfigError, ResourceError
-from bss_ray.sample.memory import ONE_ARENA
-from bss_ray.wait import wait_for
+from bss_ray.runtime.memory import ONE_ARENA
+from bss_ray.runtime.wait import wait_for
 
 # An environment of their own also has rows read by tasks, beside the measuring of others: Ray Data would read inside of
 # the actors, where both are alike.
@@ -24,7 +24,7 @@ _ADDED_BY_RAY = "\nFailed to apply UDF"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pool:
+class PoolConfig:
     """Actors that score.
 
     Args:
@@ -52,11 +52,11 @@ class Pool:
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} of a scoring actor cannot be negative; received {value}")
 
-    def on_cluster(self) -> Room:
+    def on_cluster(self) -> PoolSize:
         """This pool on the cluster at hand; see `fit`."""
         return self.fit([node["Resources"] for node in ray.nodes() if node["Alive"]])
 
-    def fit(self, nodes: Sequence[Mapping[str, float]]) -> Room:
+    def fit(self, nodes: Sequence[Mapping[str, float]]) -> PoolSize:
         """This pool on nodes with these resources.
 
         Raises:
@@ -82,7 +82,7 @@ class Pool:
                 "rows with. Lower --min_actors or --cpus_per_actor"
             )
         most = min(seats, spare) if self.max_actors is None else self.max_actors
-        return Room(min_actors=self.min_actors, max_actors=most, cpus=cpus, gpus=gpus)
+        return PoolSize(min_actors=self.min_actors, max_actors=most, cpus=cpus, gpus=gpus)
 
 
 def _seats(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
@@ -91,7 +91,7 @@ def _seats(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
 
 
 @dataclass(frozen=True)
-class Room:
+class PoolSize:
     """A pool with all its numbers.
 
     Attributes:
@@ -125,7 +125,7 @@ def settings_of(dataset: ray.data.Dataset) -> Iterator[None]:
         context.execution_options.preserve_order, context.raise_original_map_exception = before
 
 
-def users_error(error: Exception) -> BssRayError | None:
+def unwrap_ray_error(error: Exception) -> BssRayError | None:
     """The user's error behind an error of Ray Data, which then must have been raised as it was; else None."""
     cause = getattr(error, "cause", None)
     if not isinstance(cause, BssRayError):
@@ -138,4 +138,4 @@ def get(reference: Any, what: str) -> Any:
     try:
         return wait_for(reference, what)
     except ray.exceptions.RayTaskError as error:
-        raise users_error(error) or error from None
+        raise unwrap_ray_error(error) or error from None

@@ -15,8 +15,7 @@ import pyarrow as pa
 from bss_ray.data.columns import Columns
 from bss_ray.names import loss_column
 from bss_ray.sample.radix import exact_sum
-from bss_ray.score.measuring import INFORMATION, SCORE, SIMILARITY, carried_columns
-from bss_ray.score.scores import column, no_similarity
+from bss_ray.score.measuring import INFORMATION, SCORE, SIMILARITY, carried_columns, column, no_similarity
 
 BINS = 40  # of the histogram, over [-1, 1]
 EXTREMES = 10  # rows of lowest and of highest score

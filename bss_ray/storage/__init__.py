@@ -5,7 +5,7 @@ A place is named as Ray Train names it: a path, or a URI that `pyarrow.fs.FileSy
 `abfs://container@account.dfs.core.windows.net/runs`, or `fsspec+NAME://...` for what fsspec knows.
 """
 
+from bss_ray.storage.files import absolute as absolute
+from bss_ray.storage.files import hidden as hidden
+from bss_ray.storage.files import is_uri as is_uri
 from bss_ray.storage.path import StoragePath as StoragePath
-from bss_ray.storage.uri import absolute as absolute
-from bss_ray.storage.uri import hidden as hidden
-from bss_ray.storage.uri import is_uri as is_uri

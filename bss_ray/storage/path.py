@@ -19,8 +19,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from bss_ray.errors import ConfigError, StorageError
-from bss_ray.storage.local import Write, write_local
-from bss_ray.storage.uri import absolute, child, hidden, is_uri, parent
+from bss_ray.storage.files import Write, absolute, child, hidden, is_uri, parent, write_local
 
 # File systems on which a file appears at once when it is complete: nothing has to be renamed, and renaming is copying.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"})

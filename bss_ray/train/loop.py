@@ -13,14 +13,14 @@ from torch import nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError, ModelOutputError, nearest
-from bss_ray.imports import import_name
 from bss_ray.measure.forward import PRECISIONS, autocast
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
-from bss_ray.train.context import Stateful
+from bss_ray.names import import_name
+from bss_ray.train.backend import Stateful
+from bss_ray.train.initial import read_weights
 from bss_ray.train.metrics import HeadMetrics, evaluate
 from bss_ray.train.sampler import Sampler, get_sampler
-from bss_ray.train.weights import read_weights
 
 OptimizerName = Literal["adamw", "sgd"]
 LrSchedule = Literal["cosine", "constant", "step"]

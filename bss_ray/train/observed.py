@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bss_ray.measure.observation import Observation
-from bss_ray.train.ranks import Ranks
+from bss_ray.runtime.ranks import RankGroup
 
 
 class Sums(NamedTuple):
@@ -60,7 +60,7 @@ class Observed:
         """Go on from sums over all ranks that a checkpoint has: one rank carries them on."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
-    def over(self, ranks: Ranks) -> Sums:
+    def over(self, ranks: RankGroup) -> Sums:
         """Sums over all ranks."""
         return Sums(*ranks.sum(self._sums))
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import ray
 
-from bss_ray.logs import RunLogger
+from bss_ray.placement.process_map import process_map_message
+from bss_ray.runtime.logs import RunLogger
 from bss_ray.sample.holder_actors import ActorHolders
 from bss_ray.sample.plan import Plan
+from bss_ray.train.backend import SamplerContext
 from bss_ray.train.checkpoint import Position
-from bss_ray.train.context import SamplerContext
-from bss_ray.train.whereabouts import placement_message
 
 # Messages about batches, at most one in so many seconds: the board is for people.
 _POST_INTERVAL_S = 0.5
@@ -89,4 +89,4 @@ class Reporter:
         if self._rank == 0 and isinstance(holders, ActorHolders):
             here = ray.get_runtime_context()
             takes = here.get_assigned_resources() if here.get_actor_id() else {}  # a driver that trains has none
-            self.post(placement_message(holders.prefix, rank_nodes, takes))
+            self.post(process_map_message(holders.prefix, rank_nodes, takes))

@@ -20,23 +20,21 @@ from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
+from bss_ray.load.loader import FILLER, Loader, Transform
 from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
+from bss_ray.runtime.profiling import Profiler
+from bss_ray.runtime.wait import wait_for
 from bss_ray.sample.coordinator import Review
-from bss_ray.sample.loader import FILLER, Loader, Transform
 from bss_ray.sample.plan import Order, Plan
-from bss_ray.train.checkpoint import Position
-from bss_ray.train.context import SamplerContext, Stateful
-from bss_ray.train.engines import Engine, EngineContext, make_engine
+from bss_ray.scoring.engines import Engine, EngineContext, ScoreUpdates, make_engine
+from bss_ray.train.backend import SamplerContext, Stateful
+from bss_ray.train.checkpoint import Position, Saver
 from bss_ray.train.observed import Observed, Sums
-from bss_ray.train.profiling import Profiler
 from bss_ray.train.reporter import Reporter
-from bss_ray.train.saving import Saver
-from bss_ray.train.stops import Stopped, Stops, Wish
-from bss_ray.train.updates import ScoreUpdates
-from bss_ray.wait import wait_for
+from bss_ray.train.supervise import StopAction, Stopped, StopPoll
 
 
 class Sampler:
@@ -81,7 +79,7 @@ class Sampler:
         self.resumed = self._saved is not None
         self._restored = False
         self._stateful: dict[str, Stateful] = {}
-        self._stops = Stops(self._ranks, self._stopping, self._taken_away)
+        self._stops = StopPoll(self._ranks, self._stopping, self._taken_away)
         self._preempted = False
         self._say.post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
         self._say.placement(nodes)
@@ -429,7 +427,7 @@ class Sampler:
         """Whether a node is about to be, and nothing was saved for that yet."""
         return not self._preempted and self._context.session.preempted()
 
-    def _heed(self, wish: Wish) -> None:
+    def _heed(self, wish: StopAction) -> None:
         """Save before a node goes, once, or before the run stops.
 
         Raises:

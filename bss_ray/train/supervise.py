@@ -1,4 +1,4 @@
-"""The driver while the ranks work: it hands their messages on, has them stop, and notices when none of them lives."""
+"""A run that is watched: the driver relays messages, asks for a stop, and notices ranks that are silent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,63 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 
 from bss_ray.errors import BssRayError
-from bss_ray.wait import InThread, wait_limit, waited_for
+from bss_ray.runtime.ranks import RankGroup
+from bss_ray.runtime.wait import InThread, wait_limit, wait_timeout_error
+
+StopAction = Literal["go on", "save", "stop"]
+
+# About so often the ranks ask each other: a broadcast of a few bytes, against the seconds of grace that a stop gives.
+EVERY_S = 1.0
+
+
+class Stopped(BaseException):
+    """Leaves the train loop of a rank whose run is to stop. No `except Exception` of a loop may catch it."""
+
+
+class StopPoll:
+    """Asks about once a second whether the run is to stop, on all ranks before the same batch.
+
+    When that is, no rank's own clock can say. Rank 0 measures how long a step takes, and says with each answer after
+    how many of them the next question is due.
+
+    Args:
+        ranks: all of them; each calls `wish` equally often.
+        stopping: called on rank 0: is the run to stop?
+        preempted: called on all ranks: is a node about to be taken away?
+        every_s: seconds between questions.
+    """
+
+    def __init__(
+        self, ranks: RankGroup, stopping: Callable[[], bool], preempted: Callable[[], bool], *, every_s: float = EVERY_S
+    ) -> None:
+        self._ranks, self._stopping, self._preempted, self._every_s = ranks, stopping, preempted, every_s
+        self._steps = 0  # since the last question
+        self._due_after = 1
+        self._asked = time.monotonic()
+
+    def wish(self) -> StopAction:
+        """What is to be done before the next step."""
+        if self._steps < self._due_after:
+            self._steps += 1
+            return "go on"
+        stopping, self._due_after = self._ranks.from_first(self._answer())
+        self._steps, self._asked = 1, time.monotonic()
+        if stopping:
+            return "stop"
+        return "save" if self._preempted() else "go on"
+
+    def _answer(self) -> tuple[bool, int]:
+        """Whether to stop, and steps until the next question."""
+        if self._ranks.rank != 0:
+            return False, 1  # only rank 0's counts
+        seconds = (time.monotonic() - self._asked) / self._steps
+        return self._stopping(), max(1, round(self._every_s / max(seconds, 1e-6)))
+
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -21,11 +72,11 @@ OnMessage = Callable[[Message], None]
 _POLL_S = 0.25
 # An answer of the board takes a millisecond. One that does not come is asked for again.
 _ANSWER_S = 30.0
-# Ranks say so often that they live.
+# RankGroup say so often that they live.
 BEAT_S = 5.0
 
 
-class BoardReader:
+class EventReader:
     """The driver's end of the coordinator's board.
 
     Args:
@@ -81,7 +132,7 @@ class BoardReader:
             self._heard = max(self._heard, time.monotonic() - silence)
         if time.monotonic() - self._heard > wait_limit():
             there = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-            raise waited_for(f"a sign of life of the ranks (the cluster has {there} now)")
+            raise wait_timeout_error(f"a sign of life of the ranks (the cluster has {there} now)")
 
     def _ask(self, method: str, *args: Any) -> Any:
         """An answer of the board; None if there is none now."""
@@ -91,7 +142,7 @@ class BoardReader:
             return None  # the coordinator is in trouble, and perhaps being restarted
 
 
-def supervise(fit: Callable[[], T], board: BoardReader) -> tuple[T, bool]:
+def supervise(fit: Callable[[], T], board: EventReader) -> tuple[T, bool]:
     """Run `fit` in a thread of its own, and look after it in this one.
 
     Ray Train's own handler of ctrl-C aborts without a checkpoint. It is installed by whoever calls `fit` in the main
@@ -147,7 +198,7 @@ def _ctrl_c_is_an_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def looking_on(board: BoardReader) -> Iterator[None]:
+def watch(board: EventReader) -> Iterator[None]:
     """Hand messages on from a thread, while this one trains itself."""
     done = threading.Event()
 
@@ -167,7 +218,7 @@ def looking_on(board: BoardReader) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signs_of_life(coordinator: Any) -> Iterator[None]:
+def heartbeat(coordinator: Any) -> Iterator[None]:
     """Tell the board that this rank lives, from a thread, also while it computes."""
     done = threading.Event()
 

@@ -20,36 +20,32 @@ from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import BssRayError, ConfigError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.sample.coordinator import check_batch_size
-from bss_ray.sample.holder_actors import SavedScores, StartedHolders
-from bss_ray.sample.local import start_here
-from bss_ray.sample.memory import ONE_ARENA, keep_freed_memory
-from bss_ray.sample.plan import Tail
-from bss_ray.sample.scoring import Scoring
-from bss_ray.sample.start import start_coordinator, start_holders, start_scorers
-from bss_ray.schedule.schedulers import Learning, Scheduler
-from bss_ray.storage import StoragePath
-from bss_ray.storage.probe import check_storage
-from bss_ray.train.context import SamplerContext
-from bss_ray.train.initial import ScoresFile
-from bss_ray.train.lost_controller import free_when_told
-from bss_ray.train.lost_shards import AwaitLostShards
-from bss_ray.train.packing import Group
-from bss_ray.train.rank_trainer import RankTrainer
-from bss_ray.train.resources import (
+from bss_ray.placement.packing import ProcessGroup
+from bss_ray.placement.resources import (
     HOLDERS,
     SCORERS,
-    Request,
+    ResourceRequest,
     check_resources,
     in_this_process,
     scorer_options,
     settle_engine,
 )
+from bss_ray.runtime.memory import ONE_ARENA, keep_freed_memory
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
+from bss_ray.sample.coordinator import check_batch_size
+from bss_ray.sample.holder_actors import SavedScores, StartedHolders
+from bss_ray.sample.local import start_here
+from bss_ray.sample.plan import Tail
+from bss_ray.sample.start import start_coordinator, start_holders, start_scorers
+from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.scoring.config import Scoring
+from bss_ray.storage import StoragePath
+from bss_ray.storage.probe import check_storage
+from bss_ray.train.backend import RayTrainBackend, SamplerContext, TrainBackend
+from bss_ray.train.initial import ScoresFile
+from bss_ray.train.rank_trainer import AwaitLostShards, RankTrainer, remove_orphaned_placement_groups
 from bss_ray.train.sampler import Sampler, set_sampler
-from bss_ray.train.session import Session, TrainSession
-from bss_ray.train.stops import Stopped
-from bss_ray.train.supervise import BoardReader, Message, OnMessage, looking_on, signs_of_life, supervise
-from bss_ray.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
+from bss_ray.train.supervise import EventReader, Message, OnMessage, Stopped, heartbeat, supervise, watch
 
 
 class BalancedTrainer:
@@ -81,7 +77,7 @@ class BalancedTrainer:
         wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
             error.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
-        profile: record a training step and a scoring pass; they come as messages (see `bss_ray.sample.profiling`).
+        profile: record a training step and a scoring pass; they come as messages (see `bss_ray.runtime.profiling`).
         on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" | "notice" |
             "placement" | "begin" | "batch" | "epoch" | "profile", ...}`; for progress displays. None logs the notices.
 
@@ -111,7 +107,7 @@ class BalancedTrainer:
         initial_scores: str | SavedScores | None = None,
         spare_cpus: int | None = None,
         wait_for_nodes: bool = False,
-        session: Session | None = None,
+        session: TrainBackend | None = None,
         profile: bool = False,
         on_message: OnMessage | None = None,
     ) -> None:
@@ -128,7 +124,7 @@ class BalancedTrainer:
             self._scheduler = replace(self._scheduler, burn_in=0)
         self._initial_scores = initial_scores
         self._spare_cpus, self._wait_for_nodes = spare_cpus, wait_for_nodes
-        self._session = session or TrainSession()
+        self._session = session or RayTrainBackend()
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
         self._batch_size, self._tail, self._seed = batch_size, tail, seed
@@ -175,20 +171,22 @@ class BalancedTrainer:
             self._on_message({"kind": "notice", "text": request.notice})
         self._on_message({"kind": "status", "text": "starting holders and ranks"})
         context, actors = self._start_actors(train, validation, scoring, request)
-        board = BoardReader(context.coordinator, self._on_message)
+        board = EventReader(context.coordinator, self._on_message)
         try:
             return self._run_ranks(context, board, request.groups)
         finally:
             for actor in actors:
                 ray.kill(actor)
 
-    def _run_ranks(self, context: SamplerContext, board: BoardReader, groups: Sequence[Group]) -> ray.train.Result:
+    def _run_ranks(
+        self, context: SamplerContext, board: EventReader, groups: Sequence[ProcessGroup]
+    ) -> ray.train.Result:
         """Have Ray Train run the ranks to the end; a user error that one of them met is raised as itself."""
         fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context, groups), board)
         stopping = False
         try:
             if self._scaling_config.num_workers == 0:  # the ranks are this thread
-                with looking_on(board):
+                with watch(board):
                     result = fit()
             else:
                 result, stopping = supervise(fit, board)
@@ -204,7 +202,7 @@ class BalancedTrainer:
             raise KeyboardInterrupt
         return result
 
-    def _fit_once(self, context: SamplerContext, groups: Sequence[Group]) -> ray.train.Result:
+    def _fit_once(self, context: SamplerContext, groups: Sequence[ProcessGroup]) -> ray.train.Result:
         return RankTrainer(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
             groups=groups,
@@ -220,7 +218,7 @@ class BalancedTrainer:
         wait = AwaitLostShards(shards, self._wait_limit_s)
         return replace(run_config, callbacks=[*(run_config.callbacks or []), wait])
 
-    def _fit_again(self, fit: Callable[[], ray.train.Result], board: BoardReader) -> ray.train.Result:
+    def _fit_again(self, fit: Callable[[], ray.train.Result], board: EventReader) -> ray.train.Result:
         """Also after the loss of Ray Train's controller, which Ray does not restart: the same name goes on."""
         failures = (self._run_config.failure_config or ray.train.FailureConfig()).max_failures
         for attempt in itertools.count(1):
@@ -229,13 +227,13 @@ class BalancedTrainer:
             except ray.exceptions.RayActorError as error:
                 if 0 <= failures < attempt:
                     raise
-                free_when_told()
+                remove_orphaned_placement_groups()
                 why = str(error).strip().splitlines()[0]
                 board.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
         raise AssertionError("unreachable")
 
     def _start_actors(
-        self, train: Shards, validation: Shards | None, scoring: Scoring, request: Request
+        self, train: Shards, validation: Shards | None, scoring: Scoring, request: ResourceRequest
     ) -> tuple[SamplerContext, list[Any]]:
         """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
         measurer = self._measurer.for_task(train.columns.task)
@@ -312,25 +310,25 @@ def _log_notice(message: Message) -> None:
 def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:
     """What every rank runs: the user's loop, with the sampler at hand."""
     set_wait_limit(context.wait_limit_s)
-    board = BoardReader(context.coordinator, lambda _: None)
+    board = EventReader(context.coordinator, lambda _: None)
     if board.fatal_error() is not None or board.stopping():
         return None  # another attempt would only fail again, and the trainer raises the error; or none is wanted
     keep_freed_memory()
     try:
-        with signs_of_life(context.coordinator):
+        with heartbeat(context.coordinator):
             set_sampler(Sampler(context))
             return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
     except Stopped:
         return None
     except BssRayError as error:
-        posted = context.coordinator.board.remote("post", {"kind": "fatal", "error": user_error(error)})
+        posted = context.coordinator.board.remote("post", {"kind": "fatal", "error": unwrap_ray_error(error)})
         wait_for(posted, "the coordinator's board")
         raise
     finally:
         set_sampler(None)
 
 
-def user_error(error: BaseException) -> BaseException:
+def unwrap_ray_error(error: BaseException) -> BaseException:
     """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause

@@ -11,17 +11,16 @@ from typing import Any
 import ray
 import ray.train
 
-from bss_ray.settings import overlay, training_config
 from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.run import TrainConfig, best_row, test_model
+from bss_ray.train.settings import overlay, training_config
 from bss_ray.train.supervise import OnMessage
-from bss_ray.train.trainer import user_error
+from bss_ray.train.trainer import unwrap_ray_error
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.nested import free_nested
-from bss_ray.tune.seats import trial_resources
-from bss_ray.tune.training import Beginning, Row, train_once
-from bss_ray.tune.trial import TrialSetup
+from bss_ray.tune.trial import Row, TrialSetup, WarmStart, train_once
+from bss_ray.tune.trials import trial_resources
 
 CONTROL = "uniform"
 
@@ -84,7 +83,7 @@ def _result(task: Any) -> dict[str, Any]:
         result: dict[str, Any] = ray.get(task)
     except ray.exceptions.RayTaskError as error:
         free_nested()  # what several ranks have left
-        raise user_error(error) from error
+        raise unwrap_ray_error(error) from error
     return result
 
 
@@ -96,7 +95,7 @@ def run_seed(tree: Mapping[str, Any], seed: int, setup: TrialSetup) -> dict[str,
     """
     config: TrainConfig = training_config({**tree, "seed": seed})[0]
     choose_by, chosen = setup.objective.choose_by, _Chosen(setup.objective.choose_by)
-    history = train_once(config, setup.splits, setup.scaling, setup.folder, Beginning(), chosen)
+    history = train_once(config, setup.splits, setup.scaling, setup.folder, WarmStart(), chosen)
     row = best_row(history, choose_by)
     test = {}
     if setup.splits["test"] is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from bss_ray.errors import ConfigError, nearest
-from bss_ray.logs import LogFormat
+from bss_ray.runtime.logs import LogFormat
 from bss_ray.storage import hidden, is_uri
 from bss_ray.train.run import TrainConfig
 

@@ -2,7 +2,7 @@
 
 A trial that trains on several ranks runs a trainer of its own inside Ray Tune's trial process. If Tune stops the
 trial, that process ends within a fraction of a second. What it owns ends with it: the run's actors, Ray Train's
-controller, and with the controller the ranks. Their placement group does not (`train/lost_controller.py`): it is
+controller, and with the controller the ranks. Their placement group does not (`train/rank_trainer.py`): it is
 removed by the trial's process as long as that lives, else by the driver (`FreeNested`).
 """
 
@@ -21,7 +21,7 @@ from ray._private.state import state as ray_state
 from ray.core.generated import gcs_pb2
 from ray.train.v2.api.callback import UserCallback
 
-from bss_ray.train.lost_controller import CONTROLLER, free_lost_groups
+from bss_ray.train.rank_trainer import CONTROLLER, free_lost_groups
 from bss_ray.train.trainer import BalancedTrainer
 
 MakeTrainer = Callable[[list[UserCallback]], BalancedTrainer]

@@ -16,9 +16,9 @@ import numpy as np
 import optuna
 
 from bss_ray.errors import BssRayError, ConfigError, nearest
-from bss_ray.imports import import_name
-from bss_ray.settings import overlay, training_config
+from bss_ray.names import import_name
 from bss_ray.train.run import TrainConfig
+from bss_ray.train.settings import overlay, training_config
 from tune_spaces import SPACES
 
 _DRAWS = 20

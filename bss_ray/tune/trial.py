@@ -5,23 +5,270 @@ Every epoch is reported with its checkpoint, in which `trial.json` keeps what ca
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.tune
+import yaml
 
 from bss_ray.errors import CheckpointError
-from bss_ray.settings import overlay, training_config
+from bss_ray.runtime.ranks import RankGroup
+from bss_ray.sample.score_files import ScoreFile, read_scores, write_scores
+from bss_ray.sample.state import ScoreBlock
+from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
+from bss_ray.train.backend import RayTrainBackend, TrainBackend
 from bss_ray.train.checkpoint import SavedCheckpoint
-from bss_ray.train.run import TrainConfig
-from bss_ray.tune.burn_in import BurnIns, FirstScores, burn_in_key
+from bss_ray.train.run import TrainConfig, make_trainer
+from bss_ray.train.settings import overlay, training_config
+from bss_ray.tune.nested import fit_nested
 from bss_ray.tune.objective import Objective
-from bss_ray.tune.training import Beginning, OnEpoch, Row, train_once
+
+# Say nothing about what is computed.
+_PLACED = (
+    *("name", "storage_path", "ray_address", "log_format", "profile", "verbose", "store", "placement"),
+    *("num_workers", "use_gpu", "max_failures", "max_preemptions", "wait_limit_s"),
+)
+# Of a user's own scheduler nobody knows what acts when.
+_KNOWN = (Uniform, Learning, Heuristic)
+_FILES = "files.json"
+_POLL_S = 0.1
+
+
+def burn_in_key(config: TrainConfig, settings: str) -> str | None:
+    """A name for everything that acts up to the end of burn-in; None where there is no burn-in to share.
+
+    Args:
+        config: of the run.
+        settings: all its settings as YAML.
+    """
+    scheduler = config.scheduler
+    if config.initial_scores is not None or config.initial_checkpoint is not None or type(scheduler) not in _KNOWN:
+        return None
+    if scheduler.burn_in >= config.loop.epochs or (scheduler.burn_in == 0 and not scheduler.uses_scores):
+        return None
+    tree: dict[str, Any] = yaml.safe_load(settings)
+    for name in (*_PLACED, "choose_by"):
+        tree.pop(name, None)
+    tree["scheduler"] = {"burn_in": scheduler.burn_in, "scores": scheduler.uses_scores}
+    del tree["scoring"]["momentum"]  # the first scores have nothing to remember
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+class FirstScores:
+    """Scores of the untrained model, to begin with.
+
+    Args:
+        folder: where `BurnIns.keep_scores` has left them.
+    """
+
+    VERSION = 1  # the first that there is
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def scores(self, start: int, stop: int) -> list[ScoreBlock]:
+        """Scores that overlap rows [start, stop)."""
+        files = [ScoreFile(**file) for file in json.loads((self._folder / _FILES).read_text())]
+        read = lambda name: (self._folder / name).read_bytes()  # noqa: E731
+        return read_scores(files, read, version=self.VERSION, start=start, stop=stop)
+
+
+class BurnIns:
+    """The burn-ins of a search, in a folder that all trials share.
+
+    Args:
+        folder: of the search.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "burn_in"
+
+    def take(self, key: str, owner: str) -> Path | None:
+        """What a burn-in has left; waits while another trial makes it.
+
+        Args:
+            key: of the burn-in.
+            owner: the trial that asks.
+
+        Returns:
+            Its folder; None if `owner` is the one to make it, and to `keep` it.
+        """
+        place = self._folder / key
+        place.mkdir(parents=True, exist_ok=True)
+        while not (place / "done").exists():
+            try:
+                (place / "claim").symlink_to(owner)  # a link is made with its content or not at all
+                return None
+            except FileExistsError:
+                time.sleep(_POLL_S)  # whoever makes it holds its resources, and its claim ends with it
+        return place / "done"
+
+    def keep(self, key: str, checkpoint: Path) -> None:
+        """Keep the checkpoint of a burn-in that has just ended."""
+        self._keep(key, lambda folder: shutil.copytree(checkpoint, folder, dirs_exist_ok=True))
+
+    def keep_scores(self, key: str, scores: list[ScoreBlock]) -> None:
+        """Keep the scores of the untrained model."""
+
+        def write(folder: Path) -> None:
+            files = write_scores(folder, 0, FirstScores.VERSION, scores)
+            (folder / _FILES).write_text(json.dumps([asdict(file) for file in files]))
+
+        self._keep(key, write)
+
+    def _keep(self, key: str, write: Callable[[Path], object]) -> None:
+        """Whole or not at all."""
+        place = self._folder / key
+        if (place / "done").exists():
+            return
+        temporary = place / f"coming-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
+        write(temporary)
+        try:
+            os.rename(temporary, place / "done")
+        except OSError:  # another was faster
+            shutil.rmtree(temporary)
+
+    def release(self, owner: str | None = None) -> None:
+        """Give up the claims of a trial that has ended; None: of all, when none runs."""
+        for claim in (place / "claim" for place in self._folder.glob("*")):
+            try:
+                if owner is None or os.readlink(claim) == owner:
+                    claim.unlink()
+            except FileNotFoundError:
+                continue  # none, or its owner has done so
+        if owner is None:
+            for rest in self._folder.glob("*/coming-*"):
+                shutil.rmtree(rest)
+
+
+Row = dict[str, Any]
+# Called after each epoch with the metrics of all epochs so far, and the folder of the checkpoint.
+OnEpoch = Callable[[list[Row], Path], None]
+
+NESTED = "nested"
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What a run begins with.
+
+    Attributes:
+        checkpoint: to go on from.
+        scores: of the untrained model, where there is no burn-in.
+        keep_scores: called with them where there are none yet; of a run in this process.
+    """
+
+    checkpoint: ray.train.Checkpoint | None = None
+    scores: FirstScores | None = None
+    keep_scores: Callable[[list[ScoreBlock]], None] | None = None
+
+
+def train_once(
+    config: TrainConfig,
+    splits: dict[str, Any],
+    scaling: ray.train.ScalingConfig,
+    folder: Path,
+    begin: WarmStart,
+    on_epoch: OnEpoch,
+) -> list[Row]:
+    """Train one configuration with one seed.
+
+    Args:
+        config: what is trained.
+        splits: shards by split.
+        scaling: ranks; one rank trains in this process.
+        folder: where several ranks leave their checkpoints in the meantime.
+        begin: what the run begins with.
+        on_epoch: called after each epoch; what it raises ends the run.
+
+    Returns:
+        Metrics of all epochs.
+    """
+    start = begin.checkpoint
+    history: list[Row] = [] if start is None else SavedCheckpoint(start).manifest().history
+    placed: dict[str, Any] = {"on_message": _quiet}
+    if begin.scores is not None:
+        placed["initial_scores"] = begin.scores
+
+    def after(checkpoint: ray.train.Checkpoint) -> None:
+        history[:] = SavedCheckpoint(checkpoint).manifest().history
+        on_epoch(history, Path(checkpoint.path))
+
+    if scaling.num_workers == 1:
+        here = replace(scaling, num_workers=0)
+        session = _InTrial(begin, after)
+        make_trainer(scoring_here(config), splits, scaling_config=here, session=session, **placed).fit()
+        return history
+    # A name of its own: a run of the same name would go on from its own checkpoints.
+    nested = folder / NESTED / uuid.uuid4().hex
+    try:
+        fit_nested(
+            lambda callbacks: make_trainer(
+                config,
+                splits,
+                scaling_config=scaling,
+                run_config=ray.train.RunConfig(
+                    name=nested.name,
+                    storage_path=str(nested.parent),
+                    callbacks=callbacks,
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
+                ),
+                session=RayTrainBackend(start),
+                **placed,
+            ),
+            lambda _row, path: after(ray.train.Checkpoint(path)) if path else None,
+        )
+    finally:
+        shutil.rmtree(nested, ignore_errors=True)
+    return history
+
+
+def scoring_here(config: TrainConfig) -> TrainConfig:
+    """The run of one rank as it is trained in a trial's process: the rank scores its own rows."""
+    if config.scoring.engine != "auto" or config.scoring.overlap:
+        return config
+    return replace(config, scoring=replace(config.scoring, engine="workers"))
+
+
+class _InTrial(TrainBackend):
+    """Of a run in a trial's own process, where Ray Train's functions refuse to work for Ray Tune's sake."""
+
+    def __init__(self, begin: WarmStart, after: Callable[[ray.train.Checkpoint], None]) -> None:
+        self._begin, self._after = begin, after
+
+    def ranks(self) -> RankGroup:
+        return RankGroup(rank=0, count=1)
+
+    def checkpoint(self) -> ray.train.Checkpoint | None:
+        return self._begin.checkpoint
+
+    def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
+        if "batch" not in row:  # else it is a checkpoint in the middle of an epoch
+            assert checkpoint is not None, "one rank writes all files"
+            self._after(checkpoint)
+
+    def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
+        if self._begin.keep_scores is not None:
+            self._begin.keep_scores(scores())
+
+    def preempted(self) -> bool:
+        return False
+
+
+def _quiet(message: dict[str, Any]) -> None:
+    """A trial's own messages are for nobody: there are many trials."""
+
 
 _PROGRESS = "trial.json"
 
@@ -70,7 +317,7 @@ def run_trial(config: dict[str, Any], *, setup: TrialSetup) -> None:
     for seed in range(len(done), setup.seeds):
         report = _Reporter(setup, run, done)
         one = replace(run, seed=run.seed + seed)
-        begin = Beginning(start)
+        begin = WarmStart(start)
         key = burn_in_key(one, settings) if start is None else None
         on_epoch: OnEpoch = report
         if key is not None and (one.scheduler.burn_in > 0 or setup.scaling.num_workers == 1):
@@ -113,13 +360,13 @@ class _Reporter:
         )
 
 
-def _share(burn_ins: BurnIns, key: str, owner: str, epochs: int, report: _Reporter) -> tuple[Beginning, OnEpoch]:
+def _share(burn_ins: BurnIns, key: str, owner: str, epochs: int, report: _Reporter) -> tuple[WarmStart, OnEpoch]:
     """Take what another trial's burn-in has left, whose epochs are reported as this trial's; or leave this one's."""
     folder = burn_ins.take(key, owner)
     if epochs == 0:
         if folder is None:
-            return Beginning(keep_scores=partial(burn_ins.keep_scores, key)), report
-        return Beginning(scores=FirstScores(folder)), report
+            return WarmStart(keep_scores=partial(burn_ins.keep_scores, key)), report
+        return WarmStart(scores=FirstScores(folder)), report
     if folder is None:
 
         def keep(history: list[Row], checkpoint: Path | None) -> None:
@@ -127,12 +374,12 @@ def _share(burn_ins: BurnIns, key: str, owner: str, epochs: int, report: _Report
                 burn_ins.keep(key, checkpoint)
             report(history, checkpoint)
 
-        return Beginning(), keep
+        return WarmStart(), keep
     checkpoint = ray.train.Checkpoint(str(folder))
     history = SavedCheckpoint(checkpoint).manifest().history
     for done in range(1, len(history) + 1):
         report(history[:done], None)
-    return Beginning(checkpoint), report
+    return WarmStart(checkpoint), report
 
 
 def _last_checkpoint(folder: Path, earlier: list[str]) -> ray.train.Checkpoint | None:

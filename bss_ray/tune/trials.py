@@ -2,20 +2,300 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import ray
+import ray.train
 import ray.tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search import Searcher
 
+from bss_ray.errors import ConfigError, ResourceError
+from bss_ray.placement.resources import check_resources, resources_per_rank
+from bss_ray.scoring.config import Scoring
 from bss_ray.train.supervise import OnMessage
-from bss_ray.tune.burn_in import BurnIns
+from bss_ray.train.trainer import unwrap_ray_error
 from bss_ray.tune.config import TuneConfig
-from bss_ray.tune.desk import Asking, Desk, Pruning, as_config, drop_checkpoints
-from bss_ray.tune.explore import Explore
-from bss_ray.tune.record import SearchRecord
+from bss_ray.tune.record import SearchRecord, TrialSpec
+from bss_ray.tune.trial import BurnIns, scoring_here
+
+# Dotted setting: its range, and whether it is changed by a factor or by a step.
+_FACTOR, _STEP = 1.25, 0.1
+_MOMENTUM = "scoring.momentum"
+_KNOBS: dict[str, tuple[float, float, bool]] = {
+    "scheduler.init_args.temperature": (0.05, 2.0, True),
+    "scheduler.init_args.fraction": (0.3, 1.0, False),
+    _MOMENTUM: (0.0, 0.9, False),
+}
+_RESAMPLE = 0.25
+
+
+class Explore:
+    """Changes temperature, fraction and momentum, where they act in a trial; Ray Tune's `custom_explore_fn`.
+
+    Each is made a step larger or smaller, or drawn anew once in four times.
+
+    Args:
+        seed: of the random numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The changed copy of `{"trial": {"settings": ...}}`."""
+        config = copy.deepcopy(config)
+        settings = config["trial"]["settings"]
+        for name, (low, high, by_factor) in _KNOBS.items():
+            value = settings.get(name)
+            if value is not None and (name != _MOMENTUM or _has_memory(settings)):
+                settings[name] = round(self._changed(float(value), low, high, by_factor), 6)
+        return config
+
+    def _changed(self, value: float, low: float, high: float, by_factor: bool) -> float:
+        if self._random.random() < _RESAMPLE:
+            drawn = self._random.random()
+            return low * (high / low) ** drawn if by_factor else low + (high - low) * drawn
+        sign = 1 if self._random.random() < 0.5 else -1
+        changed = value * _FACTOR**sign if by_factor else value + _STEP * sign
+        return min(max(changed, low), high)
+
+
+def _has_memory(settings: dict[str, Any]) -> bool:
+    """Whether scores are updated, and by a moving average: a sum refuses a momentum."""
+    return settings.get("scoring.accumulate") != "sum" and settings.get("scheduler.init_args.update_interval") != 0
+
+
+# A trial that takes nothing still takes a process.
+_MOST = 64
+
+
+def max_concurrent_trials(config: TuneConfig, scaling: ray.train.ScalingConfig) -> int:
+    """How many trials the cluster has room for at a time, at most `max_concurrent`.
+
+    Raises:
+        ResourceError: it has not room for one, ever.
+        ConfigError: a population that must train side by side has no room.
+    """
+    scoring = scoring_here(config.train).scoring
+    check_resources(scaling, scoring)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    own = trial_resources(config, scaling)
+    apart = _apart(scaling, scoring)
+    seats = sum(_fits(node, own) for node in nodes)
+    if seats < 1:
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in own.items() if amount)
+        raise ResourceError(
+            f"a trial needs {wanted} on one node, and no node of the cluster has as much: {_shown(nodes, own)}. Lower "
+            "cpus_per_trial or gpus_per_trial"
+        )
+    # Trials whose processes had all the CPUs would wait for ever for their own ranks and scorers.
+    there = ray.cluster_resources()
+    together = {name: own.get(name, 0) + apart.get(name, 0) for name in {*own, *apart}}
+    seats = min(seats, _fits(there, together))
+    if seats < 1:
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in sorted(together.items()) if amount)
+        raise ResourceError(
+            f"a trial with its ranks, holders and scorers needs {wanted}; the cluster has {_shown([there], together)}. "
+            "Lower train.num_workers, or what scoring takes"
+        )
+    limited = config.max_concurrent is not None or scaling.num_workers > 1
+    seats = int(min(seats, config.max_concurrent or seats))
+    if config.algorithm == "pbt" and limited and seats < config.trials:
+        raise ConfigError(
+            f"algorithm=pbt trains its {config.trials} trials side by side, and there is room for {seats}. Lower "
+            "trials; more of them take turns only where each has one worker and max_concurrent is null"
+        )
+    return seats
+
+
+def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dict[str, float]:
+    """What a trial's own process takes."""
+    if scaling.num_workers > 1:
+        # Its ranks train. Ray Tune wants it to take something; a CPU would be one rank less.
+        return {"CPU": 0.0, "GPU": 0.0, "memory": 1.0}
+    gpus = config.gpus_per_trial if config.gpus_per_trial is not None else float(scaling.use_gpu)
+    return {"CPU": config.cpus_per_trial, "GPU": gpus}
+
+
+def _apart(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, float]:
+    """What a trial takes beside its own process."""
+    cpus = gpus = 0.0
+    actors = scoring.engine in ("actors", "auto")
+    if actors or scaling.num_workers > 1:
+        cpus += scoring.num_holders * scoring.cpus_per_holder
+    if actors:
+        cpus += scoring.num_scorers * scoring.cpus_per_scorer
+        gpus += scoring.num_scorers * scoring.gpus_per_scorer
+    if scaling.num_workers > 1:
+        each = resources_per_rank(scaling)
+        cpus += scaling.num_workers * each.get("CPU", 0)
+        gpus += scaling.num_workers * each.get("GPU", 0)
+    return {"CPU": cpus, "GPU": gpus}
+
+
+def _fits(there: Mapping[str, float], each: Mapping[str, float]) -> int:
+    seats = (math.floor(there.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount)
+    return min(*seats, _MOST, _MOST)
+
+
+def _shown(places: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> str:
+    """What there is of the resources that are asked for."""
+    return "; ".join(", ".join(f"{place.get(name, 0):g} {name}" for name in sorted(each)) for place in places)
+
+
+def as_config(spec: TrialSpec) -> dict[str, Any]:
+    return {
+        "number": spec.number,
+        "settings": spec.settings,
+        "folder": spec.folder,
+        "earlier": spec.earlier_folders(),
+    }
+
+
+class _Unsaved:
+    """Ray Tune writes itself to a file, to restore a search from; ours are restored from the record."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object, ()
+
+
+class StudySearcher(_Unsaved, Searcher):  # type: ignore[misc]
+    """Ray Tune's searcher: asks the record for the next trial. It has no state of its own."""
+
+    def __init__(self, record: SearchRecord) -> None:
+        super().__init__()
+        self._record = record
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        spec = self._record.next_trial()
+        return self.FINISHED if spec is None else {"trial": as_config(spec)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The desk tells the record."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The record is saved anyway."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
+    """Tells the record, and whoever looks on, what becomes of each trial; tidies up after it.
+
+    Args:
+        record: of the search.
+        burn_ins: of the search.
+        folder: of the trials.
+        exchanged: whether trials go on from each other's checkpoints, which must stay.
+        on_message: told what becomes of each trial.
+    """
+
+    def __init__(
+        self, record: SearchRecord, burn_ins: BurnIns, folder: Path, exchanged: bool, on_message: OnMessage
+    ) -> None:
+        self._record, self._burn_ins, self._on_message = record, burn_ins, on_message
+        self._folder, self._exchanged = folder, exchanged
+        # A trial that population-based training replaces has another's configuration from then on.
+        self._numbers: dict[str, int] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
+        self._tell(number, "running")
+
+    def has_reported(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Note a report; whether the trial is pruned."""
+        number = self._numbers[trial_id]
+        self._record.note_changes(number, result["epochs_done"], result["config"]["trial"]["settings"])
+        pruned = self._record.report(number, result["epochs_done"], result["trial"])
+        self._tell(number, "running", epoch=result["epochs_done"], values=result["trial"]["values"])
+        return pruned
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        number = self._numbers[trial.trial_id]
+        outcome = (trial.last_result or {}).get("trial", {})
+        state = self._record.end(number, outcome)
+        self._burn_ins.release(trial.trial_id)
+        if state is not None:
+            if not self._exchanged:  # a finished trial's checkpoints are for nobody
+                drop_checkpoints(self._folder, f"{number:05d}*")
+            self._tell(number, state.name.lower(), values=outcome["values"])
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """A trial that is paused for another must not have that one wait for its burn-in."""
+        for trial in trials:
+            if trial.status == Trial.PAUSED:
+                self._burn_ins.release(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
+        self._record.fail(number, cause_of(trial))
+        self._burn_ins.release(trial.trial_id)
+        self._tell(number, "fail")
+
+    def _tell(self, number: int, state: str, **more: Any) -> None:
+        trial = self._record.trial(number)
+        message = {
+            "kind": "trial",
+            "number": number,
+            "state": state,
+            "params": trial.params,
+            "metrics": self._record.metrics,
+            "cause": trial.user_attrs.get("cause", ""),
+        }
+        self._on_message({**message, **more})
+
+
+class PruneStopper(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]
+    """Ray Tune's stopper: sees each report before any scheduler."""
+
+    def __init__(self, desk: StudyCallback) -> None:
+        self._desk = desk
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return self._desk.has_reported(trial_id, result)
+
+    def stop_all(self) -> bool:
+        return False
+
+
+def drop_checkpoints(folder: Path, trials: str = "*") -> None:
+    """Remove the checkpoints of trials: there are many trials, and settings are what a search is after."""
+    for checkpoint in folder.glob(f"{trials}/checkpoint_*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def cause_of(trial: Trial) -> str:
+    """Why a trial failed, in a line."""
+    # From where it was written: it reaches the storage only later.
+    if trial.pickled_error_file is not None:
+        return _cause(unwrap_ray_error(ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())))
+    if trial.error_file is None:
+        return "unknown"
+    # Ray Tune keeps errors of other kinds, such as a process killed for its memory, as text alone.
+    text = Path(trial.error_file).read_text()
+    if "memory" in text:
+        return "its process was killed, because its node ran out of memory"
+    lines = [line for line in text.splitlines() if line and not line.startswith("Failure #")]
+    return lines[0] if lines else "unknown"
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died: it was killed, or it crashed"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
 
 TRIALS = "trials"
 
@@ -55,7 +335,7 @@ def run_trials(
     burn_ins = BurnIns(folder)
     burn_ins.release()  # of trials that were killed with their driver
     exchanged = config.algorithm == "pbt"
-    desk = Desk(record, burn_ins, folder / TRIALS, exchanged, on_message)
+    desk = StudyCallback(record, burn_ins, folder / TRIALS, exchanged, on_message)
     common: dict[str, Any] = {
         "reuse_actors": reuse,
         "trial_name_creator": _name,
@@ -74,7 +354,9 @@ def run_trials(
     else:
         # As many as the record has: it says when there are no more.
         space = {}
-        how = ray.tune.TuneConfig(search_alg=Asking(record), num_samples=-1, max_concurrent_trials=seats, **common)
+        how = ray.tune.TuneConfig(
+            search_alg=StudySearcher(record), num_samples=-1, max_concurrent_trials=seats, **common
+        )
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, {name.lower(): amount for name, amount in each.items()}),
         param_space=space,
@@ -83,7 +365,7 @@ def run_trials(
             name=TRIALS,
             storage_path=str(folder),
             callbacks=[desk, *callbacks],
-            stop=Pruning(desk),
+            stop=PruneStopper(desk),
             # Population-based training takes another trial's checkpoint while that one goes on.
             checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             verbose=0,

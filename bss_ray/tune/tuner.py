@@ -26,11 +26,9 @@ from bss_ray.tune.loggers import make_loggers
 from bss_ray.tune.nested import FreeNested
 from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, open_storage
-from bss_ray.tune.seats import count_seats, trial_resources
 from bss_ray.tune.space import SearchSpace
-from bss_ray.tune.training import NESTED, scoring_here
-from bss_ray.tune.trial import TrialSetup, run_trial
-from bss_ray.tune.trials import run_trials
+from bss_ray.tune.trial import NESTED, TrialSetup, run_trial, scoring_here
+from bss_ray.tune.trials import max_concurrent_trials, run_trials, trial_resources
 
 BEST = "best.yaml"
 
@@ -58,7 +56,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         storage = open_storage(config.storage, folder.local)
         objective = Objective.of(config.objectives, config.train.choose_by, columns_of(config.train), config.aggregate)
         scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
-        seats = count_seats(config, scaling)
+        seats = max_concurrent_trials(config, scaling)
         check_storage(folder.path)
         splits = load_shards(config.train, on_message)
         if splits["validation"] is None:

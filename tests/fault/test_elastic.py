@@ -17,8 +17,8 @@ from ray.cluster_utils import Cluster
 
 from bss_ray import Scoring
 from bss_ray.errors import ResourceError
+from bss_ray.placement.resources import check_resources
 from bss_ray.testing import Fault, Hang
-from bss_ray.train.resources import check_resources
 from tests.runs import Faults, Outcome, make_shards, run
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(900)]

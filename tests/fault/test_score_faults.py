@@ -20,10 +20,10 @@ from bss_ray.errors import ResourceError
 from bss_ray.score.config import MAY_CHANGE, ModelSpec, ScoreConfig, resolve
 from bss_ray.score.dataset import score_dataset
 from bss_ray.score.job import SUMMARY_FILE, score
-from bss_ray.score.pieces import find_pieces
+from bss_ray.score.measure_files import find_measure_files
 from bss_ray.storage import StoragePath
 from bss_ray.train.folder import RunFolder
-from bss_ray.train.weights import Weights
+from bss_ray.train.initial import Weights
 from tests.scoring import COLUMNS, forwarded, kills_in, make_columns, make_recorder, make_table, reference, write_folder
 
 pytestmark = [pytest.mark.fault]
@@ -83,7 +83,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def pieces(folder: Path) -> int:
-    return len(find_pieces(StoragePath.of(folder / "runs" / "scores" / "measures")))
+    return len(find_measure_files(StoragePath.of(folder / "runs" / "scores" / "measures")))
 
 
 def measured_already(out: str) -> int:

@@ -22,9 +22,9 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import ScoringError
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.sample.coordinator import Publication
-from bss_ray.sample.scorer import Scorer
-from bss_ray.sample.scorer_actor import ScoringJob
 from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
+from bss_ray.scoring.actor import ScoringJob
+from bss_ray.scoring.scorer import Scorer
 from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("ray_session")]
@@ -134,7 +134,7 @@ def test_rows_that_kill_every_scorer_fail_the_update_and_leave_the_version(actor
     actors.start(deadly(tmp_path, row=100, deaths=99), 2)
     # A checkpoint meanwhile waits for the measures, and has none of an update that fails.
     held = ray.get(ray.get(actors.coordinator.parts.remote(1)))
-    assert [part.coming for parts in held for part in parts] == [None, None]
+    assert [part.pending for parts in held for part in parts] == [None, None]
     publication = ray.get(actors.coordinator.finish_scoring.remote(2))
     assert publication.version == 1
     assert "3 scorers were lost while they measured shard" in publication.failure

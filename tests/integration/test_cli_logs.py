@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bss_ray.sample.profiling import SCORING, STEP
+from bss_ray.runtime.profiling import SCORING, STEP
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 

@@ -17,12 +17,11 @@ import torch
 import bss_ray
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError
-from bss_ray.sample.profiling import SCORING, STEP
-from bss_ray.sample.scorer import Scorer
-from bss_ray.sample.state import PartState
+from bss_ray.runtime.profiling import SCORING, STEP, ProfileFolder
+from bss_ray.sample.state import ScoreBlock
+from bss_ray.scoring.engines import ActorsEngine, OnlineEngine, WorkersEngine
+from bss_ray.scoring.scorer import Scorer
 from bss_ray.storage import StoragePath
-from bss_ray.train.engines import ActorsEngine, OnlineEngine, WorkersEngine
-from bss_ray.train.profiling import ProfileFolder
 from bss_ray.train.sampler import Sampler
 from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
 
@@ -60,12 +59,12 @@ def notices(messages: list[dict[str, Any]]) -> list[str]:
     return [message["text"] for message in messages if message["kind"] == "notice"]
 
 
-def state_of(sampler: Sampler, version: int) -> PartState:
+def state_of(sampler: Sampler, version: int) -> ScoreBlock:
     """Scores of all rows, in one part."""
     held = ray.get(ray.get(sampler._context.coordinator.parts.remote(version)))
     parts = sorted((part for parts in held for part in parts), key=lambda part: part.first_row)
     arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
-    return PartState(0, **arrays)
+    return ScoreBlock(0, **arrays)
 
 
 def new_model(seed: int = 0) -> TwoHeads:
@@ -151,7 +150,7 @@ def online_loop(config: dict[str, Any]) -> None:
 
 
 def test_online_rows_that_were_not_seen_keep_score_and_age(shards: Shards, tmp_path: Path) -> None:
-    states: list[PartState] = []
+    states: list[ScoreBlock] = []
 
     def after(epoch: int, sampler: Sampler, _model: Any, drawn: list[int]) -> None:
         state = state_of(sampler, sampler.position.version)

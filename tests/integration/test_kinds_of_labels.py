@@ -12,7 +12,7 @@ import ray.train
 import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
-from bss_ray.sample.state import PartState
+from bss_ray.sample.state import ScoreBlock
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, default_loop
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -53,7 +53,7 @@ def test_training(task: Any, engine: Any, criteria: tuple[str, str], tmp_path: P
     shards = make_shards(task)
     assert {"has_audio", "has_image"} <= shards.features.keys()
     losses: list[float] = []
-    parts: list[PartState] = []
+    parts: list[ScoreBlock] = []
 
     def loop(args: LoopArgs) -> None:
         default_loop(args)

@@ -19,7 +19,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import DataError
-from bss_ray.sample.loader import Loader
+from bss_ray.load.loader import Loader
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from bss_ray.cli import main
-from bss_ray.score.pieces import find_pieces
+from bss_ray.score.measure_files import find_measure_files
 from bss_ray.storage import StoragePath
-from bss_ray.train.weights import read_weights
+from bss_ray.train.initial import read_weights
 from tests.s3 import KEYS, Server, s3_server
 from tests.scoring import make_columns, make_recorder, make_table, reference, write_folder
 
@@ -104,10 +104,10 @@ def scores(bucket: StoragePath, tmp_path_factory: pytest.TempPathFactory) -> Sto
         "model.pause": 0.4,
     }
     killed = start("score", bucket, here, **options)
-    wait_for(lambda: len(find_pieces(folder / "measures")) >= 3, killed)
+    wait_for(lambda: len(find_measure_files(folder / "measures")) >= 3, killed)
     killed.kill()
     killed.communicate()
-    done = sum(piece.rows for piece in find_pieces(folder / "measures"))
+    done = sum(piece.rows for piece in find_measure_files(folder / "measures"))
     assert done < ROWS
     out = finish(start("score", bucket, here, **options))
     already = next(int(line.split()[0]) for line in out.splitlines() if "rows are measured already" in line)

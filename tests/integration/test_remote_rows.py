@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, ObjectStore
-from bss_ray.sample import rows as rows_module
-from bss_ray.sample.loader import Loader
+from bss_ray.load import rows as rows_module
+from bss_ray.load.loader import Loader
 from bss_ray.sample.plan import Order, Plan, share_out
 
 pytestmark = pytest.mark.integration

@@ -17,8 +17,8 @@ from bss_ray.data.store import ObjectStore
 from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder_actors import ActorHolders
 from bss_ray.sample.plan import Plan
-from bss_ray.sample.scoring import Scoring
 from bss_ray.sample.start import start_coordinator, start_holders
+from bss_ray.scoring.config import Scoring
 from bss_ray.testing import Setup
 from tests.support import cut, saved
 from tests.unit import test_sampler_contract as local

@@ -16,13 +16,13 @@ import torch
 from bss_ray.data.build import build_shards
 from bss_ray.errors import CheckpointError, DataError, ModelOutputError, ResourceError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.sample.scorer import Scorer
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.score.config import MAY_CHANGE, ModelSpec, ScoreConfig, resolve
 from bss_ray.score.dataset import score_dataset
 from bss_ray.score.job import SUMMARY_FILE, score
+from bss_ray.scoring.scorer import Scorer
 from bss_ray.train.folder import RunFolder
-from bss_ray.train.weights import Weights
-from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
+from bss_ray.train.initial import Weights
 from tests.scoring import COLUMNS, forwarded, make_columns, make_recorder, make_table, reference, write_folder
 from tests.support import join_calls
 

@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 from ray._private.state import actors
 
 from bss_ray.errors import ConfigError, ResourceError, SearchError
-from bss_ray.settings import instantiate, make, overlay, train_parser, training_config
 from bss_ray.train.run import TrainConfig, load_shards
+from bss_ray.train.settings import instantiate, make, overlay, train_parser, training_config
 from bss_ray.tune.config import Population, Pruning, TuneConfig
 from bss_ray.tune.record import load_study
-from bss_ray.tune.seats import count_seats
-from bss_ray.tune.training import Beginning, train_once
+from bss_ray.tune.trial import WarmStart, train_once
+from bss_ray.tune.trials import max_concurrent_trials
 from bss_ray.tune.tuner import alone
 from tests.searches import EPOCHS, base, hopeless, learning_rates, search, temperatures, troubles, without_burn_in
 
@@ -88,7 +88,7 @@ def assert_as_trained_alone(folder: Path) -> None:
     for trial in trials_of(folder):
         config: TrainConfig = training_config(overlay(base(), trial.user_attrs["settings"]))[0]
         one = ray.train.ScalingConfig(num_workers=1)
-        history = train_once(config, splits, one, folder, Beginning(), lambda history, checkpoint: None)
+        history = train_once(config, splits, one, folder, WarmStart(), lambda history, checkpoint: None)
         values = [row["val_accuracy_fused"] for row in history]
         so_far = [max(values[: epoch + 1]) for epoch in range(EPOCHS)]
         assert list(trial.intermediate_values.values()) == so_far
@@ -188,10 +188,12 @@ def test_two_commands_cannot_search_together(tmp_path: Path) -> None:
 def test_resources_that_can_never_be_met() -> None:
     config = TuneConfig(cpus_per_trial=1000)
     with pytest.raises(ResourceError, match=r"a trial needs 1000 CPU on one node.*Lower cpus_per_trial"):
-        count_seats(config, ray.train.ScalingConfig(num_workers=1))
+        max_concurrent_trials(config, ray.train.ScalingConfig(num_workers=1))
     with pytest.raises(ResourceError, match="needs 100 CPU"):
-        count_seats(TuneConfig(), ray.train.ScalingConfig(num_workers=100))
+        max_concurrent_trials(TuneConfig(), ray.train.ScalingConfig(num_workers=100))
     with pytest.raises(ConfigError, match="pbt trains its 16 trials side by side, and there is room for 3"):
-        count_seats(TuneConfig(algorithm="pbt"), ray.train.ScalingConfig(num_workers=2))
-    assert count_seats(TuneConfig(), ray.train.ScalingConfig(num_workers=1)) == 6
-    assert count_seats(TuneConfig(), ray.train.ScalingConfig(num_workers=4)) == 1, "two would wait for each other"
+        max_concurrent_trials(TuneConfig(algorithm="pbt"), ray.train.ScalingConfig(num_workers=2))
+    assert max_concurrent_trials(TuneConfig(), ray.train.ScalingConfig(num_workers=1)) == 6
+    assert max_concurrent_trials(TuneConfig(), ray.train.ScalingConfig(num_workers=4)) == 1, (
+        "two would wait for each other"
+    )

@@ -16,10 +16,10 @@ from bss_ray.data.build import build_shards
 from bss_ray.data.columns import Columns
 from bss_ray.data.sources import load_splits
 from bss_ray.errors import ConfigError, DataError, ResourceError
+from bss_ray.placement.resources import check_resources, settle_engine
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.sample.coordinator import check_batch_size
-from bss_ray.sample.scoring import Scoring
-from bss_ray.train.resources import check_resources, settle_engine
-from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
+from bss_ray.scoring.config import Scoring
 from tests.runs import COLUMNS, make_columns, make_dataset
 from tests.support import join_calls
 

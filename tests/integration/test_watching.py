@@ -18,7 +18,7 @@ from ray.util.state import list_actors, list_tasks
 from torch import nn
 
 import bss_ray
-from bss_ray.sample.gauges import FIGURES
+from bss_ray.runtime.run_metrics import FIGURES
 from bss_ray.testing import Fault, Raise
 from tests.integration.test_remote_rows import ROWS, WIDTH, make_shards
 

@@ -15,9 +15,9 @@ import ray
 
 from bss_ray import Learning, Scoring
 from bss_ray.data.shards import Shards
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.sample.start import start_coordinator, start_holders
-from bss_ray.sample.state import LostStateError, PartState
-from bss_ray.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
+from bss_ray.sample.state import LostStateError, ScoreBlock
 from tests.runs import ROWS, make_shards
 from tests.support import local_coordinator, order_of, saved
 
@@ -31,9 +31,9 @@ SCORE = np.random.default_rng(0).uniform(-1, 1, ROWS).astype(np.float32)
 class Saved:
     """Scores that every actor can read."""
 
-    parts: list[PartState]
+    parts: list[ScoreBlock]
 
-    def scores(self, start: int, stop: int) -> list[PartState]:
+    def scores(self, start: int, stop: int) -> list[ScoreBlock]:
         return [part for part in self.parts if part.first_row < stop and part.stop_row > start]
 
 

@@ -23,7 +23,7 @@ from bss_ray.sample import permutation
 from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Order, share_out
-from bss_ray.sample.state import Delivery, LostStateError
+from bss_ray.sample.state import LostStateError, MeasureBatch
 from bss_ray.schedule import Heuristic, Learning, Scheduler, Uniform
 from tests.support import cut
 
@@ -322,7 +322,7 @@ class Run(RuleBasedStateMachine):
             again = data.draw(st.lists(st.sampled_from(rows), max_size=3))
             self._deliver(again)
             wrong = np.full(len(rows), 99, np.float32)
-            self.holders.deliver(Delivery.of(np.array(rows), wrong, wrong), attempt="of earlier ranks")
+            self.holders.deliver(MeasureBatch.of(np.array(rows), wrong, wrong), attempt="of earlier ranks")
         assert self._deliver_and_publish(rows).version == self.model.version + 1
         self.model = self.model.published(self.momentum, rows)
 
@@ -333,7 +333,7 @@ class Run(RuleBasedStateMachine):
 
     def _deliver(self, rows: list[int]) -> None:
         index = np.array(rows, dtype=np.int64)
-        delivery = Delivery.of(index, self.model.similarity[index], self.model.information[index])
+        delivery = MeasureBatch.of(index, self.model.similarity[index], self.model.information[index])
         self.holders.deliver(delivery, attempt=self.coordinator.attempt)
 
     def _next_epoch(self) -> None:

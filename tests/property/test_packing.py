@@ -8,23 +8,23 @@ from collections.abc import Iterator, Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bss_ray.train import packing
-from bss_ray.train.packing import Group, Node, fits, most
-from bss_ray.train.placement import place
+from bss_ray.placement import packing
+from bss_ray.placement.fit import place
+from bss_ray.placement.packing import Node, ProcessGroup, fits, most
 
 # Amounts in halves and thirds of what nodes have, so that rounding and left-overs matter.
 AMOUNTS = st.sampled_from([0, 0.5, 1, 1.5, 2, 3])
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> tuple[list[Node], list[Group]]:
+def clusters(draw: st.DrawFn) -> tuple[list[Node], list[ProcessGroup]]:
     labels = st.sampled_from([{}, {"zone": "a"}, {"zone": "b"}])
     nodes = [
         Node(id=str(index), resources={"CPU": draw(AMOUNTS), "disk": draw(AMOUNTS)}, labels=draw(labels))
         for index in range(draw(st.integers(1, 3)))
     ]
     groups = [
-        Group(
+        ProcessGroup(
             name=name,
             count=draw(st.integers(0, 3)),
             each={"CPU": draw(AMOUNTS), "disk": draw(st.sampled_from([0, 0, 0.5, 1]))},
@@ -36,7 +36,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[Node], list[Group]]:
     return nodes, groups
 
 
-def arrangements(nodes: Sequence[Node], groups: Sequence[Group]) -> Iterator[list[list[Node]]]:
+def arrangements(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> Iterator[list[list[Node]]]:
     """Every way to give each process of each group a node, of those that hold."""
     each = [itertools.combinations_with_replacement(nodes, group.count) for group in groups]
     for chosen in itertools.product(*(list(ways) for ways in each)):
@@ -44,7 +44,7 @@ def arrangements(nodes: Sequence[Node], groups: Sequence[Group]) -> Iterator[lis
             yield [list(own) for own in chosen]
 
 
-def holds(nodes: Sequence[Node], groups: Sequence[Group], chosen: Sequence[Sequence[Node]]) -> bool:
+def holds(nodes: Sequence[Node], groups: Sequence[ProcessGroup], chosen: Sequence[Sequence[Node]]) -> bool:
     for node in nodes:
         counts = [sum(one is node for one in own) for own in chosen]
         for name in ("CPU", "disk"):
@@ -64,14 +64,14 @@ def holds(nodes: Sequence[Node], groups: Sequence[Group], chosen: Sequence[Seque
 
 @given(clusters())
 @settings(max_examples=300, deadline=None)
-def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[Group]]) -> None:
+def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[ProcessGroup]]) -> None:
     nodes, groups = cluster
     some = any(True for _ in arrangements(nodes, groups))
     assert fits(nodes, groups) == some
     # The exact count alone, too, without the shorter ways to the same answer.
     assert (tuple(group.count for group in groups) in packing._held(nodes, groups, {})) == some
     scorers, ranks = groups
-    more = Group(name="ranks", count=4, each=ranks.each, selector=ranks.selector, apart=ranks.apart)
+    more = ProcessGroup(name="ranks", count=4, each=ranks.each, selector=ranks.selector, apart=ranks.apart)
     seats = [
         count
         for count in range(5)
@@ -79,7 +79,10 @@ def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[
             True
             for _ in arrangements(
                 nodes,
-                [scorers, Group(name="ranks", count=count, each=more.each, selector=more.selector, apart=more.apart)],
+                [
+                    scorers,
+                    ProcessGroup(name="ranks", count=count, each=more.each, selector=more.selector, apart=more.apart),
+                ],
             )
         )
     ]
@@ -88,7 +91,9 @@ def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[
 
 @given(clusters(), st.dictionaries(st.sampled_from("0123"), st.integers(1, 9)))
 @settings(max_examples=200, deadline=None)
-def test_scorers_are_placed_so_that_ranks_fit(cluster: tuple[list[Node], list[Group]], rows: dict[str, int]) -> None:
+def test_scorers_are_placed_so_that_ranks_fit(
+    cluster: tuple[list[Node], list[ProcessGroup]], rows: dict[str, int]
+) -> None:
     nodes, groups = cluster
     if not fits(nodes, groups):
         return

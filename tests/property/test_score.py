@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from bss_ray.measure.score import balance_scores
-from bss_ray.score.pieces import Piece, cut_runs, missing_rows
-from bss_ray.score.scores import Norms, with_row_ids, with_scores
+from bss_ray.score.measure_files import MeasureFile, cut_runs, missing_rows
+from bss_ray.score.measuring import Norms, with_row_ids, with_scores
 from bss_ray.score.summary import Summary
 from tests.scoring import COLUMNS
 
@@ -32,7 +32,7 @@ def test_cuts_cover_the_rows_once_and_depend_on_places_alone(rows: set[int], pie
 @given(st.sets(st.integers(0, 30)), st.integers(1, 30))
 def test_what_is_missing_is_all_that_no_piece_holds(starts: set[int], rows: int) -> None:
     ordered = sorted(start for start in starts if start < rows)
-    done = [Piece(low, min(2, high - low)) for low, high in itertools.pairwise([*ordered, rows])]
+    done = [MeasureFile(low, min(2, high - low)) for low, high in itertools.pairwise([*ordered, rows])]
     held = {row for piece in done for row in range(piece.first_row, piece.stop_row)}
     runs = missing_rows(done, rows)
     assert [row for low, high in runs for row in range(low, high)] == sorted(set(range(rows)) - held)

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bss_ray.data import av_digits as module
-from bss_ray.data import make_av_digits as make
 from bss_ray.data.av_digits import SPLITS, av_digits_table
 from bss_ray.errors import DataError
+from scripts import make_av_digits as make
 
 ROWS = {"train": 2156, "validation": 720, "test": 718}
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bss_ray.sample.state import PartState
+from bss_ray.sample.state import ScoreBlock
 from bss_ray.schedule import Scheduler
-from bss_ray.settings import overlay, training_config
-from bss_ray.tune.burn_in import BurnIns, FirstScores, burn_in_key
+from bss_ray.train.settings import overlay, training_config
+from bss_ray.tune.trial import BurnIns, FirstScores, burn_in_key
 
 BASE = {"scheduler": {"class_path": "Learning", "init_args": {"burn_in": 2, "temperature": 0.5, "fraction": 0.7}}}
 OWNERS, KEY = [f"trial-{number}" for number in range(8)], "key"
@@ -164,7 +164,7 @@ def test_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("bss_ray.tune.burn_in.shutil.copytree", torn)
+        patched.setattr("bss_ray.tune.trial.shutil.copytree", torn)
         with pytest.raises(OSError, match="No space left"):
             burn_ins.keep(KEY, checkpoint)
     burn_ins.release("first")
@@ -199,7 +199,7 @@ def test_the_first_to_keep_it_wins(tmp_path: Path, pool: ThreadPoolExecutor) -> 
 
 
 def test_scores_of_the_untrained_model(tmp_path: Path) -> None:
-    parts = [PartState.empty(0, 6), PartState.empty(6, 4)]
+    parts = [ScoreBlock.empty(0, 6), ScoreBlock.empty(6, 4)]
     for part in parts:
         part.score[:] = np.arange(part.first_row, part.stop_row) / 10
         part.last_measured[:] = 1

@@ -17,7 +17,7 @@ from bss_ray.errors import CheckpointError, StorageError
 from bss_ray.sample import score_files
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.score_files import write_scores
-from bss_ray.sample.state import Delivery, PartState
+from bss_ray.sample.state import MeasureBatch, ScoreBlock
 from bss_ray.train.checkpoint import (
     Manifest,
     Position,
@@ -32,7 +32,7 @@ SCORE = np.linspace(-1, 1, 17).astype(np.float32)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A whole checkpoint: two holders of 10 and 7 rows, the second with two shards."""
-    parts = [PartState.empty(first, rows) for first, rows in ((0, 10), (10, 2), (12, 5))]
+    parts = [ScoreBlock.empty(first, rows) for first, rows in ((0, 10), (10, 2), (12, 5))]
     for part in parts:
         part.score[:] = SCORE[part.first_row : part.stop_row]
         part.last_drawn[:] = 4
@@ -126,7 +126,7 @@ def test_a_pickle_in_place_of_a_state_is_not_run(folder: Path) -> None:
 
 def test_scores_of_another_version_are_refused(folder: Path) -> None:
     # A whole, sound file, but of a later update than the manifest's.
-    (late,) = write_scores(folder, 0, 2, [PartState.empty(0, 10)])
+    (late,) = write_scores(folder, 0, 2, [ScoreBlock.empty(0, 10)])
     manifest = saved(folder).manifest()
     write_manifest(folder, replace(manifest, scores=[late, *manifest.scores[1:]]))
     with pytest.raises(CheckpointError, match=r"of score version 2; the manifest says .* of version 1"):
@@ -142,7 +142,7 @@ def test_only_files_that_are_wanted_are_read(folder: Path) -> None:
 
 def test_long_runs_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_files, "_FILE_ROWS", 4)
-    part = PartState.empty(3, 10)
+    part = ScoreBlock.empty(3, 10)
     part.score[:] = SCORE[:10]
     files = write_scores(tmp_path, 0, 1, [part])
     assert [(file.first_row, file.rows) for file in files] == [(3, 4), (7, 4), (11, 2)]
@@ -153,7 +153,7 @@ def test_long_runs_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_measures_that_are_not_published_belong_to_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_files, "_FILE_ROWS", 4)
     measured, unmeasured = Holder([(0, 6)]), Holder([(6, 6)])
-    measured.receive(Delivery.of(np.array([4, 1]), np.float32([0.5, 0.25]), np.float32([3, 2]), np.array([7, 5])))
+    measured.receive(MeasureBatch.of(np.array([4, 1]), np.float32([0.5, 0.25]), np.float32([3, 2]), np.array([7, 5])))
     files = [
         *write_scores(tmp_path, 0, 0, measured.state(0)),
         *write_scores(tmp_path, 1, 0, unmeasured.state(0)),
@@ -162,18 +162,18 @@ def test_measures_that_are_not_published_belong_to_the_state(tmp_path: Path, mon
     other = Holder([(0, 12)])
     assert other.load(read, 0) == 12
     (state,) = other.state(0)
-    assert state.coming is not None
-    assert np.flatnonzero(state.coming.measured).tolist() == [1, 4]
-    assert state.coming.step[[1, 4]].tolist() == [5, 7]
-    assert state.coming.similarity[[1, 4]].tolist() == [0.25, 0.5]
-    assert state.coming.information[[1, 4]].tolist() == [2, 3]
+    assert state.pending is not None
+    assert np.flatnonzero(state.pending.measured).tolist() == [1, 4]
+    assert state.pending.step[[1, 4]].tolist() == [5, 7]
+    assert state.pending.similarity[[1, 4]].tolist() == [0.25, 0.5]
+    assert state.pending.information[[1, 4]].tolist() == [2, 3]
 
 
 _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from bss_ray.errors import StorageError
-from bss_ray.sample.state import PartState
+from bss_ray.sample.state import ScoreBlock
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.score_files import write_scores
 from bss_ray.train.checkpoint import write_states
@@ -182,7 +182,7 @@ from fsspec.implementations.local import LocalFileSystem
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for write in (
-    lambda: write_scores(Path(sys.argv[1]), 0, 2, [PartState.empty(0, 100_000)]),
+    lambda: write_scores(Path(sys.argv[1]), 0, 2, [ScoreBlock.empty(0, 100_000)]),
     lambda: write_states(Path(sys.argv[1]), {"model": {"weight": torch.zeros(100_000)}}),
 ):
     try:

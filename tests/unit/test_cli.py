@@ -8,9 +8,9 @@ import pytest
 from bss_ray.cli import main
 from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError, StorageError
-from bss_ray.settings import train_parser
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import check_choice
+from bss_ray.train.settings import train_parser
 
 
 def wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

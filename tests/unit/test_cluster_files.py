@@ -20,9 +20,9 @@ from ray._private.label_utils import validate_node_label_syntax
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.scripts.scripts import drain_node
 
-from bss_ray.score.command import score_parser
-from bss_ray.settings import train_parser
-from bss_ray.tune.command import tune_parser
+from bss_ray.cli.score import score_parser
+from bss_ray.cli.tune import tune_parser
+from bss_ray.train.settings import train_parser
 from tests.kubernetes import faults, pod_specs
 
 ROOT = Path(__file__).parents[2]

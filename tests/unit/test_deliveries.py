@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from bss_ray.errors import DataError
 from bss_ray.measure.measurer import Measurer
-from bss_ray.measure.normalise import Bounds
+from bss_ray.measure.normalise import MinMaxNorm
 from bss_ray.measure.score import Accumulation, balance_scores
+from bss_ray.runtime.profiling import Profiler
+from bss_ray.runtime.ranks import RankGroup
 from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.scoring import Scoring
-from bss_ray.sample.state import Ages, ComingMeasures, Delivery, LostStateError, PartState
+from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, ScoreBlock
 from bss_ray.schedule import Learning
-from bss_ray.train import engines
-from bss_ray.train.profiling import Profiler
-from bss_ray.train.ranks import Ranks
+from bss_ray.scoring import engines
+from bss_ray.scoring.config import Scoring
 
 ROWS = 12
 SPANS = [[(0, 5), (9, 3)], [(5, 4)]]
@@ -32,30 +32,30 @@ SPANS = [[(0, 5), (9, 3)], [(5, 4)]]
 Measure = tuple[int, int, float, float]  # row, step, information, similarity
 
 
-def delivery(measures: list[Measure]) -> Delivery:
+def delivery(measures: list[Measure]) -> MeasureBatch:
     rows, step, information, similarity = (
         np.array([measure[place] for measure in measures], kind)
         for place, kind in enumerate((np.int64, np.int32, np.float32, np.float32))
     )
-    return Delivery.of(rows, similarity, information, step)
+    return MeasureBatch.of(rows, similarity, information, step)
 
 
-def at(*rows: int, value: float = 1.0, step: int = 0) -> Delivery:
+def at(*rows: int, value: float = 1.0, step: int = 0) -> MeasureBatch:
     """A delivery of one measure for some rows."""
     return delivery([(row, step, value, value) for row in rows])
 
 
-def parts_of(holder: Holder, version: int = 0) -> list[PartState]:
+def parts_of(holder: Holder, version: int = 0) -> list[ScoreBlock]:
     return holder.state(version)
 
 
-def coming(holders: list[Holder], name: str, version: int = 0) -> list[Any]:
+def pending(holders: list[Holder], name: str, version: int = 0) -> list[Any]:
     """(N,) a column of what is not yet published; None for rows that are not measured."""
     found: list[Any] = [None] * ROWS
     for part in itertools.chain.from_iterable(holder.state(version) for holder in holders):
-        if part.coming is not None:
-            values = getattr(part.coming, name).tolist()
-            for place in np.flatnonzero(part.coming.measured).tolist():
+        if part.pending is not None:
+            values = getattr(part.pending, name).tolist()
+            for place in np.flatnonzero(part.pending.measured).tolist():
                 found[part.first_row + place] = values[place]
     return found
 
@@ -66,7 +66,7 @@ def coming(holders: list[Holder], name: str, version: int = 0) -> list[Any]:
 class TestDelivery:
     def test_rows_in_any_order(self) -> None:
         rows = np.array([7, 2, 5])
-        found = Delivery.of(rows, rows / 10, rows * 10.0, np.array([1, 2, 3]))
+        found = MeasureBatch.of(rows, rows / 10, rows * 10.0, np.array([1, 2, 3]))
         assert found.rows.tolist() == [2, 5, 7]
         assert found.similarity.tolist() == [0.2, 0.5, 0.7]
         assert found.information.tolist() == [20, 50, 70]
@@ -74,13 +74,13 @@ class TestDelivery:
         assert found.step.dtype == np.int32
 
     def test_one_step_for_all(self) -> None:
-        found = Delivery.of(np.array([1, 2]), np.zeros(2), np.zeros(2), 9)
+        found = MeasureBatch.of(np.array([1, 2]), np.zeros(2), np.zeros(2), 9)
         assert found.step.tolist() == [9, 9]
-        assert Delivery.of(np.array([1, 2]), np.zeros(2), np.zeros(2)).step.tolist() == [0, 0]
+        assert MeasureBatch.of(np.array([1, 2]), np.zeros(2), np.zeros(2)).step.tolist() == [0, 0]
 
     def test_sound_leaves_nan_rows_out(self) -> None:
         nan = np.nan
-        sent = Delivery.of(np.arange(4), np.array([0.1, nan, nan, 0.4]), np.array([1, 2, nan, nan]), np.arange(4))
+        sent = MeasureBatch.of(np.arange(4), np.array([0.1, nan, nan, 0.4]), np.array([1, 2, nan, nan]), np.arange(4))
         found = sent.sound()
         # A similarity of NaN says that there are fewer than two modalities: nothing is wrong with the row.
         assert found.rows.tolist() == [0, 1]
@@ -101,8 +101,8 @@ class TestDelivery:
 class TestTake:
     """Which of several measures of a row is kept."""
 
-    def take(self, *sent: Delivery) -> ComingMeasures:
-        own = ComingMeasures.empty(6)
+    def take(self, *sent: MeasureBatch) -> PendingMeasures:
+        own = PendingMeasures.empty(6)
         for new in sent:
             own.take(new.rows, new)
         return own
@@ -167,11 +167,11 @@ def test_order_and_repetition_change_nothing(old: list[Measure], new: list[Measu
     for epoch, measures in ((3, old), (4, new)):
         for row, step, information, similarity in measures:
             kept[row] = max(kept.get(row, ()), (epoch, step, information, similarity))
-    assert coming(holders, "information") == [kept[row][2] if row in kept else None for row in range(ROWS)]
-    assert coming(holders, "similarity") == [kept[row][3] if row in kept else None for row in range(ROWS)]
+    assert pending(holders, "information") == [kept[row][2] if row in kept else None for row in range(ROWS)]
+    assert pending(holders, "similarity") == [kept[row][3] if row in kept else None for row in range(ROWS)]
     # Once the second epoch is known, steps are counted in it.
     expected = {row: step if epoch == 4 else 0 for row, (epoch, step, _, _) in kept.items()}
-    assert coming(holders, "step") == [expected.get(row) for row in range(ROWS)]
+    assert pending(holders, "step") == [expected.get(row) for row in range(ROWS)]
 
 
 class TestReceive:
@@ -179,7 +179,7 @@ class TestReceive:
         holder = Holder(SPANS[0])
         assert holder.receive(at(0, 4, 5, 8, 9, 11)) == 4
         assert holder.receive(at(5, 6)) == 0
-        assert coming([holder], "step") == [0, None, None, None, 0, None, None, None, None, 0, None, 0]
+        assert pending([holder], "step") == [0, None, None, None, 0, None, None, None, None, 0, None, 0]
 
     @pytest.mark.parametrize("turned", [False, True])
     def test_a_later_epoch_wins_over_any_step(self, turned: bool) -> None:
@@ -187,11 +187,11 @@ class TestReceive:
         sent = [(at(0, 1, value=9, step=500), 3), (at(1, 2, value=1, step=2), 4)]
         for new, epoch in reversed(sent) if turned else sent:
             assert holder.receive(new, epoch=epoch) == 2
-        assert coming([holder], "information")[:4] == [9, 1, 1, None]
-        assert coming([holder], "step")[:4] == [0, 2, 2, None]
+        assert pending([holder], "information")[:4] == [9, 1, 1, None]
+        assert pending([holder], "step")[:4] == [0, 2, 2, None]
         # What is of the epoch before counts as measured, and any step of this one replaces it.
         holder.receive(at(0, value=2, step=1), epoch=4)
-        assert coming([holder], "information")[0] == 2
+        assert pending([holder], "information")[0] == 2
 
     def test_scores_stay_until_they_are_published(self) -> None:
         holder = Holder([(0, ROWS)])
@@ -207,17 +207,17 @@ class TestReceive:
         assert holder.receive(at(0, 1), attempt="first") == 0
         assert holder.receive(at(0, 1), epoch=99, attempt="") == 0
         assert holder.receive(at(2, value=5), attempt="second") == 1
-        assert coming([holder], "information")[:3] == [None, None, 5]
+        assert pending([holder], "information")[:3] == [None, None, 5]
         assert holder.summary("minmax").refused == 2
         # A refused epoch has not begun.
         holder.receive(at(2, value=4, step=7), epoch=1, attempt="second")
-        assert coming([holder], "step")[2] == 7
+        assert pending([holder], "step")[2] == 7
 
     def test_measures_for_another_version_are_refused_and_counted(self) -> None:
         """Of a scorer that was taken for lost, say, and delivers when its version is out."""
         holder = Holder([(0, ROWS)])
         assert holder.receive(at(*range(ROWS)), version=1) == ROWS
-        holder.publish(1, (Bounds(0, 1), Bounds(0, 1)), Accumulation())
+        holder.publish(1, (MinMaxNorm(0, 1), MinMaxNorm(0, 1)), Accumulation())
         assert holder.receive(at(0, value=9), version=1) == 0
         assert holder.receive(at(0, value=9), version=3) == 0
         assert holder.summary("minmax").refused == 2
@@ -238,7 +238,7 @@ class TestReceive:
         holder.reset()
         assert holder.summary("minmax").measured == 0
         holder.receive(at(0, step=3), epoch=0)  # epochs begin anew
-        assert coming([holder], "step")[0] == 3
+        assert pending([holder], "step")[0] == 3
 
     def test_what_was_handed_out_stays(self) -> None:
         holder = Holder([(0, ROWS)])
@@ -246,9 +246,9 @@ class TestReceive:
         (part,) = holder.state(0)
         holder.receive(at(0, 1, 2, value=7, step=4))
         holder.receive(at(3), epoch=2)
-        assert part.coming is not None
-        assert part.coming.information[:3].tolist() == [1, 1, 0]
-        assert part.coming.step[:3].tolist() == [0, 0, -1]
+        assert part.pending is not None
+        assert part.pending.information[:3].tolist() == [1, 1, 0]
+        assert part.pending.step[:3].tolist() == [0, 0, -1]
 
     def test_saved_measures_go_on_elsewhere(self) -> None:
         """Those of a checkpoint in the middle of an epoch, with other holders."""
@@ -261,8 +261,8 @@ class TestReceive:
             holder.load(parts, 0, "x")
         LocalHolders(second).deliver(at(5, 6, value=1, step=4), epoch=4, attempt="x")
         LocalHolders(first).deliver(at(5, 6, value=1, step=4), epoch=4)
-        assert coming(second, "information") == coming(first, "information")
-        assert coming(second, "information")[5:7] == [1, 1]
+        assert pending(second, "information") == pending(first, "information")
+        assert pending(second, "information")[5:7] == [1, 1]
 
 
 # ---- publication ----------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class Published:
 
     def deliver(self, rows: Any, similarity: np.ndarray, information: np.ndarray, epoch: int = 0) -> None:
         index = np.array(rows)
-        new = Delivery.of(index, similarity[index], information[index])
+        new = MeasureBatch.of(index, similarity[index], information[index])
         self.holders.deliver(new, epoch=epoch, attempt=self.coordinator.attempt)
 
 
@@ -412,7 +412,7 @@ class TestPublish:
         run.coordinator.publish(1)
         before = run.column("score")
         information[[3, 8]] = np.nan
-        sound = Delivery.of(np.array(EVERYONE), similarity, information).sound()
+        sound = MeasureBatch.of(np.array(EVERYONE), similarity, information).sound()
         run.holders.deliver(sound, attempt=run.coordinator.attempt)
         assert run.coordinator.publish(2, expected=ROWS - 2).measured == ROWS - 2
         assert np.isfinite(run.column("score")).all()
@@ -476,7 +476,7 @@ class TestOnline:
             scheduler=Learning(burn_in=0),
             measurer=Measurer(),
             scoring=Scoring(engine="online", **scoring),
-            ranks=Ranks(0, 1),
+            ranks=RankGroup(0, 1),
             device=torch.device("cpu"),
             profiler=Profiler(False, pytest.fail),
         )

@@ -8,7 +8,7 @@ import ray
 from ray.tune.experiment import Trial
 
 from bss_ray.errors import ModelOutputError
-from bss_ray.tune.desk import cause_of, drop_checkpoints
+from bss_ray.tune.trials import cause_of, drop_checkpoints
 
 
 def failed(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> Trial:

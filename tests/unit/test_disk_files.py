@@ -16,8 +16,7 @@ import pyarrow as pa
 import pytest
 
 from bss_ray.data import cache, disk
-from bss_ray.data.arrow import to_array, to_arrays, to_batch
-from bss_ray.data.cache import FileEntry
+from bss_ray.data.cache import FileEntry, to_array, to_arrays, to_batch
 from bss_ray.data.disk import DiskStore, DiskWriter, NodeFile
 from bss_ray.data.lance import LanceStore, LanceWriter
 from bss_ray.data.sources import files_key
@@ -216,7 +215,8 @@ class TestLanceStore(StoreContract):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bss_ray.data import cache, disk
+from bss_ray.data import cache
+from bss_ray.data import disk
 cache.hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

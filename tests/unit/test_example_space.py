@@ -2,7 +2,7 @@
 
 import yaml
 
-from bss_ray.settings import training_config
+from bss_ray.train.settings import training_config
 from bss_ray.tune.space import find_space
 
 

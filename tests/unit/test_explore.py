@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bss_ray.tune.explore import Explore
+from bss_ray.tune.trials import Explore
 
 TEMPERATURE, FRACTION, MOMENTUM = "scheduler.init_args.temperature", "scheduler.init_args.fraction", "scoring.momentum"
 RANGES = {TEMPERATURE: (0.05, 2.0), FRACTION: (0.3, 1.0), MOMENTUM: (0.0, 0.9)}

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
-from bss_ray.schedule.exponential import stable_exp
+from bss_ray.schedule.schedulers import stable_exp
 
 DIGEST = """
 import hashlib, numpy as np
-from bss_ray import Learning, weighted_permutation
+from bss_ray import Learning
+from bss_ray import weighted_permutation
 score = np.random.default_rng(0).uniform(-1, 1, 100_000)
 weights = Learning(temperature=0.07).weights(score)
 order = weighted_permutation(weights, seed=5, epoch=2)

@@ -11,7 +11,7 @@ from typing import Any
 import promql_parser
 import pytest
 
-from bss_ray.sample.gauges import FIGURES
+from bss_ray.runtime.run_metrics import FIGURES
 
 factory = pytest.importorskip("ray.dashboard.modules.metrics.grafana_dashboard_factory", reason="needs ray[default]")
 

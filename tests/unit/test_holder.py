@@ -11,7 +11,7 @@ from bss_ray.sample.coordinator import NEGLECT_EPOCHS, Coordinator, LocalHolders
 from bss_ray.sample.draw import Draw
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.radix import TOP_SHIFT
-from bss_ray.sample.state import LostStateError, PartState
+from bss_ray.sample.state import LostStateError, ScoreBlock
 from bss_ray.schedule import Heuristic, Learning, Scheduler, Uniform
 from tests.support import cut, local_coordinator, order_of, saved
 
@@ -213,4 +213,4 @@ def test_every_call_that_depends_on_scores_names_their_version() -> None:
 def test_a_missing_part_of_the_scores_is_no_silent_zero() -> None:
     coordinator = Coordinator(LocalHolders([Holder([(0, 10)])]), rows=10, scheduler=Uniform(), batch_size=1)
     with pytest.raises(ValueError, match="7 of the 10 rows"):
-        coordinator.load([PartState.empty(0, 7)], 1)
+        coordinator.load([ScoreBlock.empty(0, 7)], 1)

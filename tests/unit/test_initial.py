@@ -19,7 +19,7 @@ from bss_ray.errors import DataError
 from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.state import Delivery, PartState
+from bss_ray.sample.state import MeasureBatch, ScoreBlock
 from bss_ray.schedule import Learning
 from bss_ray.train.initial import ScoresFile
 
@@ -78,7 +78,7 @@ def write(path: Path, columns: dict[str, Any], order: np.ndarray | None = None) 
     return str(path)
 
 
-def scores(path: str, data: Shards | None = None, spans: Sequence[tuple[int, int]] = ((0, ROWS),)) -> list[PartState]:
+def scores(path: str, data: Shards | None = None, spans: Sequence[tuple[int, int]] = ((0, ROWS),)) -> list[ScoreBlock]:
     file = ScoresFile(path, data or shards())
     return [part for span in spans for part in file.scores(*span)]
 
@@ -93,7 +93,7 @@ SHUFFLED = np.random.default_rng(1).permutation(ROWS)
 
 
 class TestMatching:
-    def check(self, parts: list[PartState], starts: Sequence[int] = (0,)) -> None:
+    def check(self, parts: list[ScoreBlock], starts: Sequence[int] = (0,)) -> None:
         assert [part.first_row for part in parts] == list(starts)
         for name, expected in (("score", SCORE), ("similarity", SIMILARITY), ("information", INFORMATION)):
             values = np.concatenate([getattr(part, name) for part in parts])
@@ -303,7 +303,7 @@ class TestThroughTheCoordinator:
         assert self.scores(coordinator).tolist() == SCORE.tolist()
         assert coordinator.plan(0).version == 1
         # The next update goes on from them.
-        holders.deliver(Delivery.of(np.arange(ROWS), SIMILARITY, INFORMATION), attempt=coordinator.attempt)
+        holders.deliver(MeasureBatch.of(np.arange(ROWS), SIMILARITY, INFORMATION), attempt=coordinator.attempt)
         coordinator.publish(2, expected=ROWS)
         expected = balance_scores(SIMILARITY, INFORMATION, previous=SCORE, momentum=0.5)
         assert self.scores(coordinator).tolist() == expected.tolist()
@@ -312,7 +312,7 @@ class TestThroughTheCoordinator:
         missing = np.arange(ROWS) % 5 == 0
         coordinator, holders = self.coordinator(self.DEALT[1], momentum=0.5)
         coordinator.load(scores(write(tmp_path / "scores.parquet", table(score=nulls(SCORE, missing)))), 1)
-        holders.deliver(Delivery.of(np.arange(ROWS), SIMILARITY, INFORMATION), attempt=coordinator.attempt)
+        holders.deliver(MeasureBatch.of(np.arange(ROWS), SIMILARITY, INFORMATION), attempt=coordinator.attempt)
         coordinator.publish(2)
         fresh = balance_scores(SIMILARITY, INFORMATION)
         mixed = balance_scores(SIMILARITY, INFORMATION, previous=SCORE, momentum=0.5)
@@ -324,7 +324,7 @@ class TestThroughTheCoordinator:
         coordinator.load(scores(write(tmp_path / "scores.parquet", table(similarity=None, information=None))), 1)
         some = np.arange(4, 19)
         information = INFORMATION + 50  # far from 0
-        holders.deliver(Delivery.of(some, SIMILARITY[some], information[some]), attempt=coordinator.attempt)
+        holders.deliver(MeasureBatch.of(some, SIMILARITY[some], information[some]), attempt=coordinator.attempt)
         assert coordinator.publish(2).measured == len(some)
         expected = SCORE.copy()
         expected[some] = balance_scores(SIMILARITY[some], information[some], normalise=normalise)

@@ -19,14 +19,14 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import ConfigError
-from bss_ray.sample import loader as loader_module
-from bss_ray.sample import rows as rows_module
-from bss_ray.sample import transfer as transfer_module
-from bss_ray.sample.loader import FILLER, Loader, RankBatch, Transform, share_runs
+from bss_ray.load import loader as loader_module
+from bss_ray.load import rows as rows_module
+from bss_ray.load import transfer as transfer_module
+from bss_ray.load.loader import FILLER, Loader, RankBatch, Transform, share_runs
+from bss_ray.load.randomness import RowRandom
+from bss_ray.load.rows import RowReader
+from bss_ray.load.transfer import BufferRing, Recycled, Tensors, torch_dtype
 from bss_ray.sample.plan import Order, Plan
-from bss_ray.sample.randomness import RowRandom
-from bss_ray.sample.rows import RowReader
-from bss_ray.sample.transfer import BufferRing, Recycled, Tensors, torch_dtype
 
 ROWS, BATCH = 203, 16  # 203 = 12 * 16 + 11
 CPU = torch.device("cpu")

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from bss_ray.errors import ConfigError
-from bss_ray.logs import RunLogger
-from bss_ray.report.console import Display, open_display
-from bss_ray.report.lines import JsonLines
+from bss_ray.report.console import Display, JsonLines, open_display
+from bss_ray.runtime.logs import RunLogger
 from bss_ray.score.config import ScoreConfig
 from bss_ray.train.run import TrainConfig
 from bss_ray.tune.config import TuneConfig

@@ -10,8 +10,8 @@ import ray
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import Arrays, Store
-from bss_ray.train import lost_shards
-from bss_ray.train.lost_shards import AwaitLostShards
+from bss_ray.train import rank_trainer as lost_shards
+from bss_ray.train.rank_trainer import AwaitLostShards
 
 
 class Copies(Store):

@@ -26,9 +26,9 @@ from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.measure.snapshot import pack_model, unpack_model, unwrap_model
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.scorer import Scorer
-from bss_ray.sample.state import Delivery, PartState
+from bss_ray.sample.state import MeasureBatch, ScoreBlock
 from bss_ray.schedule import Learning
+from bss_ray.scoring.scorer import Scorer
 
 # ---- the method once more, a row at a time, in float64 ------------------------------------------
 
@@ -406,7 +406,7 @@ class ScoredRows:
         for first, rows in itertools.chain.from_iterable(self.dealt):
             found = scorer.measure({name: v[first : first + rows] for name, v in self.columns.items()}, first)
             raise_first_problem(found.problems, ModelOutputError)
-            delivery = Delivery.of(found.rows, found.similarity, found.information)
+            delivery = MeasureBatch.of(found.rows, found.similarity, found.information)
             self.holders.deliver(delivery, attempt=self.coordinator.attempt)
         return self.coordinator.publish(self.coordinator.version + 1, expected=ROWS).version
 
@@ -515,7 +515,7 @@ class TestSavedScores:
             self.rows().coordinator.load(rows.coordinator.state()[:2], 1)
 
     def test_a_part_given_twice_does_not_hide_a_missing_one(self) -> None:
-        parts = [PartState.empty(first, n) for first, n in ((0, 30), (0, 23))]
+        parts = [ScoreBlock.empty(first, n) for first, n in ((0, 30), (0, 23))]
         with pytest.raises(CheckpointError):
             self.rows().coordinator.load(parts, 1)
 

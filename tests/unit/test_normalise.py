@@ -12,11 +12,11 @@ import scipy.stats
 
 from bss_ray.errors import ConfigError, WeightError
 from bss_ray.measure import normalise
-from bss_ray.measure.normalise import NORMALISATIONS, Bounds, Ranks, join
+from bss_ray.measure.normalise import NORMALISATIONS, MinMaxNorm, RankNorm, join
 from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.state import Delivery
+from bss_ray.sample.state import MeasureBatch
 from bss_ray.schedule import Learning
 from tests.support import cut
 
@@ -116,14 +116,14 @@ class TestBounds:
     def test_min_and_max(self) -> None:
         values = np.array([0.3, -2.0, 5.0, 0.3], np.float32)
         wide = values.astype(float)
-        np.testing.assert_allclose(Bounds.of(values).apply(values), (wide + 2) / 7, rtol=1e-15)
+        np.testing.assert_allclose(MinMaxNorm.of(values).apply(values), (wide + 2) / 7, rtol=1e-15)
 
     def test_the_sign_of_zero_does_not_depend_on_the_order(self) -> None:
         # 0.0 - 0.0 is 0.0, and -0.0 - 0.0 is -0.0: of two equal minima one must not win by its place.
         values = np.array([0.0, -0.0, 1.0], np.float32)
-        each = [Bounds.of(values[row : row + 1]) for row in range(3)]
-        found = {tuple(bits(Bounds.union(order).apply(values))) for order in itertools.permutations(each)}
-        assert found == {tuple(bits(Bounds.of(values).apply(values)))}
+        each = [MinMaxNorm.of(values[row : row + 1]) for row in range(3)]
+        found = {tuple(bits(MinMaxNorm.union(order).apply(values))) for order in itertools.permutations(each)}
+        assert found == {tuple(bits(MinMaxNorm.of(values).apply(values)))}
 
 
 class TestRanks:
@@ -135,10 +135,10 @@ class TestRanks:
 
     def test_parts_may_be_few_where_the_whole_is_many(self, monkeypatch: pytest.MonkeyPatch) -> None:
         values = coarse(np.random.default_rng(7), 900)
-        expected = bits(Ranks.of(values).apply(values))
+        expected = bits(RankNorm.of(values).apply(values))
         monkeypatch.setattr(normalise, "_MANY", 500)
-        parts = [Ranks.of(values[start:stop]) for start, stop in ((0, 100), (100, 700), (700, 900))]
-        assert bits(pickle.loads(pickle.dumps(Ranks.union(parts))).apply(values)) == expected
+        parts = [RankNorm.of(values[start:stop]) for start, stop in ((0, 100), (100, 700), (700, 900))]
+        assert bits(pickle.loads(pickle.dumps(RankNorm.union(parts))).apply(values)) == expected
 
     @pytest.mark.parametrize("seed", range(3))
     def test_against_scipy(self, seed: int) -> None:
@@ -148,37 +148,37 @@ class TestRanks:
         values[rng.random(500) < 0.1] = np.nan
         values[rng.random(500) < 0.1] = -0.0
         values[rng.random(500) < 0.1] = 0.0
-        found = Ranks.of(values).apply(values)
+        found = RankNorm.of(values).apply(values)
         np.testing.assert_allclose(found, ranks_of(values), rtol=1e-14)
         assert (values[~np.isnan(values)] < 0).any()
 
     def test_many_ties(self) -> None:
         values = np.random.default_rng(3).integers(-4, 5, 300).astype(np.float32)
-        np.testing.assert_allclose(Ranks.of(values).apply(values), ranks_of(values), rtol=1e-14)
+        np.testing.assert_allclose(RankNorm.of(values).apply(values), ranks_of(values), rtol=1e-14)
 
     def test_known_numbers(self) -> None:
         values = np.array([-1.0, 5.0, 2.0, 2.0, -7.0], np.float32)
         # Rows below, and half of the other rows of the same value, of four others.
-        assert Ranks.of(values).apply(values).tolist() == [1 / 4, 4 / 4, 2.5 / 4, 2.5 / 4, 0 / 4]
+        assert RankNorm.of(values).apply(values).tolist() == [1 / 4, 4 / 4, 2.5 / 4, 2.5 / 4, 0 / 4]
 
     def test_values_that_differ_behind_their_leading_bits_are_one(self) -> None:
         one = np.float32(1)
         near = np.nextafter(one, np.float32(2))
         far = np.float32(1 + 2**-15)
         values = np.array([far, near, one, -one, -near, -far], np.float32)
-        assert Ranks.of(values).apply(values).tolist() == [5 / 5, 3.5 / 5, 3.5 / 5, 1.5 / 5, 1.5 / 5, 0 / 5]
+        assert RankNorm.of(values).apply(values).tolist() == [5 / 5, 3.5 / 5, 3.5 / 5, 1.5 / 5, 1.5 / 5, 0 / 5]
 
     def test_of_two_values(self) -> None:
         values = np.array([0.5, 0.25], np.float32)
-        assert Ranks.of(values).apply(values).tolist() == [1, 0]
+        assert RankNorm.of(values).apply(values).tolist() == [1, 0]
 
     def test_extremes(self) -> None:
         values = np.array([3e38, -3e38, 1e-45, -1e-45, 0.0, 2e-38], np.float32)
-        assert Ranks.of(values).apply(values).tolist() == pytest.approx([1, 0, 0.5, 0.2, 0.5, 0.8])
+        assert RankNorm.of(values).apply(values).tolist() == pytest.approx([1, 0, 0.5, 0.2, 0.5, 0.8])
 
     def test_of_many_values(self) -> None:
         values = coarse(np.random.default_rng(4), 200_000)
-        np.testing.assert_allclose(Ranks.of(values).apply(values), ranks_of(values), rtol=1e-12)
+        np.testing.assert_allclose(RankNorm.of(values).apply(values), ranks_of(values), rtol=1e-12)
 
 
 class TestOneOutlier:
@@ -268,7 +268,7 @@ class TestScores:
             similarity, information = measures(ROWS, seed=10 + version)
             rows = np.random.default_rng(version).permutation(ROWS)
             for part in np.array_split(rows, 4):
-                holders.deliver(Delivery.of(part, similarity[part], information[part]))
+                holders.deliver(MeasureBatch.of(part, similarity[part], information[part]))
             assert coordinator.publish(version, expected=ROWS).version == version
             score = balance_scores(
                 similarity,
@@ -290,7 +290,7 @@ class TestScores:
         old, new = measures(ROWS, seed=20), measures(ROWS, seed=21)
         everyone, some = np.arange(ROWS), np.arange(5, 60, 3)
         for version, (rows, (similarity, information)) in enumerate(((everyone, old), (some, new)), start=1):
-            holders.deliver(Delivery.of(rows, similarity[rows], information[rows]))
+            holders.deliver(MeasureBatch.of(rows, similarity[rows], information[rows]))
             coordinator.publish(version, expected=len(rows))
         latest = [column.copy() for column in old]
         for column, fresh in zip(latest, new, strict=True):

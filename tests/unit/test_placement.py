@@ -15,17 +15,16 @@ from rich.console import Console
 
 from bss_ray.data.shards import Shard
 from bss_ray.errors import ConfigError, ResourceError
-from bss_ray.report.console import Display
-from bss_ray.report.whereabouts import placement_lines
-from bss_ray.sample.scoring import Scoring
-from bss_ray.settings import training_config
-from bss_ray.train import cluster
-from bss_ray.train.cluster import read_nodes
-from bss_ray.train.elastic import seats_of_ranks
-from bss_ray.train.packing import Group, Node, fits, matches, most
-from bss_ray.train.placement import check_fit, deal, place
-from bss_ray.train.resources import Placement, Request, check_resources
-from bss_ray.train.whereabouts import describe
+from bss_ray.placement import cluster
+from bss_ray.placement.cluster import read_nodes
+from bss_ray.placement.fit import check_fit, deal, place
+from bss_ray.placement.packing import Node, ProcessGroup, fits, matches, most
+from bss_ray.placement.process_map import describe
+from bss_ray.placement.resources import Placement, ResourceRequest, check_resources
+from bss_ray.report.console import Display, placement_lines
+from bss_ray.scoring.config import Scoring
+from bss_ray.train.rank_trainer import seats_of_ranks
+from bss_ray.train.settings import training_config
 from bss_ray.tune.config import TuneConfig
 
 
@@ -37,12 +36,12 @@ def nodes(number: int, **resources: float) -> list[Node]:
     return [node(str(index), **resources) for index in range(number)]
 
 
-def ranks(count: int, selector: dict[str, str] | None = None, apart: bool = False, together: bool = False, **each: float) -> Group:  # fmt: skip  # noqa: E501
-    return Group(name="ranks", count=count, each=each, selector=selector or {}, apart=apart, together=together)
+def ranks(count: int, selector: dict[str, str] | None = None, apart: bool = False, together: bool = False, **each: float) -> ProcessGroup:  # fmt: skip  # noqa: E501
+    return ProcessGroup(name="ranks", count=count, each=each, selector=selector or {}, apart=apart, together=together)
 
 
-def scorers(count: int, **each: float) -> Group:
-    return Group(name="scorers", count=count, each=each)
+def scorers(count: int, **each: float) -> ProcessGroup:
+    return ProcessGroup(name="scorers", count=count, each=each)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def scorers(count: int, **each: float) -> Group:
         (nodes(1000, CPU=4, GPU=1), [scorers(8, CPU=1), ranks(900, CPU=2, GPU=1)], 900),
     ],
 )
-def test_most_ranks_that_fit(there: list[Node], asked: list[Group], seats: int) -> None:
+def test_most_ranks_that_fit(there: list[Node], asked: list[ProcessGroup], seats: int) -> None:
     assert most(there, asked, "ranks") == seats
 
 
@@ -120,7 +119,7 @@ def test_shares_of_a_gpu_are_of_one_gpu(gpus: int, scorer: float, rank: float, s
         ),
     ],
 )
-def test_what_is_said_where_it_does_not_fit(there: list[Node], asked: list[Group], said: str) -> None:
+def test_what_is_said_where_it_does_not_fit(there: list[Node], asked: list[ProcessGroup], said: str) -> None:
     with pytest.raises(ResourceError, match=said):
         check_fit(there, asked)
 
@@ -171,7 +170,7 @@ class Parts:
 
 def test_actors_go_where_the_rows_are_and_else_where_cpus_are() -> None:
     there = [node("head", CPU=0), *nodes(2, CPU=4)]
-    request = Request(there, [scorers(3), Group(name="holders", count=2, each={}), ranks(1, CPU=1)])
+    request = ResourceRequest(there, [scorers(3), ProcessGroup(name="holders", count=2, each={}), ranks(1, CPU=1)])
 
     def seats(*rows_on: tuple[str, int]) -> dict[str, list[str]]:
         return request.seats(Parts([Shard(0, rows, where) for where, rows in rows_on]))  # type: ignore[arg-type]
@@ -221,7 +220,7 @@ def test_ranks_from_a_file_of_settings() -> None:
 
 
 def test_elastic_ranks_leave_room_to_the_others_if_they_can() -> None:
-    groups = [scorers(2, CPU=1), Group(name="spare CPUs", count=1, each={"CPU": 1}), ranks(1, CPU=1)]
+    groups = [scorers(2, CPU=1), ProcessGroup(name="spare CPUs", count=1, each={"CPU": 1}), ranks(1, CPU=1)]
     there = nodes(2, CPU=4)
     assert seats_of_ranks(there, groups, 8, at_least=1) == 5
     assert seats_of_ranks(there, groups, 3, at_least=1) == 3  # what Ray counts: others may hold the rest

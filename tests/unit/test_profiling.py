@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from bss_ray.runtime import profiling
+from bss_ray.runtime.profiling import Profiler
 from bss_ray.sample.plan import Plan
-from bss_ray.train import profiling
-from bss_ray.train.profiling import Profiler
 
 
 def plan(epoch: int, batches: int) -> Plan:

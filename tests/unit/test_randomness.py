@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from bss_ray.errors import ConfigError
-from bss_ray.sample.randomness import RowRandom, philox
+from bss_ray.load.randomness import RowRandom, philox
 
 ROWS = torch.arange(2_000)
 

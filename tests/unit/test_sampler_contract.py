@@ -16,9 +16,9 @@ import bss_ray
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.errors import CheckpointError
+from bss_ray.load.loader import FILLER, Loader, RankBatch
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.loader import FILLER, Loader, RankBatch
 from bss_ray.sample.plan import Order, share_out
 from bss_ray.schedule import Scheduler
 from bss_ray.testing import SamplerContract, Setup, SlicedSampler

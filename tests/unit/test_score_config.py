@@ -17,7 +17,7 @@ from bss_ray.errors import BssRayError, CheckpointError, ConfigError, DataError
 from bss_ray.score.config import MAY_CHANGE, Job, ModelSpec, ScoreConfig, resolve
 from bss_ray.train.checkpoint import Manifest, Position, write_manifest, write_states
 from bss_ray.train.folder import RunFolder
-from bss_ray.train.weights import Weights, read_weights
+from bss_ray.train.initial import Weights, read_weights
 from tests.scoring import COLUMNS, make_recorder
 
 FEATURES = {name: Feature((4,), "float32") for name in ("a", "b")}
@@ -137,7 +137,7 @@ class TestResolve:
             resolve(ScoreConfig(data="rows/"), Weights({}, "w.pt"))
 
     def test_the_configuration_can_be_given_again(self, run: Path, tmp_path: Path) -> None:
-        from bss_ray.score.command import score_parser
+        from bss_ray.cli.score import score_parser
 
         job = resolve(ScoreConfig(), read_weights(str(run), ""))
         (tmp_path / "config.yaml").write_text(job.to_yaml())

@@ -15,7 +15,7 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.score.collect import Look, with_report
 from bss_ray.score.measuring import BAD_OUTPUTS, Measured, Measuring, RowMeasurer
-from bss_ray.score.rows import read_rows
+from bss_ray.score.read_tasks import read_rows
 from tests.scoring import COLUMNS, make_columns, make_recorder, make_table
 
 ROWS = 50

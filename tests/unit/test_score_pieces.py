@@ -8,26 +8,26 @@ import pytest
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import CheckpointError, ConfigError, DataError, ResourceError, StorageError
-from bss_ray.score.first_pass import clear_marks, marked
 from bss_ray.score.job import forget_beginning
-from bss_ray.score.pieces import (
-    Piece,
-    find_pieces,
-    group_pieces,
+from bss_ray.score.measure_files import (
+    MeasureFile,
+    find_measure_files,
+    group_measure_files,
     missing_rows,
-    read_piece,
+    read_measure_file,
     within,
-    write_piece,
+    write_measure_file,
 )
-from bss_ray.score.pool import Pool
-from bss_ray.score.units import known_features, parquet_units
+from bss_ray.score.passes import clear_marks, marked
+from bss_ray.score.pool import PoolConfig
+from bss_ray.score.read_tasks import known_features, parquet_tasks
 from bss_ray.storage import StoragePath
 from tests.scoring import COLUMNS, make_columns, make_table, write_folder
 
 
 def touch(folder: StoragePath, *pieces: tuple[int, int]) -> None:
     for piece in pieces:
-        write_piece(folder, Piece(*piece), pa.table({"row_id": np.arange(piece[0], piece[0] + piece[1])}))
+        write_measure_file(folder, MeasureFile(*piece), pa.table({"row_id": np.arange(piece[0], piece[0] + piece[1])}))
 
 
 class TestPieces:
@@ -35,33 +35,37 @@ class TestPieces:
         touch(StoragePath.of(tmp_path), (0, 4), (8, 2), (20, 5))
         for name in (".measures-000000000004-000000004.parquet.77.tmp", "measures-4.parquet", "note.txt"):
             (tmp_path / name).write_text("")
-        assert find_pieces(StoragePath.of(tmp_path)) == [Piece(0, 4), Piece(8, 2), Piece(20, 5)]
-        assert missing_rows(find_pieces(StoragePath.of(tmp_path)), 26) == [(4, 8), (10, 20), (25, 26)]
+        assert find_measure_files(StoragePath.of(tmp_path)) == [
+            MeasureFile(0, 4),
+            MeasureFile(8, 2),
+            MeasureFile(20, 5),
+        ]
+        assert missing_rows(find_measure_files(StoragePath.of(tmp_path)), 26) == [(4, 8), (10, 20), (25, 26)]
 
     def test_of_pieces_that_overlap_one_counts(self, tmp_path: Path) -> None:
         # Another --piece_rows, or a process that outlived its driver.
         touch(StoragePath.of(tmp_path), (0, 4), (0, 8), (6, 4), (8, 4))
-        assert find_pieces(StoragePath.of(tmp_path)) == [Piece(0, 8), Piece(8, 4)]
+        assert find_measure_files(StoragePath.of(tmp_path)) == [MeasureFile(0, 8), MeasureFile(8, 4)]
 
     def test_a_damaged_piece_is_named_with_what_to_do(self, tmp_path: Path) -> None:
-        piece = Piece(0, 4)
+        piece = MeasureFile(0, 4)
         with pytest.raises(CheckpointError, match=r"measures-000000000000-000000004.*Remove it"):
-            read_piece(StoragePath.of(tmp_path), piece)
-        write_piece(StoragePath.of(tmp_path), piece, pa.table({"row_id": [0, 1]}))
+            read_measure_file(StoragePath.of(tmp_path), piece)
+        write_measure_file(StoragePath.of(tmp_path), piece, pa.table({"row_id": [0, 1]}))
         with pytest.raises(CheckpointError, match="holds 2 rows and not 4"):
-            read_piece(StoragePath.of(tmp_path), piece)
+            read_measure_file(StoragePath.of(tmp_path), piece)
         (tmp_path / piece.name).write_bytes(b"PAR1 no more")
         with pytest.raises(CheckpointError, match="cannot be read"):
-            read_piece(StoragePath.of(tmp_path), piece)
+            read_measure_file(StoragePath.of(tmp_path), piece)
 
     def test_a_piece_that_cannot_be_written_leaves_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="cannot be written"):
-            write_piece(StoragePath.of(tmp_path / "gone"), Piece(0, 1), pa.table({"row_id": [0]}))
-        assert find_pieces(StoragePath.of(tmp_path)) == []
+            write_measure_file(StoragePath.of(tmp_path / "gone"), MeasureFile(0, 1), pa.table({"row_id": [0]}))
+        assert find_measure_files(StoragePath.of(tmp_path)) == []
 
     def test_groups_keep_the_order_and_reach_their_size(self) -> None:
-        pieces = [Piece(start, 10) for start in range(0, 70, 10)]
-        groups = group_pieces(pieces, 25)
+        pieces = [MeasureFile(start, 10) for start in range(0, 70, 10)]
+        groups = group_measure_files(pieces, 25)
         assert [len(group) for group in groups] == [3, 3, 1]
         assert [piece for group in groups for piece in group] == pieces
 
@@ -74,7 +78,7 @@ class TestUnits:
     def test_rows_of_all_files_are_numbered_in_order_and_read_as_asked(self, tmp_path: Path) -> None:
         columns = make_columns(100)
         write_folder(tmp_path / "rows", make_table(columns), [30, 65], row_group=12)
-        units = parquet_units(str(tmp_path / "rows"), COLUMNS)
+        units = parquet_tasks(str(tmp_path / "rows"), COLUMNS)
         assert [(unit.first_row, unit.rows) for unit in units] == [(0, 30), (30, 35), (65, 35)]
         features = known_features(units, COLUMNS)
         seen: list[int] = []
@@ -89,16 +93,16 @@ class TestUnits:
         assert seen == [*range(10, 40), *range(64, 70)]
 
     def test_large_row_groups_are_units_of_their_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("bss_ray.score.units._UNIT_BYTES", 1)
+        monkeypatch.setattr("bss_ray.score.read_tasks._UNIT_BYTES", 1)
         write_folder(tmp_path / "rows", make_table(make_columns(100)), [50], row_group=20)
-        units = parquet_units(str(tmp_path / "rows"), COLUMNS)
+        units = parquet_tasks(str(tmp_path / "rows"), COLUMNS)
         assert [unit.rows for unit in units] == [20, 20, 10, 20, 20, 10]
 
     def test_shapes_come_from_the_first_row_that_has_them(self, tmp_path: Path) -> None:
         gone = np.arange(100) < 70
         table = make_table(make_columns(100), {"a": gone})
         write_folder(tmp_path / "rows", table, [30, 65], row_group=12)
-        units = parquet_units(str(tmp_path / "rows"), COLUMNS)
+        units = parquet_tasks(str(tmp_path / "rows"), COLUMNS)
         features = known_features(units, COLUMNS)
         assert {name: feature.shape for name, feature in features.items()} == {"a": (4,), "b": (4,)}
         first, rows = next(iter(units[0].read(COLUMNS, features, [(0, 30)], finite=True)))
@@ -111,40 +115,40 @@ class TestUnits:
         table = make_table(make_columns(10))
         write_folder(tmp_path / "rows", table, [], row_group=5)
         with pytest.raises(DataError, match="has no column 'lable'; did you mean 'label'"):
-            parquet_units(str(tmp_path / "rows"), Columns(modalities=("a", "b"), label="lable"))
+            parquet_tasks(str(tmp_path / "rows"), Columns(modalities=("a", "b"), label="lable"))
         with pytest.raises(DataError, match="no such file"):
-            parquet_units(str(tmp_path / "nowhere"), COLUMNS)
+            parquet_tasks(str(tmp_path / "nowhere"), COLUMNS)
         (tmp_path / "rows" / "9.parquet").write_text("not Parquet")
         with pytest.raises(DataError, match=r"cannot read Parquet from .*9\.parquet"):
-            parquet_units(str(tmp_path / "rows"), COLUMNS)
+            parquet_tasks(str(tmp_path / "rows"), COLUMNS)
         write_folder(tmp_path / "nulls", make_table(make_columns(10), {"b": np.ones(10, bool)}), [], row_group=5)
         with pytest.raises(DataError, match="modality 'b' is null in all rows"):
-            known_features(parquet_units(str(tmp_path / "nulls"), COLUMNS), COLUMNS)
+            known_features(parquet_tasks(str(tmp_path / "nulls"), COLUMNS), COLUMNS)
 
 
 class TestPool:
     def test_a_cpu_is_left_to_read_with(self) -> None:
-        room = Pool().fit([{"CPU": 2}])
+        room = PoolConfig().fit([{"CPU": 2}])
         assert (room.min_actors, room.max_actors, room.cpus, room.gpus) == (1, 1, 1.0, 0.0)
-        assert Pool().fit([{"CPU": 4}, {"CPU": 4}]).max_actors == 7
-        assert Pool().fit([{"CPU": 1}]).cpus == 0
+        assert PoolConfig().fit([{"CPU": 4}, {"CPU": 4}]).max_actors == 7
+        assert PoolConfig().fit([{"CPU": 1}]).cpus == 0
 
     def test_gpus_are_used_where_there_are_any_also_in_shares(self) -> None:
         nodes = [{"CPU": 16, "GPU": 2}, {"CPU": 16}]
-        assert (Pool().fit(nodes).max_actors, Pool().fit(nodes).gpus) == (2, 1.0)
-        assert Pool(gpus=0.25).fit(nodes).max_actors == 8
-        assert Pool(gpus=0).fit(nodes).max_actors == 31
+        assert (PoolConfig().fit(nodes).max_actors, PoolConfig().fit(nodes).gpus) == (2, 1.0)
+        assert PoolConfig(gpus=0.25).fit(nodes).max_actors == 8
+        assert PoolConfig(gpus=0).fit(nodes).max_actors == 31
 
     @pytest.mark.parametrize(
         ("pool", "said"),
         [
-            (Pool(gpus=1), "1 scoring actors with 1 CPU and 1 GPU each do not fit: the cluster has 4 CPU, 0 GPU"),
-            (Pool(cpus=3), "do not fit"),  # 4 CPUs, but no node has 3
-            (Pool(min_actors=5), "room for 4 of them"),
-            (Pool(min_actors=4), "leave none of 4 CPU to read rows with"),
+            (PoolConfig(gpus=1), "1 scoring actors with 1 CPU and 1 GPU each do not fit: the cluster has 4 CPU, 0 GPU"),
+            (PoolConfig(cpus=3), "do not fit"),  # 4 CPUs, but no node has 3
+            (PoolConfig(min_actors=5), "room for 4 of them"),
+            (PoolConfig(min_actors=4), "leave none of 4 CPU to read rows with"),
         ],
     )
-    def test_what_the_cluster_can_never_give_is_refused(self, pool: Pool, said: str) -> None:
+    def test_what_the_cluster_can_never_give_is_refused(self, pool: PoolConfig, said: str) -> None:
         with pytest.raises(ResourceError, match=said):
             pool.fit([{"CPU": 2}, {"CPU": 2}])
 
@@ -158,7 +162,7 @@ class TestPool:
     )
     def test_impossible_numbers(self, settings: dict[str, float], said: str) -> None:
         with pytest.raises(ConfigError, match=said):
-            Pool(**settings)  # type: ignore[arg-type]
+            PoolConfig(**settings)  # type: ignore[arg-type]
 
 
 def test_a_job_that_fails_before_its_first_piece_leaves_its_name_free(tmp_path: Path) -> None:
@@ -169,13 +173,13 @@ def test_a_job_that_fails_before_its_first_piece_leaves_its_name_free(tmp_path: 
     touch(StoragePath.of(folder / "measures"), (0, 4))
     forget_beginning(StoragePath.of(folder))
     assert (folder / "config.yaml").exists(), "what is measured stays claimed"
-    (folder / "measures" / Piece(0, 4).name).unlink()
+    (folder / "measures" / MeasureFile(0, 4).name).unlink()
     forget_beginning(StoragePath.of(folder))
     assert not folder.exists()
 
 
 def test_rows_that_end_their_actors_are_not_tried_for_ever(tmp_path: Path) -> None:
-    piece, other = Piece(64, 32), Piece(6, 4)
+    piece, other = MeasureFile(64, 32), MeasureFile(6, 4)
     clear_marks(StoragePath.of(tmp_path))
     for _ in range(3):
         with marked(StoragePath.of(tmp_path), piece):  # leaves no mark: it ends well

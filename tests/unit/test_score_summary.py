@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bss_ray.data.columns import Columns
 from bss_ray.report.scores import ScoreDisplay, print_summary, progress_text, sparkline, write_scores_report
-from bss_ray.score.scores import Norms, check_pairs, with_row_ids, with_scores
+from bss_ray.score.measuring import Norms, check_pairs, with_row_ids, with_scores
 from bss_ray.score.summary import Summary
 from bss_ray.storage import StoragePath
 from tests.scoring import COLUMNS

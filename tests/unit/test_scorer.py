@@ -14,7 +14,7 @@ from bss_ray.errors import ModelOutputError
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.sample.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
+from bss_ray.scoring.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
 
 ROWS, CLASSES, WIDTH = 53, 4, 6
 

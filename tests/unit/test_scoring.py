@@ -10,8 +10,8 @@ import pytest
 from bss_ray.errors import ConfigError, Problem
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.score import Accumulation
-from bss_ray.sample.pool import ScoringFailedError, ShardQueue, kept_rows_notice
-from bss_ray.sample.scoring import Scoring, choose_engine
+from bss_ray.scoring.config import Scoring, choose_engine
+from bss_ray.scoring.pool import ScoringFailedError, ShardQueue, kept_rows_notice
 
 
 class TestSettings:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bss_ray.errors import ConfigError
-from bss_ray.settings import overlay, training_config
+from bss_ray.train.settings import overlay, training_config
 from bss_ray.tune.space import SearchSpace, find_space
 from tune_spaces import SPACES
 

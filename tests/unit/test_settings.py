@@ -10,9 +10,9 @@ import yaml
 
 from bss_ray.errors import BssRayError, ConfigError, DataError, ScheduleError
 from bss_ray.schedule import Heuristic, Learning, Uniform
-from bss_ray.settings import instantiate, make, overlay, train_parser, training_config
 from bss_ray.train.loop import ModelSpec
 from bss_ray.train.run import TrainConfig
+from bss_ray.train.settings import instantiate, make, overlay, train_parser, training_config
 
 LEARNING: dict[str, Any] = {"scheduler": {"class_path": "Learning", "init_args": {"temperature": 0.5, "fraction": 0.7}}}
 

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 import pytest
 
-from bss_ray.train.ranks import Ranks
-from bss_ray.train.stops import Stops
+from bss_ray.runtime.ranks import RankGroup
+from bss_ray.train.supervise import StopPoll
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ThreadRanks(Ranks):
-    """Ranks that are threads of this process."""
+class ThreadRanks(RankGroup):
+    """RankGroup that are threads of this process."""
 
     said: dict[int, object] = field(default_factory=dict)
     meet: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
@@ -52,7 +52,7 @@ def test_all_ranks_stop_before_the_same_batch_soon_after_the_wish(every_s: float
 
     def loop(ranks: ThreadRanks) -> int:
         at = 0
-        stops = Stops(ranks, lambda: at >= asked_at, lambda: False, every_s=every_s)
+        stops = StopPoll(ranks, lambda: at >= asked_at, lambda: False, every_s=every_s)
         pause = threading.Event()
         while stops.wish() == "go on" and at < 100_000:
             at += 1
@@ -75,13 +75,13 @@ def test_the_question_is_rare() -> None:
         questions += 1
         return False
 
-    stops = Stops(Ranks(0, 1), stopping, lambda: False, every_s=1e9)
+    stops = StopPoll(RankGroup(0, 1), stopping, lambda: False, every_s=1e9)
     assert {stops.wish() for _ in range(10_000)} == {"go on"}
     assert questions == 1  # the second step, which says how long one takes
 
 
 def test_a_node_that_goes_is_saved_for_and_a_stop_comes_first() -> None:
-    stops = Stops(Ranks(0, 1), lambda: False, lambda: True, every_s=0.0)
+    stops = StopPoll(RankGroup(0, 1), lambda: False, lambda: True, every_s=0.0)
     assert [stops.wish() for _ in range(3)] == ["go on", "save", "save"]
-    stops = Stops(Ranks(0, 1), lambda: True, lambda: True, every_s=0.0)
+    stops = StopPoll(RankGroup(0, 1), lambda: True, lambda: True, every_s=0.0)
     assert [stops.wish() for _ in range(2)] == ["go on", "stop"]

@@ -18,8 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.storage import StoragePath, absolute, hidden
 from bss_ray.storage.path import in_time
-from bss_ray.train.events import Events
-from bss_ray.train.folder import RunFolder
+from bss_ray.train.folder import Events, RunFolder
 
 KINDS = ("path", "file-uri", "sub-tree", "object-store", "remote-folders")
 

@@ -11,8 +11,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from bss_ray.cli import main
-from bss_ray.errors import ConfigError, SubmitError
-from bss_ray.submit import (
+from bss_ray.cli.submit import (
     check_storage_path,
     entrypoint,
     follow,
@@ -22,6 +21,7 @@ from bss_ray.submit import (
     submission_id,
     submit_parser,
 )
+from bss_ray.errors import ConfigError, SubmitError
 
 
 def test_the_last_of_name_and_path_counts(tmp_path: Path) -> None:

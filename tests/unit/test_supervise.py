@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import ray
 
-from bss_ray import wait
 from bss_ray.errors import ConfigError
-from bss_ray.sample.board import Board
+from bss_ray.runtime import wait
+from bss_ray.runtime.event_log import EventLog
 from bss_ray.train import supervise as module
-from bss_ray.train.supervise import BoardReader, supervise
+from bss_ray.train.supervise import EventReader, supervise
 
 
 class Coordinator:
     """Answers as the actor's handle does."""
 
     def __init__(self) -> None:
-        self.its_board = Board()
+        self.its_board = EventLog()
         self.lost = False
         self.asked = threading.Event()
 
@@ -48,7 +48,7 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
 
 def test_messages_are_handed_on_once_also_of_a_new_board(coordinator: Coordinator) -> None:
     seen: list[Any] = []
-    reader = BoardReader(coordinator, lambda message: seen.append(message["n"]))
+    reader = EventReader(coordinator, lambda message: seen.append(message["n"]))
     for n in range(3):
         coordinator.its_board.post({"n": n})
         reader.look()
@@ -56,7 +56,7 @@ def test_messages_are_handed_on_once_also_of_a_new_board(coordinator: Coordinato
     reader.look()  # in trouble: nothing is read, and nothing forgotten
     coordinator.lost = False
     reader.look()
-    coordinator.its_board = Board()  # restarted
+    coordinator.its_board = EventLog()  # restarted
     coordinator.its_board.post({"n": 3})
     reader.look()
     assert seen == [0, 1, 2, 3]
@@ -64,7 +64,7 @@ def test_messages_are_handed_on_once_also_of_a_new_board(coordinator: Coordinato
 
 def test_the_result_the_last_messages_and_errors_come_through(coordinator: Coordinator) -> None:
     seen: list[Any] = []
-    reader = BoardReader(coordinator, seen.append)
+    reader = EventReader(coordinator, seen.append)
 
     def fit() -> str:
         coordinator.its_board.post({"kind": "fatal", "error": ConfigError("no")})
@@ -99,7 +99,7 @@ def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: 
             time.sleep(0.01)
         return "saved"
 
-    assert supervise(fit, BoardReader(coordinator, notices.append)) == ("saved", True)
+    assert supervise(fit, EventReader(coordinator, notices.append)) == ("saved", True)
     assert "stopping" in notices[0]["text"]
 
     end = threading.Event()
@@ -113,7 +113,7 @@ def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: 
         end.wait(30)
 
     with pytest.raises(KeyboardInterrupt):
-        supervise(stubborn, BoardReader(coordinator, notices.append))
+        supervise(stubborn, EventReader(coordinator, notices.append))
     end.set()
     assert signal.getsignal(signal.SIGINT) is theirs
 
@@ -123,7 +123,7 @@ def test_ranks_that_give_no_sign_of_life_end_the_run(coordinator: Coordinator, m
     wait.set_wait_limit(0.3)
     end = threading.Event()
     with pytest.raises(wait.WaitError, match=r"waited 0.3 s for a sign of life of the ranks \(the cluster has 2 CPU"):
-        supervise(lambda: end.wait(30), BoardReader(coordinator, lambda _: None))
+        supervise(lambda: end.wait(30), EventReader(coordinator, lambda _: None))
     end.set()
     # With signs of life it goes on past the limit.
     started = time.monotonic()
@@ -134,4 +134,4 @@ def test_ranks_that_give_no_sign_of_life_end_the_run(coordinator: Coordinator, m
             time.sleep(0.02)
         return "done"
 
-    assert supervise(living, BoardReader(coordinator, lambda _: None)) == ("done", False)
+    assert supervise(living, EventReader(coordinator, lambda _: None)) == ("done", False)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from bss_ray.cli import main
-from bss_ray.settings import instantiate, make
+from bss_ray.cli.tune import tune_parser
 from bss_ray.train.run import TrainConfig
-from bss_ray.tune.command import tune_parser
+from bss_ray.train.settings import instantiate, make
 from bss_ray.tune.config import TuneConfig
 
 
@@ -27,7 +27,7 @@ def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     def begun(*_: Any) -> None:
         raise AssertionError("a search is begun")
 
-    monkeypatch.setattr("bss_ray.tune.command._start_ray", begun)
+    monkeypatch.setattr("bss_ray.cli.tune._start_ray", begun)
     monkeypatch.setattr("bss_ray.tune.space._DRAWS", 3)
 
 

@@ -8,11 +8,11 @@ import ray
 import ray.train
 
 from bss_ray.errors import ConfigError, ResourceError
-from bss_ray.sample.scoring import Scoring
+from bss_ray.scoring.config import Scoring
 from bss_ray.train.run import TrainConfig
 from bss_ray.tune.config import Population, Pruning, TuneConfig
-from bss_ray.tune.seats import count_seats, trial_resources
-from bss_ray.tune.training import scoring_here
+from bss_ray.tune.trial import scoring_here
+from bss_ray.tune.trials import max_concurrent_trials, trial_resources
 
 
 @pytest.mark.parametrize(
@@ -136,27 +136,27 @@ def config(scoring: Scoring | None = None, **settings: Any) -> TuneConfig:
 )
 def test_trials_that_fit_on_the_nodes(cluster: Cluster, settings: dict[str, Any], seats: int) -> None:
     cluster.has({"CPU": 3}, {"CPU": 3}, dead={"CPU": 100})
-    assert count_seats(config(**settings), scaling()) == seats
+    assert max_concurrent_trials(config(**settings), scaling()) == seats
 
 
 @pytest.mark.parametrize(("share", "seats"), [(None, 2), (0.5, 4), (0.3, 6), (1.0, 2)])
 def test_trials_that_share_gpus(cluster: Cluster, share: float | None, seats: int) -> None:
     cluster.has({"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}, {"CPU": 8})
-    assert count_seats(config(gpus_per_trial=share), scaling(gpu=True)) == seats
+    assert max_concurrent_trials(config(gpus_per_trial=share), scaling(gpu=True)) == seats
 
 
 @pytest.mark.parametrize(("workers", "gpu", "seats"), [(2, False, 3), (3, False, 2), (6, False, 1), (2, True, 1)])
 def test_trials_of_several_ranks(cluster: Cluster, workers: int, gpu: bool, seats: int) -> None:
     cluster.has({"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1})
-    assert count_seats(config(), scaling(workers, gpu)) == seats
+    assert max_concurrent_trials(config(), scaling(workers, gpu)) == seats
     assert trial_resources(config(), scaling(workers, gpu))["CPU"] == 0, "its ranks train"
 
 
 def test_what_scoring_takes_beside_a_trial_is_counted(cluster: Cluster) -> None:
     cluster.has({"CPU": 6})
     actors = Scoring(engine="actors", num_scorers=2, cpus_per_scorer=1.0)
-    assert count_seats(config(actors), scaling()) == 2
-    assert count_seats(config(), scaling()) == 6
+    assert max_concurrent_trials(config(actors), scaling()) == 2
+    assert max_concurrent_trials(config(), scaling()) == 6
 
 
 @pytest.mark.parametrize(
@@ -164,32 +164,32 @@ def test_what_scoring_takes_beside_a_trial_is_counted(cluster: Cluster) -> None:
 )
 def test_any_engine_has_seats(cluster: Cluster, scoring: Scoring) -> None:
     cluster.has({"CPU": 4})
-    assert count_seats(config(scoring), scaling()) == 4
+    assert max_concurrent_trials(config(scoring), scaling()) == 4
 
 
 def test_a_trial_that_fits_nowhere(cluster: Cluster) -> None:
     cluster.has({"CPU": 2}, {"CPU": 3})
     with pytest.raises(ResourceError, match=r"needs 4 CPU on one node.*2 CPU, 0 GPU; 3 CPU, 0 GPU.*cpus_per_trial"):
-        count_seats(config(cpus_per_trial=4), scaling())
+        max_concurrent_trials(config(cpus_per_trial=4), scaling())
     with pytest.raises(ResourceError, match=r"6 CPU.*the cluster has 5"):
-        count_seats(config(), scaling(6))
+        max_concurrent_trials(config(), scaling(6))
     with pytest.raises(ResourceError, match=r"1 GPU.*the cluster has 0"):
-        count_seats(config(), scaling(gpu=True))
+        max_concurrent_trials(config(), scaling(gpu=True))
     hungry = Scoring(engine="actors", num_scorers=2, cpus_per_scorer=2.0)
     cluster.has({"CPU": 2}, {"CPU": 2})
     with pytest.raises(ResourceError, match=r"5 CPU.*scorers"):
-        count_seats(config(hungry), scaling())
+        max_concurrent_trials(config(hungry), scaling())
 
 
 def test_a_population_trains_side_by_side(cluster: Cluster) -> None:
     cluster.has({"CPU": 4})
     population = config(algorithm="pbt", trials=8)
-    assert count_seats(population, scaling()) == 4, "its trials take turns"
+    assert max_concurrent_trials(population, scaling()) == 4, "its trials take turns"
     with pytest.raises(ConfigError, match="trains its 8 trials side by side, and there is room for 3"):
-        count_seats(replace(population, max_concurrent=3), scaling())
+        max_concurrent_trials(replace(population, max_concurrent=3), scaling())
     with pytest.raises(ConfigError, match="there is room for 2"):
-        count_seats(population, scaling(2))
-    assert count_seats(replace(population, trials=2), scaling(2)) == 2
+        max_concurrent_trials(population, scaling(2))
+    assert max_concurrent_trials(replace(population, trials=2), scaling(2)) == 2
 
 
 def test_resources_of_a_trial() -> None:

@@ -19,13 +19,13 @@ import torch
 
 import tune_spaces
 from bss_ray import balance_scores
-from bss_ray.imports import import_name
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
-from bss_ray.sample.scoring import Scoring
+from bss_ray.names import import_name
 from bss_ray.schedule import Heuristic, Learning, Scheduler
-from bss_ray.settings import overlay, train_parser, training_config
+from bss_ray.scoring.config import Scoring
 from bss_ray.train.run import TrainConfig
+from bss_ray.train.settings import overlay, train_parser, training_config
 
 SEED = 7
 TRIALS = 200

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bss_ray import wait
-from bss_ray.wait import WaitError, each_in_time, in_time
+from bss_ray.runtime import wait
+from bss_ray.runtime.wait import WaitError, call_with_timeout, iterate_with_timeout
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +42,17 @@ class Rows:
 
 def test_items_come_one_by_one() -> None:
     rows = Rows()
-    items = each_in_time(iter(rows), "rows")
+    items = iterate_with_timeout(iter(rows), "rows")
     assert next(items) == 0
     assert rows.made == 1, "none is made ahead"
     assert list(items) == [1, 2]
     assert rows.closed.is_set()
-    assert list(each_in_time(iter([1, 2]), "rows")) == [1, 2], "an iterator that cannot be closed"
+    assert list(iterate_with_timeout(iter([1, 2]), "rows")) == [1, 2], "an iterator that cannot be closed"
 
 
 def test_who_stops_early_closes_the_iterator() -> None:
     rows = Rows()
-    items = each_in_time(iter(rows), "rows")
+    items = iterate_with_timeout(iter(rows), "rows")
     next(items)
     items.close()
     assert rows.closed.is_set()
@@ -61,7 +61,7 @@ def test_who_stops_early_closes_the_iterator() -> None:
 def test_one_that_does_not_come() -> None:
     rows = Rows(stuck=True)
     with pytest.raises(WaitError, match=r"waited 0.3 s for the next rows\. .* raise wait_limit_s"):
-        list(each_in_time(iter(rows), "the next rows"))
+        list(iterate_with_timeout(iter(rows), "the next rows"))
     assert not rows.closed.is_set()
     rows.go_on.set()
     assert rows.closed.wait(10), "closed as soon as it can be"
@@ -70,15 +70,15 @@ def test_one_that_does_not_come() -> None:
 @pytest.mark.parametrize("error", [ValueError("of the rows"), TimeoutError("of the rows' own")])
 def test_errors_are_the_iterators(error: Exception) -> None:
     with pytest.raises(type(error), match="of the rows") as caught:
-        list(each_in_time(iter(Rows(error=error)), "rows"))
+        list(iterate_with_timeout(iter(Rows(error=error)), "rows"))
     assert caught.value is error
     with pytest.raises(type(error), match="of the rows"):
-        in_time(lambda: list(Rows(error=error)), "rows")
+        call_with_timeout(lambda: list(Rows(error=error)), "rows")
 
 
 def test_a_call() -> None:
-    assert in_time(lambda: 3, "a number") == 3
+    assert call_with_timeout(lambda: 3, "a number") == 3
     go_on = threading.Event()
     with pytest.raises(WaitError, match=r"waited 0.3 s for a number"):
-        in_time(go_on.wait, "a number")
+        call_with_timeout(go_on.wait, "a number")
     go_on.set()

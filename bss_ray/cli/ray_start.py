@@ -1,0 +1,53 @@
+"""From a command to a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+from bss_ray.runtime.logs import ray_logging
+
+STOPPED = 130  # what shells expect after ctrl-C
+
+
+def start_ray(config: Any, display: Any) -> None:
+    """Connect to the cluster that is named, or start Ray here, quietly."""
+    # Reports are barriers that take one poll of the controller; epochs here can be a second long.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # The project's modules in the current folder must be found by all processes.
+    paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    if not sys.stdout.isatty():  # Ray colours what it prints of its own also in a log
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    if not config.verbose:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+    import ray.data
+
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    display.status(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
+    level = logging.INFO if config.verbose else logging.ERROR
+    ray.init(
+        address=address or "local",
+        log_to_driver=config.verbose,
+        logging_level=level,
+        **({} if address else {"include_dashboard": False}),
+        **ray_logging(config.log_format),
+    )
+    if config.log_format == "json":  # which turns all of this process's loggers up as well
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("ray").setLevel(level)
+    ray.data.DataContext.get_current().enable_progress_bars = config.verbose
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(level)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(_signal: int, _frame: Any) -> NoReturn:
+    """What `ray job stop`, Slurm and Kubernetes send is ctrl-C. Ray's own handler would end the process at once."""
+    raise KeyboardInterrupt

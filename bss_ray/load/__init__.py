@@ -1,0 +1,1 @@
+"""From row ids to batches on a device."""

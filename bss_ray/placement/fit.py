@@ -1,0 +1,185 @@
+"""Whether all that a run asks for can stand at the same time, and where its actors go so that it does. No Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from bss_ray.errors import ResourceError
+from bss_ray.placement.packing import DEVICES, UNIT, Node, ProcessGroup, fits, matches, most
+
+
+def check_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> None:
+    """Refuse what the nodes could never hold.
+
+    Args:
+        nodes: all that are there or can be added.
+        groups: in the order in which Ray is asked for them.
+
+    Raises:
+        ResourceError: names the group, the resource or label, what is asked for, what there is, and the remedy.
+    """
+    if fits(nodes, groups):
+        return
+    for group in groups:
+        _check_labels(nodes, group)
+    for name in sorted({name for group in groups for name in group.each}):
+        _check_sum(nodes, groups, name)
+    for group in groups:
+        _check_alone(nodes, group)
+    _refuse_together(nodes, groups)
+
+
+def place(
+    nodes: Sequence[Node], groups: Sequence[ProcessGroup], weights: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[str]]:
+    """Where the processes of some groups go, so that all others still fit.
+
+    Args:
+        nodes: all that are there or can be added.
+        groups: which fit on them.
+        weights: of the groups to place: how much of the group's work lies on each node.
+
+    Returns:
+        Node of each process by group; empty for one that must wait for a node that is not there yet.
+    """
+    there = {node.id for node in nodes if node.there}
+    fixed: dict[str, Counter[str]] = {name: Counter() for name in weights}
+    placed: dict[str, list[str]] = {name: [] for name in weights}
+    for group in groups:
+        if group.name not in weights:
+            continue
+        shares = {node: weight for node, weight in weights[group.name].items() if node in there and weight > 0}
+        by_weight = sorted(shares, key=lambda node: (-shares[node], node))
+        rest = sorted(there - shares.keys())
+        for wanted in deal(shares, group.count):
+            choices = dict.fromkeys([wanted, *by_weight, *rest])
+            placed[group.name].append(_first_that_fits(nodes, groups, fixed, group.name, choices))
+    return placed
+
+
+def _first_that_fits(
+    nodes: Sequence[Node],
+    groups: Sequence[ProcessGroup],
+    fixed: dict[str, Counter[str]],
+    name: str,
+    choices: Iterable[str],
+) -> str:
+    """The first of the nodes on which one more of the group can stand, and fixes it there."""
+    for choice in choices:
+        fixed[name][choice] += 1
+        if choice and fits(nodes, groups, fixed):
+            return choice
+        fixed[name][choice] -= 1
+    return ""
+
+
+def deal(weights: Mapping[str, float], count: int) -> list[str]:
+    """So many places over nodes in proportion to their weights, by largest remainder; empty ones without weights."""
+    total = sum(weights.values())
+    if not total:
+        return [""] * count
+    exact = {node: count * weight / total for node, weight in weights.items()}
+    dealt = {node: int(share) for node, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda node: (dealt[node] - exact[node], node))
+    for node in by_remainder[: count - sum(dealt.values())]:
+        dealt[node] += 1
+    return [node for node in sorted(dealt, key=lambda node: (-dealt[node], node)) for _ in range(dealt[node])]
+
+
+# ---- what is wrong ----------------------------------------------------------------------------
+
+
+def _check_labels(nodes: Sequence[Node], group: ProcessGroup) -> None:
+    if group.count == 0 or any(matches(node.labels, group.selector) for node in nodes):
+        return
+    raise ResourceError(
+        f"the {group.name} may only be on nodes with the label {_selector(group)}, and no node has it. "
+        f"{_labels_there(nodes, group)}. Change placement.label_selector, or start nodes with that label "
+        "(ray start --labels)"
+    )
+
+
+def _labels_there(nodes: Sequence[Node], group: ProcessGroup) -> str:
+    """The values that nodes have of the labels that are asked for; where none has the label, the labels there are."""
+    there = Counter(
+        (key, value) for node in nodes for key, value in (node.labels or {}).items() if not key.endswith("node-id")
+    )
+    asked = {pair: number for pair, number in there.items() if pair[0] in group.selector} or there
+    listed = ", ".join(f"{key}={value} ({number})" for (key, value), number in sorted(asked.items()))
+    return f"Labels of the {len(nodes)} nodes: {listed or 'none'}"
+
+
+def _check_sum(nodes: Sequence[Node], groups: Sequence[ProcessGroup], name: str) -> None:
+    asking = [group for group in groups if group.each.get(name) and group.count]
+    wanted = sum(group.count * group.each[name] for group in asking)
+    there = sum(node.resources.get(name, 0) for node in nodes)
+    if wanted > there + 0.5 / UNIT:
+        parts = " + ".join(group.text(name) for group in asking)
+        raise ResourceError(
+            f"the run needs {wanted:g} {name} ({parts}); the cluster has {there:g}{_coming(nodes)}. "
+            f"{_hint(nodes, name)}"
+        )
+
+
+def _hint(nodes: Sequence[Node], name: str) -> str:
+    prefix = "accelerator_type:"
+    if name.startswith(prefix):
+        types = sorted({own.removeprefix(prefix) for node in nodes for own in node.resources if own.startswith(prefix)})
+        return f"Accelerator types of the cluster: {', '.join(types) or 'none'}"
+    return "Lower their numbers, or give them less each"
+
+
+def _coming(nodes: Sequence[Node]) -> str:
+    """Says so where nodes count that are not there yet."""
+    coming = sum(not node.there for node in nodes)
+    return f", with all {coming} nodes that its autoscaler may add" if coming else ""
+
+
+def _check_alone(nodes: Sequence[Node], group: ProcessGroup) -> None:
+    seats = most(nodes, [group], group.name)
+    if seats < group.count:
+        takes = " and ".join(f"{amount:g} {name}" for name, amount in sorted(group.each.items()) if amount)
+        where = f" with the label {_selector(group)}" if group.selector else ""
+        apart = ", all of them on one" if group.together else ", no two of them on one" if group.apart else ""
+        raise ResourceError(
+            f"each of the {group.name} needs {takes or 'nothing'} on one node{where}{apart}, and the nodes have room "
+            f"for {seats} of {group.count}{_coming(nodes)}. Lower their number, or give them less each"
+        )
+
+
+def _refuse_together(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> None:
+    """Each group fits alone, and all of them do not: names the first that no longer fits beside those before it."""
+    for stop in range(2, len(groups) + 1):
+        last = groups[stop - 1]
+        seats = most(nodes, groups[:stop], last.name)
+        if seats < last.count:
+            asked = " and ".join(_text(group) for group in groups[:stop] if group.count)
+            raise ResourceError(
+                f"{asked} do not fit on the nodes at the same time{_coming(nodes)}: beside the others there is room "
+                f"for {max(seats, 0)} of {last.count} {last.name}. The nodes have {_shown(nodes, groups[:stop])}"
+                f"{_shares_hint(groups[:stop])}. Lower a number, or give them less each"
+            )
+    raise AssertionError("all of them fit")
+
+
+def _shares_hint(groups: Sequence[ProcessGroup]) -> str:
+    shares = any(0 < group.each.get(name, 0) < 1 for group in groups for name in DEVICES)
+    return "; Ray puts shares of a GPU on as few GPUs as it can" if shares else ""
+
+
+def _text(group: ProcessGroup) -> str:
+    takes = " + ".join(f"{amount:g} {name}" for name, amount in sorted(group.each.items()) if amount)
+    return f"{group.count} {group.name} of {takes or 'nothing'} each" + (
+        f" ({_selector(group)})" if group.selector else ""
+    )
+
+
+def _selector(group: ProcessGroup) -> str:
+    return " and ".join(f"{key}={value}" for key, value in sorted(group.selector.items()))
+
+
+def _shown(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> str:
+    names = sorted({name for group in groups for name, amount in group.each.items() if amount})
+    kinds = Counter(" + ".join(f"{node.resources.get(name, 0):g} {name}" for name in names) for node in nodes)
+    return "; ".join(f"{number} x {kind}" if number > 1 else kind for kind, number in kinds.items())

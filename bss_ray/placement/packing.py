@@ -1,0 +1,277 @@
+"""How many processes of each kind a run's nodes hold, exactly. No Ray.
+
+The processes of a run are a few groups of many equal ones. How many of each group one node holds is counted, and from
+that what all nodes hold together. Sums of resources would promise what no node can keep.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+# Ray counts resources in ten-thousandths.
+UNIT = 10_000
+
+# Resources that a node has as single devices: a share of one is a share of one device, and 0.6 + 0.6 of two devices
+# leave no third 0.6. Ray's own list.
+DEVICES = frozenset({"GPU", "TPU", "NPU", "HPU", "RBLN", "neuron_cores"})
+
+# How many processes of each group, in the order of the groups.
+Counts = tuple[int, ...]
+# Which nodes must hold how many processes of a group: `{group: {node id: count}}`.
+Fixed = Mapping[str, Mapping[str, int]]
+# Ten-thousandths of each resource.
+_Amounts = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A node that is there, or that the cluster's autoscaler can add.
+
+    Attributes:
+        id: Ray's; of one that is not there yet, any that no other has.
+        resources: all it has, in use or not.
+        labels: None where they are not known before it is there; it may then have any.
+        there: whether it is there.
+        address: its own.
+        head: whether it is the cluster's head.
+    """
+
+    id: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] | None = field(default_factory=dict)
+    there: bool = True
+    address: str = ""
+    head: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessGroup:
+    """Equal processes of a run.
+
+    Attributes:
+        name: in the plural.
+        count: of the processes.
+        each: what each of them takes.
+        selector: labels of the nodes that they may be on, in Ray's syntax.
+        apart: at most one of them on a node.
+        together: all of them on one node.
+    """
+
+    name: str
+    count: int
+    each: Mapping[str, float]
+    selector: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
+    together: bool = False
+
+    def text(self, resource: str) -> str:
+        """What all of them take of a resource."""
+        return f"{self.count} {self.name} x {self.each[resource]:g}"
+
+
+def fits(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed | None = None) -> bool:
+    """Whether all processes can stand at the same time, those of `fixed` where it says."""
+    fixed = fixed or {}
+    if not _sums_suffice(nodes, groups):
+        return False
+    # Mostly there is room enough, and the first arrangement that comes to mind shows it.
+    return _first_fit(nodes, groups, fixed) or tuple(group.count for group in groups) in _held(nodes, groups, fixed)
+
+
+def most(nodes: Sequence[Node], groups: Sequence[ProcessGroup], name: str) -> int:
+    """How many processes of one group, up to its count, fit beside all of the others; -1: not even the others do."""
+    index = [group.name for group in groups].index(name)
+
+    def too_many(count: int) -> bool:
+        asked = [*groups[:index], replace(groups[index], count=count), *groups[index + 1 :]]
+        return not fits(nodes, asked)
+
+    return bisect.bisect_left(range(groups[index].count + 1), True, key=too_many) - 1
+
+
+def _sums_suffice(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> bool:
+    asked, there = Counter[str](), Counter[str]()
+    for group in groups:
+        asked.update({name: group.count * amount for name, amount in _units(group.each)})
+    for node in nodes:
+        there.update({name: amount for name, amount in _units(node.resources) if name in asked})
+    return all(amount <= there[name] for name, amount in asked.items())
+
+
+def _first_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed) -> bool:
+    """Whether all fit if each group takes what it finds, first on nodes with the least of what it has no use for."""
+    rooms = [_room(node, groups) for node in nodes]
+    for group in groups:
+        left = group.count - sum(fixed.get(group.name, {}).values())
+        useless = {name for other in groups for name in other.each} - group.each.keys()
+        order = sorted(range(len(nodes)), key=lambda at: sum(nodes[at].resources.get(name, 0) for name in useless))
+        for at in order:
+            wanted = _wanted(nodes[at], group, fixed)
+            most_here = min(wanted.at_most, wanted.at_least + left)
+            smaller = _rooms(rooms[at], wanted.each, most_here)
+            numbers = list(wanted.numbers(len(smaller) - 1))
+            if not numbers:
+                return False
+            rooms[at] = smaller[numbers[-1]]
+            left -= numbers[-1] - wanted.at_least
+        if left:
+            return False
+    return True
+
+
+# ---- what nodes hold --------------------------------------------------------------------------
+
+
+def _held(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed) -> set[Counts]:
+    """The largest counts that the nodes hold together, none above what is asked for; fewer of each always fit, too."""
+    target = tuple(group.count for group in groups)
+    kinds = Counter(_node_counts(node, groups, fixed) for node in nodes)
+    held = {(0,) * len(groups)}
+    for counts, number in kinds.items():
+        held = _together(held, _times(counts, number, target), target)
+    return held
+
+
+def _times(counts: Iterable[Counts], number: int, target: Counts) -> set[Counts]:
+    """Largest counts of so many equal nodes: by doubling, since a cluster may have a thousand."""
+    if number == 1:
+        return set(counts)
+    half = _times(counts, number // 2, target)
+    both = _together(half, half, target)
+    return _together(both, set(counts), target) if number % 2 else both
+
+
+def _together(one: set[Counts], other: set[Counts], target: Counts) -> set[Counts]:
+    sums = {
+        tuple(min(a + b, most) for a, b, most in zip(first, second, target, strict=True))
+        for first, second in itertools.product(one, other)
+    }
+    return _largest(sums)
+
+
+def _largest(counts: Iterable[Counts]) -> set[Counts]:
+    """Those that no other one exceeds or equals everywhere."""
+    kept: list[Counts] = []
+    for candidate in sorted(set(counts), reverse=True):  # what exceeds one comes before it
+        if not any(all(a >= b for a, b in zip(other, candidate, strict=True)) for other in kept):
+            kept.append(candidate)
+    return set(kept)
+
+
+def _node_counts(node: Node, groups: Sequence[ProcessGroup], fixed: Fixed) -> frozenset[Counts]:
+    """The largest counts that a node holds; none at all if it cannot hold what is fixed on it."""
+    room = tuple(sorted(_room(node, groups).items()))
+    return _counts(room, tuple(_wanted(node, group, fixed) for group in groups))
+
+
+def _room(node: Node, groups: Sequence[ProcessGroup]) -> _Room:
+    """What an empty node has of what the groups take."""
+    used = {name for group in groups for name in group.each}
+    amounts = _units({name: amount for name, amount in node.resources.items() if name in used})
+    return {name: (UNIT,) * (amount // UNIT) if name in DEVICES else (amount,) for name, amount in amounts}
+
+
+def _wanted(node: Node, group: ProcessGroup, fixed: Fixed) -> _Wanted:
+    return _Wanted(
+        each=_units({name: amount for name, amount in group.each.items() if amount}),
+        at_most=_at_most(node, group),
+        at_least=fixed.get(group.name, {}).get(node.id, 0),
+        all_or_none=group.count if group.together else 0,
+    )
+
+
+def _at_most(node: Node, group: ProcessGroup) -> int:
+    if not matches(node.labels, group.selector):
+        return 0
+    return min(group.count, 1) if group.apart else group.count
+
+
+def _units(amounts: Mapping[str, float]) -> _Amounts:
+    return tuple(sorted((name, round(amount * UNIT)) for name, amount in amounts.items()))
+
+
+class _Wanted(NamedTuple):
+    """Of one group on one node."""
+
+    each: _Amounts
+    at_most: int
+    at_least: int
+    all_or_none: int
+
+    def numbers(self, fitting: int) -> Iterable[int]:
+        """How many of them may stand, where so many fit."""
+        numbers = range(self.at_least, min(fitting, self.at_most) + 1)
+        return [number for number in numbers if number in (0, self.all_or_none)] if self.all_or_none else numbers
+
+
+# Free parts of each resource: one for the whole of it, or one for each device.
+_Room = dict[str, tuple[int, ...]]
+
+
+@functools.lru_cache(maxsize=4096)  # clusters have few kinds of nodes, and each is looked at again and again
+def _counts(room: tuple[tuple[str, tuple[int, ...]], ...], wanted: tuple[_Wanted, ...]) -> frozenset[Counts]:
+    """The largest counts in a room, taken in Ray's way and order."""
+    return frozenset(_largest(_fill(dict(room), wanted)))
+
+
+def _fill(room: _Room, wanted: Sequence[_Wanted]) -> list[Counts]:
+    """Counts among which are the largest."""
+    if not wanted:
+        return [()]
+    first, *others = wanted
+    rooms = _rooms(room, first.each, first.at_most)
+    numbers = list(first.numbers(len(rooms) - 1))
+    if not (first.each and others):  # nobody needs what fewer of them would leave
+        numbers = numbers[-1:]
+    return [(number, *rest) for number in numbers for rest in _fill(rooms[number], others)]
+
+
+def _rooms(room: _Room, each: _Amounts, at_most: int) -> list[_Room]:
+    """What 0, 1, 2, ... processes leave, as far as they fit."""
+    if not each:
+        return [room] * (at_most + 1)
+    rooms = [room]
+    while len(rooms) <= at_most and (left := _take(rooms[-1], each)) is not None:
+        rooms.append(left)
+    return rooms
+
+
+def _take(room: _Room, each: _Amounts) -> _Room | None:
+    """What is left once one more process has taken what it needs; None where it does not fit."""
+    left = dict(room)
+    for name, amount in each:
+        instances = left.get(name, ())
+        if name in DEVICES and amount >= UNIT:
+            whole = amount // UNIT
+            if instances.count(UNIT) < whole:
+                return None
+            left[name] = (*(part for part in instances if part < UNIT), *(UNIT,) * (instances.count(UNIT) - whole))
+        else:
+            fitting = [part for part in instances if part >= amount]
+            if not fitting:
+                return None
+            best = list(instances)
+            best[best.index(min(fitting))] -= amount  # a share goes where least is left, as Ray has it
+            left[name] = tuple(best)
+    return left
+
+
+# ---- labels -----------------------------------------------------------------------------------
+
+
+def matches(labels: Mapping[str, str] | None, selector: Mapping[str, str]) -> bool:
+    """Whether a node with these labels satisfies a selector in Ray's syntax: `a`, `!a`, `in(a,b)`, `!in(a,b)`."""
+    return labels is None or all(_matches(labels.get(key), condition) for key, condition in selector.items())
+
+
+def _matches(value: str | None, condition: str) -> bool:
+    inner = re.fullmatch(r"!?(?:in)?\((.*)\)", condition)
+    values = [part.strip() for part in inner[1].split(",")] if inner else [condition.removeprefix("!")]
+    return (value in values) != condition.startswith("!")

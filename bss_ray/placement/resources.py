@@ -1,0 +1,210 @@
+"""What a run asks of the cluster: refused at once where the cluster could only leave it pending for ever."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import ray.train
+
+from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError, ResourceError, nearest
+from bss_ray.placement.cluster import label_problem, read_nodes
+from bss_ray.placement.fit import check_fit, place
+from bss_ray.placement.packing import Node, ProcessGroup, fits
+from bss_ray.scoring.config import Scoring, choose_engine
+
+RANKS, SCORERS, HOLDERS, SPARE = "ranks", "scorers", "holders", "spare CPUs"
+
+_NO_CPU_LEFT = (
+    "Warning: ranks and scorers take all CPUs. Rows in memory that are lost with a node cannot be made again while "
+    "they do; leave a CPU (fewer ranks, placement.spare_cpus), or keep rows where none are lost (store.kind=lance)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where ranks and scorers run, and what they leave to others.
+
+    Args:
+        ranks: `pack` them onto few nodes, or `spread` them over many.
+        label_selector: nodes that ranks and scorers may be on, by label: `{zone: a}`; also `!a`, `in(a,b)`, `!in(a,b)`.
+        accelerator_type: of the ranks' nodes, by Ray's name of it (A100, H100, TPU-V4, ...), and of scorers that have a
+            share of a GPU.
+        cpus_per_rank: logical CPUs of a rank; null takes 1, and with GPUs none.
+        spare_cpus: CPUs that ranks and scorers leave: rows in memory that are lost with a node are made again by tasks
+            of one CPU each, which wait where there is none. null leaves 1 where there are several nodes.
+        wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
+            error. Ray itself knows the limits of some autoscalers only (docs/placement.md).
+        resize_interval_s: with `num_workers: [lo, hi]`, seconds between two looks at whether more ranks would fit. A
+            change costs what was trained since the last checkpoint, and a start of the ranks.
+
+    Raises:
+        ConfigError: a setting is unknown or out of its range.
+    """
+
+    ranks: Literal["pack", "spread"] = "pack"
+    label_selector: dict[str, str] | None = None
+    accelerator_type: str | None = None
+    cpus_per_rank: float | None = None
+    spare_cpus: int | None = None
+    wait_for_nodes: bool = False
+    resize_interval_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.ranks not in ("pack", "spread"):
+            raise ConfigError(f"unknown placement.ranks {self.ranks!r}; {nearest(self.ranks, ('pack', 'spread'))}")
+        for name in ("cpus_per_rank", "spare_cpus", "resize_interval_s"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"placement.{name} cannot be negative; received {value}")
+        if (problem := label_problem(self.label_selector or {})) is not None:
+            raise ConfigError(f"placement.label_selector={self.label_selector}: {problem}")
+
+    def scaling(self, num_workers: int | tuple[int, int], use_gpu: bool) -> ray.train.ScalingConfig:
+        """So many ranks, as Ray Train takes them."""
+        cpus = self.cpus_per_rank
+        return ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=None if cpus is None else {"CPU": cpus},
+            placement_strategy=self.ranks.upper(),
+            label_selector=self.label_selector,
+            accelerator_type=self.accelerator_type,
+            elastic_resize_monitor_interval_s=self.resize_interval_s,
+        )
+
+
+@dataclass(frozen=True)
+class ResourceRequest:
+    """The processes of a run, which the cluster can hold at the same time.
+
+    Attributes:
+        nodes: that are there, or that an autoscaler can add.
+        groups: of equal processes, in the order in which Ray is asked for them.
+        notice: what the user should read of it; may be empty.
+    """
+
+    nodes: Sequence[Node]
+    groups: Sequence[ProcessGroup]
+    notice: str = ""
+
+    def seats(self, shards: Shards) -> dict[str, list[str]]:
+        """Node of each holder and scorer: where the rows are, as far as all others still fit."""
+        rows = Counter({node.id: 0 for node in self.nodes if node.there})
+        for part in shards.parts:
+            if part.node in rows:
+                rows[part.node] += part.rows
+        if not rows.total():  # all nodes read them alike; a head without CPUs is for other things
+            rows.update(node.id for node in self.nodes if node.there and node.resources.get("CPU"))
+        actors = [group.name for group in self.groups if group.name in (HOLDERS, SCORERS)]
+        return place(self.nodes, self.groups, dict.fromkeys(actors, rows))
+
+
+def check_resources(
+    scaling: ray.train.ScalingConfig,
+    scoring: Scoring,
+    spare_cpus: int | None = None,
+    wait_for_nodes: bool = False,
+) -> ResourceRequest:
+    """Refuse at once what the cluster could only leave pending for ever.
+
+    Args:
+        scaling: of the ranks; of an elastic run the fewest count.
+        scoring: with the engine settled.
+        spare_cpus: that nobody of the run may take. None: one where there are several nodes, so that rows that are
+            lost with one can be made again, unless there is none to spare, and says so.
+        wait_for_nodes: only say so, since an autoscaler will add nodes.
+
+    Raises:
+        ResourceError: names the processes, the resource or label, what is asked for, what there is, and the remedy.
+    """
+    nodes = read_nodes()
+    groups = groups_of(scaling, scoring, spare_cpus or 0)
+    if spare_cpus is None and len(nodes) > 1:
+        with_spare = groups_of(scaling, scoring, 1)
+        if fits(nodes, with_spare):
+            return ResourceRequest(nodes, with_spare)
+    try:
+        check_fit(nodes, groups)
+    except ResourceError as error:
+        if wait_for_nodes:
+            return ResourceRequest(nodes, groups, f"waiting for nodes: {error}")
+        if all(node.there for node in nodes):
+            raise ResourceError(f"{error}. If an autoscaler adds nodes, set placement.wait_for_nodes") from None
+        raise
+    return ResourceRequest(nodes, groups, _NO_CPU_LEFT if spare_cpus is None and len(nodes) > 1 else "")
+
+
+def groups_of(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int = 0) -> list[ProcessGroup]:
+    """All processes of a run, in the order in which Ray is asked for them."""
+    groups = [
+        ProcessGroup(name=HOLDERS, count=scoring.num_holders, each={"CPU": scoring.cpus_per_holder}),
+        ProcessGroup(name=SPARE, count=spare_cpus, each={"CPU": 1}),
+        *_ranks(scaling),
+    ]
+    return [_scorers(scaling, scoring), *groups] if scoring.engine == "actors" else groups
+
+
+def _ranks(scaling: ray.train.ScalingConfig) -> list[ProcessGroup]:
+    each = resources_per_rank(scaling)
+    selectors = [scaling.label_selector or {}] * scaling.min_workers
+    if isinstance(scaling.label_selector, list):
+        selectors = scaling.label_selector[: scaling.min_workers]
+    kinds = Counter(tuple(sorted(selector.items())) for selector in selectors)
+    return [
+        ProcessGroup(
+            name=RANKS if len(kinds) == 1 else f"{RANKS} with {dict(kind)}",
+            count=count,
+            each=each,
+            selector=dict(kind),
+            apart=scaling.placement_strategy == "STRICT_SPREAD",
+            together=scaling.placement_strategy == "STRICT_PACK",
+        )
+        for kind, count in kinds.items()
+    ]
+
+
+def resources_per_rank(scaling: ray.train.ScalingConfig) -> dict[str, float]:
+    """What Ray Train asks for each rank, its accelerator type included."""
+    asked = {"CPU": scaling.num_cpus_per_worker, "GPU": scaling.num_gpus_per_worker}
+    return {name: amount for name, amount in {**asked, **scaling.additional_resources_per_worker}.items() if amount}
+
+
+def _scorers(scaling: ray.train.ScalingConfig, scoring: Scoring) -> ProcessGroup:
+    options = scorer_options(scaling, scoring)
+    return ProcessGroup(
+        name=SCORERS,
+        count=scoring.num_scorers,
+        each={"CPU": scoring.cpus_per_scorer, "GPU": scoring.gpus_per_scorer, **options["resources"]},
+        selector=options["label_selector"],
+    )
+
+
+def scorer_options(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, Any]:
+    """Ray's options of a scorer beside CPUs and GPUs: the ranks' labels and, if it takes of a GPU, accelerator type."""
+    kind = f"accelerator_type:{scaling.accelerator_type}"
+    typed = scaling.accelerator_type is not None and scoring.gpus_per_scorer > 0
+    labels = scaling.label_selector if isinstance(scaling.label_selector, dict) else {}
+    return {"resources": {kind: 0.001} if typed else {}, "label_selector": labels}
+
+
+def settle_engine(scaling: ray.train.ScalingConfig, scoring: Scoring) -> tuple[Scoring, str]:
+    """The settings with the engine that `auto` stands for on this cluster, and why it is that one."""
+    ranks = scaling.max_workers
+    if ranks == 0 and scoring.engine == "auto" and not scoring.overlap:
+        return replace(scoring, engine="workers"), "num_workers=0 trains and scores in this process"
+    each, nodes = resources_per_rank(scaling), [node for node in read_nodes() if node.there]
+    cpus, gpus = (
+        max(0, sum(node.resources.get(name, 0) for node in nodes) - ranks * each.get(name, 0))
+        for name in ("CPU", "GPU")
+    )
+    engine, why = choose_engine(scoring, spare_cpus=cpus, spare_gpus=gpus, ranks_use_gpu=scaling.use_gpu)
+    return replace(scoring, engine=engine), why
+
+
+def in_this_process(scaling: ray.train.ScalingConfig, scoring: Scoring) -> bool:
+    """Whether a run needs no process but the one that trains: no ranks elsewhere, and no scorers that deliver."""
+    return scaling.num_workers == 0 and scoring.engine != "actors"

@@ -1,0 +1,64 @@
+"""The message board of a run: what ranks say to the driver, and the driver's wish that they stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+
+class EventLog:
+    """Messages in the order of their arrival, the ranks' signs of life, and whether they are to stop.
+
+    Called from several threads.
+
+    Args:
+        listener: is told each message, too.
+    """
+
+    def __init__(self, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._listener = listener
+        self._id = uuid.uuid4().hex
+        self._messages: list[dict[str, Any]] = []
+        self._heard = time.monotonic()
+        self._stopping = False
+        self._lock = threading.Lock()
+
+    def post(self, message: dict[str, Any]) -> None:
+        """Put a message on the board."""
+        with self._lock:
+            self._messages.append(message)
+            if self._listener is not None:
+                self._listener(message)
+            self._heard = time.monotonic()
+
+    def read(self, board: str, start: int) -> tuple[str, list[dict[str, Any]]]:
+        """What is new to a reader.
+
+        Args:
+            board: that was read before: a coordinator that was restarted has another, an empty one.
+            start: messages that were read of it.
+
+        Returns:
+            Name of this board, and its messages that were not read.
+        """
+        with self._lock:
+            return self._id, self._messages[start if board == self._id else 0 :]
+
+    def beat(self) -> None:
+        """The ranks are alive."""
+        self._heard = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the ranks gave a sign of life."""
+        return time.monotonic() - self._heard
+
+    def ask_to_stop(self) -> None:
+        """Have the ranks save a checkpoint and end."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether the ranks are to stop."""
+        return self._stopping

@@ -1,0 +1,139 @@
+"""Torch profiles as Chrome traces: which step and which scoring pass is recorded, and where the driver writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bss_ray.runtime.wait import WaitError, wait_for
+from bss_ray.sample.plan import Plan
+from bss_ray.storage import StoragePath
+
+STEP, SCORING = "step-rank0.json", "scoring.json"
+
+# Operators that a summary names.
+_ROWS = 15
+
+Post = Callable[[dict[str, Any]], object]
+
+
+@contextlib.contextmanager
+def recorded(file: str, post: Post) -> Iterator[None]:
+    """Profile what is done inside, and put it on the board unless that fails.
+
+    The message is `{"kind": "profile", "file", "trace": [reference to bytes], "summary"}`: a trace may have many
+    megabytes, so it stays in the object store until the driver takes it.
+
+    Args:
+        file: name of the trace.
+        post: puts a message on the board.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiler:
+        yield
+    order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    summary = profiler.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=60)
+    post({"kind": "profile", "file": file, "trace": [ray.put(_chrome_trace(profiler))], "summary": summary})
+
+
+def _chrome_trace(profiler: profile) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="bss_ray-") as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return path.read_bytes()
+
+
+# Steps of an epoch before the one that is profiled: allocators, kernels and the loader are warm then.
+_WARM_UP = 10
+
+_ABSENT = {
+    STEP: "no step: the command trained none",
+    SCORING: "no scoring pass: scoring.engine=online makes none (but see scoring.sweep_every), or no scores were due",
+}
+
+
+class Profiler:
+    """Records one step and one scoring pass of a rank.
+
+    Args:
+        wanted: else it does nothing.
+        post: puts a message on the board.
+    """
+
+    def __init__(self, wanted: bool, post: Post) -> None:
+        self._left = {STEP, SCORING} if wanted else set()
+        self._post = post
+        self._steps = 0
+
+    def step(self, plan: Plan, batch: int, *, due: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the training step of a batch.
+
+        Args:
+            plan: of the epoch.
+            batch: of the epoch.
+            due: whether it is an epoch whose steps are profiled.
+        """
+        if STEP not in self._left or not due:
+            return contextlib.nullcontext()
+        self._steps += 1
+        if self._steps <= _WARM_UP and batch + 1 < plan.batches:
+            return contextlib.nullcontext()
+        self._left.remove(STEP)
+        return recorded(STEP, self._post)
+
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
+        """Around a scoring pass of this rank."""
+        return recorded(SCORING, self._post) if self.takes_scoring() else contextlib.nullcontext()
+
+    def takes_scoring(self) -> bool:
+        """Whether this scoring pass is to be profiled; only one is."""
+        taken = SCORING in self._left
+        self._left.discard(SCORING)
+        return taken
+
+
+class ProfileFolder:
+    """Writes `profile/` of a run folder, in the driver.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: StoragePath) -> None:
+        self._folder = run / "profile"
+        self._began = time.time()
+        self._summaries: dict[str, str] = {}
+
+    def take(self, message: Mapping[str, Any]) -> str:
+        """Write a trace that a process has recorded; returns what to tell the user."""
+        file = message["file"]
+        try:
+            trace: bytes = wait_for(message["trace"][0], f"the trace {file}")
+        except (ray.exceptions.RayError, WaitError) as error:
+            return f"Warning: profile/{file} is lost with the process that recorded it: {type(error).__name__}"
+        self._write(file, trace.decode())
+        self._summaries[file] = message["summary"]
+        return f"wrote profile/{file}"
+
+    def finish(self) -> None:
+        """Write the timeline of the command's tasks and actors, and the summary."""
+        # Of all jobs of the cluster; their workers' events do not say whose they are.
+        events = [event for event in ray.timeline() if event["ts"] >= 1e6 * self._began]
+        self._write("timeline.json", json.dumps(events))
+        parts = [f"{file}\n\n{self._summaries.get(file, why)}\n" for file, why in _ABSENT.items()]
+        self._write("summary.txt", "\n".join(parts))
+
+    def _write(self, file: str, text: str) -> None:
+        self._folder.mkdir()
+        (self._folder / file).write_text(text)

@@ -1,0 +1,88 @@
+"""Work in threads: in parallel over parts, and in the background ahead of its consumer."""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+def in_threads(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
+    """`map(work, parts)` by as many threads as torch uses, or would use (`torch.set_num_threads`, `OMP_NUM_THREADS`).
+
+    Results come in the order of `parts`, and only a few of them wait at a time.
+    """
+    threads = _num_threads()
+    if threads == 1:
+        yield from map(work, parts)
+        return
+    waiting: collections.deque[Future[Result]] = collections.deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="bss-ray-sample") as pool:
+        try:
+            for part in parts:
+                waiting.append(pool.submit(work, part))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # the caller stopped early, or a part failed
+            for future in waiting:
+                future.cancel()
+
+
+def _num_threads() -> int:
+    """Torch is asked where it is there, and not imported: holders do without it."""
+    if "torch" in sys.modules:
+        return int(sys.modules["torch"].get_num_threads())
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+_END: Any = object()
+
+
+def work_ahead(
+    items: Iterator[Item], work: Callable[[Item], Made], *, ahead: int, threads: int
+) -> Generator[Made, None, None]:
+    """`work(item)` of every item, in their order, made in the background before the loop asks for it.
+
+    The items are made in a thread of their own, one after the other: an item may wait (for a window of the
+    order, say) while earlier ones are worked on. An exception there or in `work` reaches the loop in its
+    turn, with its own traceback. When the loop ends, however it ends, so do the threads.
+
+    Args:
+        items: advanced in one thread only.
+        work: called in several threads at a time.
+        ahead: items that are begun and not yet asked for, at most. Who holds the last result adds to it.
+        threads: that work at a time.
+    """
+    producer = ThreadPoolExecutor(1, "bss_ray-plan")
+    workers = ThreadPoolExecutor(threads, "bss_ray-load")
+
+    def run(item: Future[Any]) -> Any:
+        made = item.result()
+        return _END if made is _END else work(made)
+
+    pending: deque[Future[Any]] = deque()
+    try:
+        while True:
+            while len(pending) <= ahead:  # one of them is asked for now
+                pending.append(workers.submit(run, producer.submit(next, items, _END)))
+            result = pending.popleft().result()
+            if result is _END:
+                return
+            yield result
+            del result  # or it would stay alive until the next one is there
+    finally:
+        # Producer first: a worker may be waiting for an item, and a cancelled item ends that.
+        for executor in (producer, workers):
+            executor.shutdown(wait=True, cancel_futures=True)

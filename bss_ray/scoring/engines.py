@@ -1,0 +1,362 @@
+"""The three ways to new scores, as a rank sees them: who measures the rows, and when.
+
+    actors    scorer actors forward all rows; the ranks wait, or train on (`overlap`)
+    workers   the ranks forward the rows of their own nodes
+    online    the outputs of training are the measures
+
+All of them deliver measures to the holders, and the coordinator publishes them as a version.
+"""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+
+from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError, ModelOutputError, Problem, ScoringError, raise_first_problem
+from bss_ray.load.loader import FILLER, Loader
+from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.observation import Observation
+from bss_ray.measure.snapshot import pack_model, unwrap_model
+from bss_ray.runtime.profiling import Profiler
+from bss_ray.runtime.ranks import RankGroup
+from bss_ray.runtime.wait import wait_for
+from bss_ray.sample.coordinator import Publication
+from bss_ray.sample.holder_actors import StartedHolders
+from bss_ray.sample.state import LostStateError, MeasureBatch
+from bss_ray.schedule.schedulers import Scheduler
+from bss_ray.scoring.actor import ScoringJob
+from bss_ray.scoring.config import Scoring
+from bss_ray.scoring.pool import ScoringFailedError, kept_rows_notice
+from bss_ray.scoring.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
+
+# Rows that are measured after an epoch have later measures than those that training has made in it.
+_AFTER_ALL_STEPS = int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineContext:
+    """What engines work with.
+
+    Attributes:
+        coordinator: publishes scores.
+        holders: take measures.
+        attempt: of the ranks, see `Coordinator.attempt`.
+        shards: the training rows.
+        loader: of this rank.
+        scheduler: says when scores are due.
+        measurer: how to measure.
+        scoring: how and where.
+        ranks: this rank among all.
+        device: of this rank.
+        profiler: of this rank.
+    """
+
+    coordinator: Any
+    holders: StartedHolders
+    attempt: str
+    shards: Shards
+    loader: Loader
+    scheduler: Scheduler
+    measurer: Measurer
+    scoring: Scoring
+    ranks: RankGroup
+    device: torch.device
+    profiler: Profiler
+
+
+class Engine(abc.ABC):
+    """One rank's part in scoring. All ranks make the same calls."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
+
+    def observe(  # noqa: B027 - most engines need none
+        self, step: int, row_ids: Tensor, rows: Observation, similarity: Tensor
+    ) -> None:
+        """Look at a training step.
+
+        Args:
+            step: global batch, from 1.
+            row_ids: (b,) int64; `FILLER` for rows that belong to no one.
+            rows: its outputs.
+            similarity: (b,) of them.
+        """
+
+    def hand_over(self, epoch: int, version: int) -> None:  # noqa: B027 - likewise
+        """Deliver what has been observed so far, so that a checkpoint holds it; `version` is in force."""
+
+    @abc.abstractmethod
+    def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
+        """Scores after `epoch`; the same answer on all ranks.
+
+        Args:
+            epoch: that has ended; -1 before the first.
+            version: in force.
+            model: of this rank, as trained so far.
+
+        Returns:
+            What was published, or why not; None if no scores are due.
+        """
+
+    def go_on(self, epoch: int, version: int, model: nn.Module) -> None:  # noqa: B027 - likewise
+        """Begin what goes on beside `epoch`, before its first batch; `version` is in force."""
+
+
+class ActorsEngine(Engine):
+    """Scorer actors measure all rows with rank 0's model."""
+
+    def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
+        context = self._context
+        overlapped = self._in_flight(epoch, version)
+        # The first scores are waited for: without them there is nothing to draw from.
+        at_once = context.scheduler.scores_due_after(epoch) and (version == 0 or not context.scoring.overlap)
+        if not overlapped and not at_once:
+            return None
+        publication = None
+        if context.ranks.rank == 0:
+            if at_once and not overlapped:
+                self._start(epoch, version, model)
+            scored = context.coordinator.finish_scoring.remote(version + 1)
+            publication = wait_for(scored, f"the scorers to measure all rows for score version {version + 1}")
+        return context.ranks.from_first(publication)
+
+    def go_on(self, epoch: int, version: int, model: nn.Module) -> None:
+        if self._context.ranks.rank == 0 and self._in_flight(epoch, version):
+            self._start(epoch - 1, version, model)
+
+    def _in_flight(self, epoch: int, version: int) -> bool:
+        """Whether scores are being made beside `epoch`: of the model after the epoch before it.
+
+        It follows from the position alone, so a resumed run knows it.
+        """
+        scheduler = self._context.scheduler
+        return (
+            self._context.scoring.overlap
+            and version > 0
+            and epoch > scheduler.burn_in
+            and scheduler.scores_due_after(epoch - 1)
+        )
+
+    def _start(self, epoch: int, version: int, model: nn.Module) -> None:
+        context = self._context
+        job = ScoringJob(
+            model=ray.put(pack_model(model)),
+            shards=context.shards,
+            epoch=epoch,
+            version=version + 1,
+            attempt=context.attempt,
+            bad_rows=context.scoring.bad_rows,
+            # The last: whoever gets it has most likely measured one before.
+            profiled=len(context.shards.parts) - 1 if context.profiler.takes_scoring() else -1,
+        )
+        wait_for(context.coordinator.start_scoring.remote(job), "the coordinator to start scoring")
+
+
+class DeliveringEngine(Engine):
+    """RankGroup deliver measures themselves."""
+
+    def _deliver(self, epoch: int, version: int, found: RowMeasures, step: np.ndarray | int = 0) -> None:
+        delivery = MeasureBatch.of(found.rows, found.similarity, found.information, step).sound()
+        context = self._context
+        context.holders.deliver(delivery, epoch=epoch, version=version, attempt=context.attempt)
+
+    def _publish(self, version: int, found: RowMeasures, *, whole: bool) -> Publication:
+        """Publish what all ranks have delivered.
+
+        Args:
+            version: the new one.
+            found: what this rank has measured.
+            whole: all sound rows must have arrived.
+
+        Raises:
+            ModelOutputError: outputs are not finite, and that is an error.
+        """
+        context = self._context
+        reports: list[_RankReport] = context.ranks.gather(
+            _RankReport(len(found.rows), found.problems, tuple(found.notices))
+        )
+        problems = sorted((p for report in reports for p in report.problems), key=lambda p: p.first_ids[0])
+        if context.scoring.bad_rows == "error":
+            raise_first_problem(problems, ModelOutputError)
+        publication = None
+        if context.ranks.rank == 0:
+            sound = sum(report.rows for report in reports) - sum(problem.count for problem in problems)
+            call = context.coordinator.publish.remote(version, sound if whole else None)
+            publication = wait_for(call, f"the holders to publish score version {version}")._replace(
+                notices=_notices(reports, problems)
+            )
+        return context.ranks.from_first(publication)  # type: ignore[return-value]  # rank 0's is none
+
+
+class _RankReport(NamedTuple):
+    rows: int
+    problems: list[Problem]
+    notices: tuple[str, ...]
+
+
+def _notices(reports: list[_RankReport], problems: list[Problem]) -> tuple[str, ...]:
+    kept = [kept_rows_notice(problems)] if problems else []
+    return tuple(dict.fromkeys([*(notice for report in reports for notice in report.notices), *kept]))
+
+
+class WorkersEngine(DeliveringEngine):
+    """The ranks measure the rows of their own nodes with the model that they train."""
+
+    _scorer: Scorer | None = None
+
+    def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
+        if not self._context.scheduler.scores_due_after(epoch):
+            return None
+        return self.sweep(epoch, version, model)
+
+    def sweep(self, epoch: int, version: int, model: nn.Module) -> Publication:
+        """Measure all rows and publish."""
+        context = self._context
+        # A loop may hand over an averaged copy, now and then.
+        if self._scorer is None or self._scorer.model is not unwrap_model(model):
+            self._scorer = Scorer(
+                context.measurer,
+                context.shards.columns.label,
+                forward=context.scoring.forward,
+                device=context.device,
+                model=model,
+            )
+        started = time.perf_counter()
+        with context.profiler.scoring():
+            found = self._scorer.measure_batches(context.loader.rows(context.scoring.batch_size))
+        self._deliver(epoch, version + 1, found, _AFTER_ALL_STEPS)
+        return self._publish(version + 1, found, whole=True)._replace(seconds=time.perf_counter() - started)
+
+
+class OnlineEngine(DeliveringEngine):
+    """The outputs of training are the measures; rows that were not seen keep their score."""
+
+    def __init__(self, context: EngineContext) -> None:
+        super().__init__(context)
+        if context.measurer.needs_model:
+            raise ConfigError(
+                f"scoring.engine=online measures the outputs of training, and information="
+                f"{context.measurer.information!r} looks at the model itself. Use engine=workers or actors"
+            )
+        self._sweeper = WorkersEngine(context)
+        self._seen: list[tuple[Tensor, ...]] = []  # on the device, until the epoch's end
+        self._observed = _nothing()
+
+    def observe(self, step: int, row_ids: Tensor, rows: Observation, similarity: Tensor) -> None:
+        information = self._context.measurer.information_of(rows)
+        unpaired = torch.zeros_like(row_ids, dtype=torch.bool) if rows.unpaired is None else rows.unpaired
+        self._seen.append((row_ids, similarity, information, unpaired, torch.full_like(row_ids, step)))
+
+    def hand_over(self, epoch: int, version: int) -> None:
+        if not self._seen:
+            return
+        rows, similarity, information, unpaired, step = (
+            torch.cat(column).cpu().numpy() for column in zip(*self._seen, strict=True)
+        )
+        self._seen = []
+        own = rows != FILLER
+        rows, similarity, information, unpaired = rows[own], similarity[own], information[own], unpaired[own]
+        bad = not_finite(similarity, information, unpaired)
+        information[bad] = np.nan
+        found = RowMeasures(rows, similarity, information, problems=bad_row_problems(rows, bad))
+        self._deliver(epoch, version + 1, found, step[own].astype(np.int32))
+        self._observed.problems.extend(found.problems)
+
+    def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
+        self.hand_over(epoch, version)
+        context = self._context
+        if not context.scheduler.scores_due_after(epoch):
+            return None
+        every = context.scoring.sweep_every
+        observed, self._observed = self._observed, _nothing()
+        if epoch < 0 or (every and (version + 1) % every == 0):
+            return self._sweeper.sweep(epoch, version, model)
+        publication = self._publish(version + 1, observed, whole=False)
+        if publication.failure:
+            raise ConfigError(
+                "scoring.engine=online measures what sampler.observe(batch, outputs) is given, and up to epoch "
+                f"{epoch} that was nothing. Call it in the loop, or use another engine"
+            )
+        return publication
+
+
+def _nothing() -> RowMeasures:
+    return RowMeasures(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32))
+
+
+_ENGINES: dict[str, type[Engine]] = {"actors": ActorsEngine, "workers": WorkersEngine, "online": OnlineEngine}
+
+
+def make_engine(context: EngineContext) -> Engine:
+    """The engine that the settings name."""
+    return _ENGINES[context.scoring.engine](context)
+
+
+class ScoreUpdates:
+    """Asks the engine for new scores; a run can do without them for a while.
+
+    Args:
+        engine: makes them.
+        allowed_failures: in a row.
+        notice: tells the user.
+
+    Attributes:
+        rows_per_second: of the scoring pass that the last update came from; None where there was none.
+    """
+
+    def __init__(self, engine: Engine, allowed_failures: int, notice: Callable[[str], None]) -> None:
+        self._engine = engine
+        self._allowed = allowed_failures
+        self._notice = notice
+        self._failures = 0
+        self.rows_per_second: float | None = None
+
+    def after(self, epoch: int, version: int, model: nn.Module) -> int:
+        """The score version in force after `epoch`, where `version` was.
+
+        Raises:
+            ScoringError: updates have failed too often in a row.
+            ScoringFailedError: this one has failed, and there are no scores to go on with.
+            LostStateError: the coordinator was restarted.
+        """
+        self.rows_per_second = None
+        publication = self._engine.update(epoch, version, model)
+        if publication is None:
+            return version
+        for text in publication.notices:
+            self._notice(text)
+        if publication.failure:
+            self._go_on_without(epoch, version, publication)
+            return version
+        if publication.version != version + 1:
+            raise LostStateError(
+                f"the coordinator stands at score version {publication.version}, not {version + 1}: it was restarted"
+            )
+        self._failures = 0
+        if publication.seconds > 0:
+            self.rows_per_second = publication.measured / publication.seconds
+        return publication.version
+
+    def _go_on_without(self, epoch: int, version: int, publication: Publication) -> None:
+        self._failures += 1
+        if version == 0:
+            raise ScoringFailedError(f"there are no first scores: {publication.failure}")
+        if self._failures > self._allowed:
+            raise ScoringError(
+                f"scores could not be updated {self._failures} times in a row, and scoring.max_failed_updates="
+                f"{self._allowed}: {publication.failure}. Look at the scorers' resources and logs; the same command "
+                "goes on from the last checkpoint"
+            )
+        self._notice(
+            f"Warning: no new scores after epoch {epoch}: {publication.failure}. The run goes on with score version "
+            f"{version} (failure {self._failures} of {self._allowed} in a row)"
+        )
