@@ -22,8 +22,8 @@ from bss_ray.data.blocks import cut_as_they_come, cut_evenly, drain, execute, ta
 from bss_ray.data.columns import Columns
 from bss_ray.data.disk import DiskWriter
 from bss_ray.data.manifest import FORMAT, add_digests, digest
-from bss_ray.data.shards import Feature, Shard, Shards
-from bss_ray.data.store import ObjectWriter, StoreConfig, Writer
+from bss_ray.data.shards import Feature, ObjectWriter, Shard, Shards, Writer
+from bss_ray.data.store import StoreConfig
 from bss_ray.data.tasks import OnProgress, Report, Tasks
 from bss_ray.errors import DataError, raise_first_problem
 from bss_ray.names import presence_column

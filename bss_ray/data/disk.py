@@ -24,8 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bss_ray.data import cache
 from bss_ray.data.cache import FileEntry
 from bss_ray.data.manifest import FORMAT, from_manifest, name_of, to_manifest
-from bss_ray.data.shards import Shards
-from bss_ray.data.store import Arrays, MappedStore, Writer
+from bss_ray.data.shards import Shards, Writer
+from bss_ray.data.store import Arrays, MappedStore
 from bss_ray.errors import BssRayError, StorageError
 from bss_ray.runtime.wait import wait_for
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from bss_ray.data.cache import to_arrays, to_batch
 from bss_ray.data.manifest import from_manifest, name_of, to_manifest
-from bss_ray.data.shards import Shards
-from bss_ray.data.store import Arrays, Store, Writer
+from bss_ray.data.shards import Shards, Writer
+from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import DataError, StorageError, optional_import
 from bss_ray.runtime.wait import wait_for
 

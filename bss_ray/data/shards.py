@@ -1,4 +1,4 @@
-"""Shards: the rows of a data set with stable row ids, in a store that many processes read.
+"""Shards: the rows of a data set with stable row ids, in a store that many processes read, and its writer.
 
 A shard is a run of consecutive rows. A row's id is its position in the data set's order.
 `bss_ray.data.build` makes shards from a Ray Dataset.
@@ -6,15 +6,17 @@ A shard is a run of consecutive rows. A row's id is its position in the data set
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
 
 from bss_ray.data.columns import Columns
-from bss_ray.data.store import Arrays, Store
+from bss_ray.data.store import Arrays, ObjectStore, Store
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,69 @@ class Shards:
                 kind = np.result_type(*(source.dtype for source in sources))
                 arrays[name] = np.empty((len(shards), *sources[0].shape[1:]), kind)
         return arrays
+
+
+class Writer(abc.ABC):
+    """Fills a store while a data set is built; travels to the tasks that make the shards.
+
+    Attributes:
+        streams: shards leave the object store as they are made, so the rows need not fit into it.
+        on_nodes: a shard lies on the node that made it.
+    """
+
+    streams: ClassVar[bool] = True
+    on_nodes: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def put(self, index: int, arrays: Arrays) -> Any:
+        """Keep the rows of shard `index`. Runs in the task that made them.
+
+        Returns:
+            What `draft` needs to know about it.
+
+        Raises:
+            StorageError: the rows cannot be written.
+        """
+
+    @abc.abstractmethod
+    def draft(self, kept: Sequence[Any]) -> Store:
+        """A store of the shards that were put, to check them as a whole.
+
+        Args:
+            kept: references to the results of `put`, in the order of the shards.
+        """
+
+    def finish(self, shards: Shards, key: str | None) -> Shards:
+        """The shards are sound: keep them, for later runs too.
+
+        Args:
+            shards: over the draft store.
+            key: names their source for `find`; None where nothing does.
+
+        Raises:
+            StorageError: they cannot be kept.
+        """
+        return shards
+
+    def discard(self) -> None:  # noqa: B027 - nothing to do unless a store says so
+        """The build has failed: remove what was put."""
+
+    def find(self, key: str) -> tuple[Shards | None, list[str]]:
+        """What an earlier run kept under this key.
+
+        Returns:
+            The shards, None unless all of them are there and undamaged; and what to tell the user.
+        """
+        return None, []
+
+
+class ObjectWriter(Writer):
+    """What a task returns lies in the object store already."""
+
+    streams = False
+
+    def put(self, index: int, arrays: Arrays) -> Arrays:
+        return arrays
+
+    def draft(self, kept: Sequence[Any]) -> ObjectStore:
+        return ObjectStore(kept)

@@ -1,7 +1,6 @@
 """Where the rows of shards are kept: the object store, here; `bss_ray.data.disk` and `.lance` are the others.
 
 A store is a small description that travels to every process; what a process has opened is its own.
-A writer fills a store while a data set is built.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import ray
@@ -19,9 +18,6 @@ import ray
 from bss_ray.data.span import Span
 from bss_ray.errors import ConfigError, nearest
 from bss_ray.runtime.wait import wait_for
-
-if TYPE_CHECKING:
-    from bss_ray.data.shards import Shards
 
 Arrays = dict[str, np.ndarray]
 
@@ -164,60 +160,6 @@ class MappedStore(Store):
             return self._mapped
 
 
-class Writer(abc.ABC):
-    """Fills a store while a data set is built; travels to the tasks that make the shards.
-
-    Attributes:
-        streams: shards leave the object store as they are made, so the rows need not fit into it.
-        on_nodes: a shard lies on the node that made it.
-    """
-
-    streams: ClassVar[bool] = True
-    on_nodes: ClassVar[bool] = True
-
-    @abc.abstractmethod
-    def put(self, index: int, arrays: Arrays) -> Any:
-        """Keep the rows of shard `index`. Runs in the task that made them.
-
-        Returns:
-            What `draft` needs to know about it.
-
-        Raises:
-            StorageError: the rows cannot be written.
-        """
-
-    @abc.abstractmethod
-    def draft(self, kept: Sequence[Any]) -> Store:
-        """A store of the shards that were put, to check them as a whole.
-
-        Args:
-            kept: references to the results of `put`, in the order of the shards.
-        """
-
-    def finish(self, shards: Shards, key: str | None) -> Shards:
-        """The shards are sound: keep them, for later runs too.
-
-        Args:
-            shards: over the draft store.
-            key: names their source for `find`; None where nothing does.
-
-        Raises:
-            StorageError: they cannot be kept.
-        """
-        return shards
-
-    def discard(self) -> None:  # noqa: B027 - nothing to do unless a store says so
-        """The build has failed: remove what was put."""
-
-    def find(self, key: str) -> tuple[Shards | None, list[str]]:
-        """What an earlier run kept under this key.
-
-        Returns:
-            The shards, None unless all of them are there and undamaged; and what to tell the user.
-        """
-        return None, []
-
-
 class ObjectStore(MappedStore):
     """Shards as objects of Ray's object store: every process of a node reads them without a copy.
 
@@ -242,15 +184,3 @@ class ObjectStore(MappedStore):
     def copies(self) -> dict[int, set[str]]:
         found = ray.experimental.get_object_locations(list(self._refs))
         return {shard: set(found[ref]["node_ids"]) for shard, ref in enumerate(self._refs) if ref in found}
-
-
-class ObjectWriter(Writer):
-    """What a task returns lies in the object store already."""
-
-    streams = False
-
-    def put(self, index: int, arrays: Arrays) -> Arrays:
-        return arrays
-
-    def draft(self, kept: Sequence[Any]) -> ObjectStore:
-        return ObjectStore(kept)

@@ -18,8 +18,8 @@ from bss_ray.data.checks import check_input, check_labels, check_presence, count
 from bss_ray.data.columns import Columns
 from bss_ray.data.manifest import row_hashes, rows_digest
 from bss_ray.data.read import read_column, read_partial
-from bss_ray.data.shards import Feature
-from bss_ray.data.store import Arrays, Writer
+from bss_ray.data.shards import Feature, Writer
+from bss_ray.data.store import Arrays
 from bss_ray.errors import BssRayError, DataError, Problem
 from bss_ray.names import presence_column
 from bss_ray.runtime.wait import wait_limit, wait_timeout_error

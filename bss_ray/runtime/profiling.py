@@ -15,7 +15,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bss_ray.runtime.wait import WaitError, wait_for
-from bss_ray.sample.plan import Plan
 from bss_ray.storage import StoragePath
 
 STEP, SCORING = "step-rank0.json", "scoring.json"
@@ -76,18 +75,18 @@ class Profiler:
         self._post = post
         self._steps = 0
 
-    def step(self, plan: Plan, batch: int, *, due: bool) -> contextlib.AbstractContextManager[None]:
+    def step(self, batch: int, batches: int, *, due: bool) -> contextlib.AbstractContextManager[None]:
         """Around the training step of a batch.
 
         Args:
-            plan: of the epoch.
-            batch: of the epoch.
+            batch: Number of the batch in its epoch.
+            batches: Number of batches of the epoch.
             due: whether it is an epoch whose steps are profiled.
         """
         if STEP not in self._left or not due:
             return contextlib.nullcontext()
         self._steps += 1
-        if self._steps <= _WARM_UP and batch + 1 < plan.batches:
+        if self._steps <= _WARM_UP and batch + 1 < batches:
             return contextlib.nullcontext()
         self._left.remove(STEP)
         return recorded(STEP, self._post)

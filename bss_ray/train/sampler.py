@@ -240,7 +240,7 @@ class Sampler:
                     self._say.progress(
                         plan, batch.number, waited_s=self._loader.waited, spent_s=time.perf_counter() - started
                     )
-                    with self._profiler.step(plan, batch.number, due=profiled):
+                    with self._profiler.step(batch.number, plan.batches, due=profiled):
                         yield batch.tensors
             self._share_buffers()
         finally:

@@ -8,11 +8,6 @@ import pytest
 
 from bss_ray.runtime import profiling
 from bss_ray.runtime.profiling import Profiler
-from bss_ray.sample.plan import Plan
-
-
-def plan(epoch: int, batches: int) -> Plan:
-    return Plan(epoch, 1, 4 * batches, 4, "keep", (4 * batches,))
 
 
 @pytest.fixture
@@ -38,7 +33,7 @@ def steps(profiler: Profiler, epochs: list[tuple[bool, int, int]], found: list[A
     at = []
     for epoch, (due, first, batches) in enumerate(epochs):
         for batch in range(first, batches):
-            with profiler.step(plan(epoch, batches), batch, due=due):
+            with profiler.step(batch, batches, due=due):
                 if found and not at:
                     at.append((epoch, batch))
     return at
