@@ -94,6 +94,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"{hint}Choose from: {', '.join(names)}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; the error's class where the message is empty."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = NAMED_IDS) -> str:
     """`"3 rows; first row ids 17, 90, 91"` for a boolean mask (N,) over rows that start at `first_row`."""
     rows = np.flatnonzero(bad)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from bss_ray.cli.ray_start import STOPPED
-from bss_ray.errors import ConfigError, SubmitError, optional_import
+from bss_ray.errors import ConfigError, SubmitError, first_line, optional_import
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -206,12 +206,12 @@ def connect(address: str | None) -> JobSubmissionClient:
         client: JobSubmissionClient = submission.JobSubmissionClient(address)
     except AuthenticationError as error:
         raise SubmitError(
-            f"the cluster at {address} wants its token and did not get it ({_first_line(error)}). Set RAY_AUTH_TOKEN, "
+            f"the cluster at {address} wants its token and did not get it ({first_line(error)}). Set RAY_AUTH_TOKEN, "
             "or RAY_AUTH_TOKEN_PATH to a file with it, or copy that file of the head to ~/.ray/auth_token"
         ) from error
     except (RayError, OSError, RuntimeError, ValueError) as error:  # requests' errors are OSErrors
         raise SubmitError(
-            f"no Ray job server answers at {address} ({_first_line(error)}). It is the address of the dashboard, "
+            f"no Ray job server answers at {address} ({first_line(error)}). It is the address of the dashboard, "
             "http://HEAD:8265 by default; `ray dashboard CLUSTER.yaml` or `kubectl port-forward` bring it here"
         ) from error
     return client
@@ -220,10 +220,6 @@ def connect(address: str | None) -> JobSubmissionClient:
 def _token_is_there() -> bool:
     named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return named or (Path.home() / ".ray" / "auth_token").is_file()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
@@ -240,7 +236,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
         return STOPPED
     except (OSError, RuntimeError) as error:
         raise SubmitError(
-            f"the connection to {client.get_address()} was lost ({_first_line(error)}); {job} may well go on. Ask "
+            f"the connection to {client.get_address()} was lost ({first_line(error)}); {job} may well go on. Ask "
             f"`ray job status {job}`, follow it with `ray job logs --follow {job}`"
         ) from error
     print(f"{job}: {details.status.lower()}", file=sys.stderr)

@@ -21,7 +21,7 @@ from bss_ray.data.cache import to_arrays, to_batch
 from bss_ray.data.manifest import from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards, Writer
 from bss_ray.data.store import Arrays, Store
-from bss_ray.errors import DataError, StorageError, optional_import
+from bss_ray.errors import DataError, StorageError, first_line, optional_import
 from bss_ray.runtime.wait import wait_for
 
 _NOTE = b"bss_ray"
@@ -44,7 +44,7 @@ def _storage(doing: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise StorageError(
-            f"cannot {doing}: {str(error).splitlines()[0]}. Check --store.folder, its credentials in the environment "
+            f"cannot {doing}: {first_line(error)}. Check --store.folder, its credentials in the environment "
             "(AWS_ACCESS_KEY_ID and the like), and the room there"
         ) from error
 

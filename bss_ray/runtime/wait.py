@@ -7,16 +7,22 @@ checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
 import ray
 
+from bss_ray.errors import BssRayError
+
 T = TypeVar("T")
 
 # Longer than any single step between processes should take; as long as torch.distributed waits for a collective.
 DEFAULT_LIMIT_S = 1800.0
+
+# Ray Data adds this, and advice for others than users, to the message of an error.
+_ADDED_BY_RAY = "\nFailed to apply UDF"
 
 _limit_s = DEFAULT_LIMIT_S
 
@@ -48,11 +54,38 @@ def wait_for(reference: Any, what: str) -> Any:
 
     Raises:
         WaitError: it did not come within the limit.
+        BssRayError: a task has raised it.
+    """
+    with users_errors():
+        try:
+            return ray.get(reference, timeout=_limit_s)
+        except ray.exceptions.GetTimeoutError:
+            raise wait_timeout_error(what) from None
+
+
+@contextlib.contextmanager
+def users_errors() -> Iterator[None]:
+    """Raises an error of the user in a task as it was raised there, without Ray's wrapper and traceback.
+
+    Raises:
+        BssRayError: a task has raised it.
     """
     try:
-        return ray.get(reference, timeout=_limit_s)
-    except ray.exceptions.GetTimeoutError:
-        raise wait_timeout_error(what) from None
+        yield
+    except ray.exceptions.RayTaskError as error:
+        found = unwrap_ray_error(error)
+        if isinstance(found, BssRayError):
+            raise found from None
+        raise
+
+
+def unwrap_ray_error(error: BaseException) -> BaseException:
+    """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    if isinstance(error, BssRayError) and _ADDED_BY_RAY in str(error):
+        return type(error)(str(error).partition(_ADDED_BY_RAY)[0])
+    return error
 
 
 def call_with_timeout(function: Callable[[], T], what: str) -> T:

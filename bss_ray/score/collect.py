@@ -13,8 +13,8 @@ import ray
 from bss_ray.errors import DataError, ModelOutputError, Problem, raise_first_problem
 from bss_ray.measure.normalise import Normalise
 from bss_ray.measure.score import Unpaired
+from bss_ray.runtime.wait import wait_for
 from bss_ray.score.measuring import Measured, Norms, check_pairs, kept_notice
-from bss_ray.score.pool import get
 from bss_ray.scoring.config import BadRows
 
 # What an actor has to say of a block; in the block's first row, since an actor does not know which rows it has, and
@@ -119,7 +119,7 @@ class Collector:
 
     def _advance(self, *, wait: bool) -> None:
         if self._running is not None and (wait or ray.wait([self._running], timeout=0)[0]):
-            look, self._running = get(self._running, "a look at the measures"), None
+            look, self._running = wait_for(self._running, "a look at the measures"), None
             self._judge(look)
         if self._running is None and self._begun < len(self.blocks):
             group = self.blocks[self._begun : self._begun + _GROUP]

@@ -27,7 +27,7 @@ from bss_ray.score.measuring import (
     with_row_ids,
     with_scores,
 )
-from bss_ray.score.pool import PoolConfig, settings_of, unwrap_ray_error
+from bss_ray.score.pool import PoolConfig, settings_of
 from bss_ray.score.read_tasks import read_rows
 from bss_ray.scoring.config import BadRows
 
@@ -108,7 +108,10 @@ def score_dataset(
     )
     collector = Collector(bad_rows, normalise, unpaired)
     with settings_of(measured):  # row ids are positions
-        _collect(measured, collector)
+        for block in blocks_of(measured):
+            assert block.offset == 0, "only limit() and split() cut blocks"
+            collector.add(block.ref, block.first_row)
+        collector.finish()
     norms = ray.put(collector.norms)
     return ray.data.from_arrow_refs([_score.remote(*block, norms, unpaired) for block in collector.blocks])
 
@@ -130,21 +133,6 @@ class _MeasureBlock:
         else:
             found = self._measurer.measure(rows.arrays, 0)
         return with_report(found, len(block))
-
-
-def _collect(measured: ray.data.Dataset, collector: Collector) -> None:
-    """Run the first pass; a block with a problem ends it.
-
-    Raises:
-        BssRayError: rows break a rule.
-    """
-    try:
-        for block in blocks_of(measured):
-            assert block.offset == 0, "only limit() and split() cut blocks"
-            collector.add(block.ref, block.first_row)
-    except ray.exceptions.RayError as error:
-        raise unwrap_ray_error(error) or error from None
-    collector.finish()
 
 
 @ray.remote(name="bss_ray.score_block")

@@ -19,12 +19,12 @@ from bss_ray.data.shards import Feature
 from bss_ray.data.sources import files_key, load_splits, parquet_paths
 from bss_ray.errors import CheckpointError, DataError, StorageError
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.runtime.wait import set_wait_limit
+from bss_ray.runtime.wait import set_wait_limit, wait_for
 from bss_ray.score.config import Job
 from bss_ray.score.measure_files import find_measure_files, missing_rows
 from bss_ray.score.measuring import kept_notice
 from bss_ray.score.passes import MeasureFileReport, MeasurePass, NormalisePass, measure_rows, score_rows
-from bss_ray.score.pool import PoolSize, get
+from bss_ray.score.pool import PoolSize
 from bss_ray.score.read_tasks import ReadTask, known_features, parquet_tasks, shard_tasks
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
@@ -153,7 +153,7 @@ def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
     path = parquet_paths(job.data)[config.split]
     if path is not None:
         units = parquet_tasks(path, columns)
-        features = get(_known_features.remote(units, columns), "a look at the rows")
+        features = wait_for(_known_features.remote(units, columns), "a look at the rows")
         return Source(units, features, files_key(path) or "")
     dataset = load_splits(job.data, mispaired=config.mispaired or 0.0, seed=config.seed or 0)[config.split]
     if dataset is None:

@@ -29,7 +29,7 @@ from bss_ray.errors import (
 )
 from bss_ray.measure.normalise import MinMaxNorm, Normalise
 from bss_ray.measure.score import Unpaired
-from bss_ray.runtime.wait import iterate_with_timeout
+from bss_ray.runtime.wait import iterate_with_timeout, wait_for
 from bss_ray.score.measure_files import (
     MeasureFile,
     cut_runs,
@@ -52,7 +52,7 @@ from bss_ray.score.measuring import (
     with_row_ids,
     with_scores,
 )
-from bss_ray.score.pool import PoolSize, get, settings_of, unwrap_ray_error
+from bss_ray.score.pool import PoolSize, settings_of
 from bss_ray.score.read_tasks import ReadTask
 from bss_ray.score.summary import Summary
 from bss_ray.scoring.config import BadRows
@@ -128,12 +128,9 @@ def measure_rows(
     dataset = dataset.map_batches(
         _MeasurePieces, batch_size=None, batch_format="numpy", fn_constructor_args=(snapshot, task), **room.options
     )
-    try:
-        with settings_of(dataset):
-            for table in iterate_with_timeout(_tables_of(dataset), "the next rows to be measured"):
-                yield from map(_report_of, table["report"].to_pylist())
-    except ray.exceptions.RayError as error:
-        raise unwrap_ray_error(error) or error from None
+    with settings_of(dataset):
+        for table in iterate_with_timeout(_tables_of(dataset), "the next rows to be measured"):
+            yield from map(_report_of, table["report"].to_pylist())
 
 
 def _tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
@@ -290,7 +287,7 @@ def score_rows(task: NormalisePass, path: StoragePath) -> dict[str, Any]:
     if not groups:
         raise CheckpointError(f"{task.measures} holds no measures. Give the same command again")
     looking = [_look.remote(task, group) for group in groups]
-    looks: list[_Look] = [get(look, "a look at the next measures") for look in looking]
+    looks: list[_Look] = [wait_for(look, "a look at the next measures") for look in looking]
     raise_first_problem([problem for look in looks for problem in look.unpaired], DataError)
     if task.bad_rows == "error":
         raise_first_problem([problem for look in looks for problem in look.bad], ModelOutputError)
@@ -298,7 +295,7 @@ def score_rows(task: NormalisePass, path: StoragePath) -> dict[str, Any]:
     shared = ray.put(norms)
     with path.replaced() as folder:
         writing = [_write_part.remote(task, group, shared, folder, index) for index, group in enumerate(groups)]
-        parts = [get(part, "the next part of the scores") for part in writing]
+        parts = [wait_for(part, "the next part of the scores") for part in writing]
     return {"bounds": _bounds(norms), **Summary.union(parts).to_json()}
 
 

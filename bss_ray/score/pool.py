@@ -11,16 +11,13 @@ from typing import Any
 import ray
 import ray.data
 
-from bss_ray.errors import BssRayError, ConfigError, ResourceError
+from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.runtime.memory import ONE_ARENA
-from bss_ray.runtime.wait import wait_for
+from bss_ray.runtime.wait import users_errors
 
 # An environment of their own also has rows read by tasks, beside the measuring of others: Ray Data would read inside of
 # the actors, where both are alike.
 _OWN_STAGE: dict[str, Any] = {"runtime_env": ONE_ARENA}
-
-# Ray Data adds this, and advice for others than users, to the message of an error.
-_ADDED_BY_RAY = "\nFailed to apply UDF"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,27 +112,16 @@ class PoolSize:
 
 @contextlib.contextmanager
 def settings_of(dataset: ray.data.Dataset) -> Iterator[None]:
-    """Rows in their order and errors as they were raised, for now: data sets that are made of others share settings."""
+    """Rows in their order and errors as they were raised, for now: data sets that are made of others share settings.
+
+    Raises:
+        BssRayError: rows break a rule.
+    """
     context = dataset.context
     before = context.execution_options.preserve_order, context.raise_original_map_exception
     context.execution_options.preserve_order = context.raise_original_map_exception = True
     try:
-        yield
+        with users_errors():
+            yield
     finally:
         context.execution_options.preserve_order, context.raise_original_map_exception = before
-
-
-def unwrap_ray_error(error: Exception) -> BssRayError | None:
-    """The user's error behind an error of Ray Data, which then must have been raised as it was; else None."""
-    cause = getattr(error, "cause", None)
-    if not isinstance(cause, BssRayError):
-        return None
-    return type(cause)(str(cause).partition(_ADDED_BY_RAY)[0])
-
-
-def get(reference: Any, what: str) -> Any:
-    """`wait_for`, with a user's error as it was raised in the task."""
-    try:
-        return wait_for(reference, what)
-    except ray.exceptions.RayTaskError as error:
-        raise unwrap_ray_error(error) or error from None

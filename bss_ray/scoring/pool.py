@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-from bss_ray.errors import ModelOutputError, Problem, raise_first_problem
+from bss_ray.errors import ModelOutputError, Problem, first_line, raise_first_problem
 from bss_ray.runtime.wait import wait_limit, wait_timeout_error
 
 # A shard that so many scorers have died of is not given to another.
@@ -204,7 +204,7 @@ class _Run:
             node: str = ray.get(ref)
         except ray.exceptions.RayActorError as error:
             if name in self._absent:
-                self._absent[name].why = _first_line(error)
+                self._absent[name].why = first_line(error)
         else:
             self._absent.pop(name, None)
             self._nodes[name] = node
@@ -216,7 +216,7 @@ class _Run:
         except ray.exceptions.RayTaskError:
             raise  # the scorer is there: what it ran has failed, also when that was a call of a lost holder
         except ray.exceptions.RayActorError as error:
-            why = _first_line(error)
+            why = first_line(error)
             del self._nodes[name]
             self._absent[name] = _Absence(time.monotonic() + self._timeout_s, why)
             self._queue.put_back(shard, why)
@@ -252,7 +252,3 @@ class _Absence:
 def _role(name: str) -> str:
     """`scorer-0` of an actor's name."""
     return "-".join(name.rsplit("-", 2)[-2:])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

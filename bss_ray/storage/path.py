@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from bss_ray.errors import ConfigError, StorageError
+from bss_ray.errors import ConfigError, StorageError, first_line
 from bss_ray.storage.files import Write, absolute, child, hidden, is_uri, parent, write_local
 
 # File systems on which a file appears at once when it is complete: nothing has to be renamed, and renaming is copying.
@@ -323,6 +323,4 @@ def _is_object_store(system: pyarrow.fs.FileSystem) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return hidden(lines[0].rstrip("."))
+    return hidden(first_line(error))

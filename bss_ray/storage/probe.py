@@ -84,7 +84,8 @@ def _outcome(task: Any, file: StoragePath) -> str | None:
     try:
         why: str | None = ray.get(task)
     except ray.exceptions.RayError as error:
-        return f"cannot look: {str(error).strip().splitlines()[-1]}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"cannot look: {lines[-1]}"
     if why is None and not _appears(file):
         why = _UNSEEN
     return None if why is None else why.replace("{host}", socket.gethostname())

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import CheckpointError, ConfigError, DataError, first_ids, nearest
+from bss_ray.errors import CheckpointError, ConfigError, DataError, first_ids, first_line, nearest
 from bss_ray.sample.state import ScoreBlock
 from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import MANIFEST, SavedCheckpoint
@@ -212,7 +212,7 @@ def _read_file(path: StoragePath) -> Mapping[str, Any]:
         content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as a state dict ({_first_line(error)}). Save one with "
+            f"{path} cannot be read as a state dict ({first_line(error)}). Save one with "
             "torch.save(model.state_dict(), path)"
         ) from error
     for name in _INNER:
@@ -270,8 +270,4 @@ def _settings(path: StoragePath) -> dict[str, Any]:
     try:
         return dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged ({_first_line(error)}). Restore it, or name a .pt file") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{path} is damaged ({first_line(error)}). Restore it, or name a .pt file") from error

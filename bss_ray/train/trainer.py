@@ -18,7 +18,7 @@ from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
-from bss_ray.errors import BssRayError, ConfigError
+from bss_ray.errors import BssRayError, ConfigError, first_line
 from bss_ray.measure.measurer import Measurer
 from bss_ray.placement.packing import ProcessGroup
 from bss_ray.placement.resources import (
@@ -31,7 +31,7 @@ from bss_ray.placement.resources import (
     settle_engine,
 )
 from bss_ray.runtime.memory import ONE_ARENA, keep_freed_memory
-from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit, wait_for
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit, unwrap_ray_error, wait_for
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.holder_actors import SavedScores, StartedHolders
 from bss_ray.sample.local import start_here
@@ -228,7 +228,7 @@ class BalancedTrainer:
                 if 0 <= failures < attempt:
                     raise
                 remove_orphaned_placement_groups()
-                why = str(error).strip().splitlines()[0]
+                why = first_line(error)
                 board.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
         raise AssertionError("unreachable")
 
@@ -326,10 +326,3 @@ def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: A
         raise
     finally:
         set_sampler(None)
-
-
-def unwrap_ray_error(error: BaseException) -> BaseException:
-    """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
-    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        error = error.cause
-    return error

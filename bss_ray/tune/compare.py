@@ -11,12 +11,12 @@ from typing import Any
 import ray
 import ray.train
 
+from bss_ray.runtime.wait import unwrap_ray_error
 from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.run import TrainConfig, best_row, test_model
 from bss_ray.train.settings import overlay, training_config
 from bss_ray.train.supervise import OnMessage
-from bss_ray.train.trainer import unwrap_ray_error
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.nested import free_nested
 from bss_ray.tune.trial import Row, TrialSetup, WarmStart, train_once

@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from bss_ray.errors import ConfigError, StorageError
+from bss_ray.errors import ConfigError, StorageError, first_line
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.objective import Objective
 from bss_ray.tune.space import SearchSpace
@@ -81,7 +81,7 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
     try:
         return optuna.storages.get_storage(place) if is_url else _open_journal(Path(place).absolute())
     except Exception as error:  # whatever the database's driver raises
-        text = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        text = first_line(error)
         if not is_url and not isinstance(error, OSError):
             text = f"it is no journal of Optuna, or it is damaged ({text})"
         remedy = another if storage else "Move it away, and the search starts anew"

@@ -18,11 +18,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import Searcher
 
-from bss_ray.errors import ConfigError, ResourceError
+from bss_ray.errors import ConfigError, ResourceError, first_line
 from bss_ray.placement.resources import check_resources, resources_per_rank
+from bss_ray.runtime.wait import unwrap_ray_error
 from bss_ray.scoring.config import Scoring
 from bss_ray.train.supervise import OnMessage
-from bss_ray.train.trainer import unwrap_ray_error
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.record import SearchRecord, TrialSpec
 from bss_ray.tune.trial import BurnIns, scoring_here
@@ -293,8 +293,8 @@ def cause_of(trial: Trial) -> str:
 def _cause(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError):
         return "its process died: it was killed, or it crashed"
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
 
 
 TRIALS = "trials"
