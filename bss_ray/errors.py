@@ -113,9 +113,9 @@ class Problem:
     """A rule that some rows break, as one of several processes has found it.
 
     Attributes:
-        rule: what must hold; whatever follows a colon may differ between processes.
-        count: rows that break it.
-        first_ids: the first of their row ids.
+        rule: Rule that must hold; the text after a colon may differ between processes.
+        count: Number of rows that break the rule.
+        first_ids: First row ids of these rows.
     """
 
     rule: str
@@ -133,8 +133,8 @@ def raise_first_problem(found: Sequence[Problem], kind: type[BssRayError]) -> No
     """Raise for the first broken rule, with its count and first row ids over all processes.
 
     Args:
-        found: problems of all processes, in the order of their rows.
-        kind: of the error.
+        found: Problems of all processes, in the order of their rows.
+        kind: Type of the error.
 
     Raises:
         BssRayError: of that kind, if there is any problem.

@@ -34,7 +34,7 @@ def criteria(trial: optuna.Trial) -> dict[str, Any]:
     `fused_share` changes the training loss itself: compare trials by accuracy or the like, never by their loss.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         Dotted settings: `measurer.*`, `scoring.normalise`, `scoring.accumulate` and `scoring.momentum`.
@@ -64,7 +64,7 @@ def measures(trial: optuna.Trial) -> dict[str, Any]:
     `scoring.unpaired`, which are the data's.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         Dotted settings: `measurer.*` and `scoring.normalise`.
@@ -91,7 +91,7 @@ def memory(trial: optuna.Trial) -> dict[str, Any]:
     such base settings make a space of `measures` and `momentum`.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         Dotted settings: `scoring.accumulate` and `scoring.momentum`.
@@ -110,7 +110,7 @@ def momentum(trial: optuna.Trial) -> float:
     nothing.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         `scoring.momentum`.

@@ -32,7 +32,7 @@ def full(trial: optuna.Trial) -> dict[str, Any]:
     a better learning rate would pass for better sampling, and the control would have to be tuned as well.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         Dotted settings: `scheduler.*`, `measurer.*`, `scoring.normalise`, `scoring.accumulate` and

@@ -24,7 +24,7 @@ def heuristic(trial: optuna.Trial) -> dict[str, Any]:
     settings, the default: `sum` has no momentum and refuses one.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         Dotted settings: `scheduler.*` and `scoring.momentum`.
@@ -45,8 +45,8 @@ def schedule(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
     * `update_interval` 1..8, logarithmic, only with `refresh`: 1, 2 and 4 differ more than 6, 7 and 8.
 
     Args:
-        trial: the trial to ask.
-        prefix: of the knobs' names, for a space that uses these names for something else.
+        trial: The trial to ask.
+        prefix: Prefix of the knobs' names, for a space that uses these names for something else.
 
     Returns:
         Dotted settings: `scheduler.*`.

@@ -33,7 +33,7 @@ def learning(trial: optuna.Trial) -> dict[str, Any]:
     settings, the default: `sum` has no momentum and refuses one.
 
     Args:
-        trial: the trial to ask.
+        trial: The trial to ask.
 
     Returns:
         Dotted settings: `scheduler.*` and `scoring.momentum`.
@@ -59,8 +59,8 @@ def schedule(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
     order beside `fraction` and `grow_epochs`).
 
     Args:
-        trial: the trial to ask.
-        prefix: of the knobs' names, for a space that uses these names for something else.
+        trial: The trial to ask.
+        prefix: Prefix of the knobs' names, for a space that uses these names for something else.
 
     Returns:
         Dotted settings: `scheduler.*`.

@@ -34,8 +34,8 @@ def pacing(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
     only with it: `heuristic` has both. They stay as the base settings have them, like everything else.
 
     Args:
-        trial: the trial to ask.
-        prefix: of the knobs' names, for a space that uses these names for something else.
+        trial: The trial to ask.
+        prefix: Prefix of the knobs' names, for a space that uses these names for something else.
 
     Returns:
         Dotted settings: `scheduler.*`.

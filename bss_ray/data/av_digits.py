@@ -51,10 +51,10 @@ def av_digits_table(split: str, *, mispaired: float = 0.0, seed: int = 0) -> dic
     """One split of AV-Digits as NumPy columns, in the file's (shuffled, fixed) row order.
 
     Args:
-        split: "train", "validation" or "test".
-        mispaired: share of the training rows to re-pair, in [0, 1). Of those rows one half gets the audio, the
-            other half the image, of a training row with another label; the label stays that of what was kept.
-        seed: chooses the rows to re-pair and their donors.
+        split: Name of the split: "train", "validation" or "test".
+        mispaired: Share of the training rows to re-pair, in [0, 1). One half of these rows gets the audio, the other
+            half the image, of a training row with another label; the label stays that of the modality that is kept.
+        seed: Seed that chooses the rows to re-pair and the rows whose audio or image they get.
 
     Returns:
         `image` float32 (N, 1, 8, 8) and `audio` float32 (N, 1, 32, 32), both roughly standardised; `label` int64 (N,);

@@ -54,19 +54,19 @@ def build_shards(
     """Execute a Ray Dataset once, check every row, and cut it into shards.
 
     Args:
-        dataset: any Ray Dataset; each modality is a column of numeric tensors of one shape. Where it is null, the
-            row lacks the modality: its input is zeros, and `has_<modality>` among the features says so.
-        columns: roles of its columns.
-        num_classes: values a head returns: classes C, or the D numbers of a regression. None takes what the labels
-            have, and for a multiclass task the largest label + 1.
-        min_shards: shards hold about 128 MiB, but there are at least so many (if there are rows).
-        store: where the rows go; default `StoreConfig()`.
-        source_key: names the content of the data set's source (see `bss_ray.data.sources.files_key`): what an
-            earlier run has stored of it is used again, and the data set is not executed.
-        memory_bytes: up to so many bytes of rows stay in memory with the store `auto`; None takes 40 % of the
-            object stores.
-        on_progress: called with (shards made, shards begun).
-        on_notice: called with what the user should read, e.g. that the rows go to disk.
+        dataset: Any Ray Dataset. Each modality is a column of numeric tensors of one shape. Where it is null, the row
+            lacks the modality: its input is zeros, and `has_<modality>` among the features says so.
+        columns: Roles of the dataset's columns.
+        num_classes: Number of values a head returns: classes C, or the D numbers of a regression. None takes the number
+            that the labels have, and for a multiclass task the largest label + 1.
+        min_shards: Smallest number of shards, if there are rows. A shard holds at most about 128 MiB.
+        store: Store that keeps the rows; default `StoreConfig()`.
+        source_key: Name of the content of the dataset's source (see `bss_ray.data.sources.files_key`). If an earlier
+            run has stored the same source, its rows are used again, and the dataset is not executed.
+        memory_bytes: Most bytes of rows that stay in memory with the store `auto`; None takes 40 % of the object
+            stores.
+        on_progress: Function that is called with (shards made, shards begun).
+        on_notice: Function that is called with messages to the user, e.g. that the rows go to disk.
 
     Raises:
         DataError: no rows, no such column, an input that is not numeric or not finite, ragged shapes, a row
@@ -123,16 +123,16 @@ def build_split(
     """`build_shards` for one split of a data set, with the split's name in errors.
 
     Args:
-        split: `train`, `validation` or `test`.
-        dataset: its rows.
-        columns: roles of the training data's columns; ids and extras are of use there alone.
-        train: the training rows, which the rows of another split must be like.
-        num_classes: None takes that of `train`; else see `build_shards`.
-        min_shards: see `build_shards`.
-        store: see `build_shards`.
-        source_key: see `build_shards`.
-        on_progress: see `build_shards`.
-        on_notice: see `build_shards`.
+        split: Name of the split: `train`, `validation` or `test`.
+        dataset: Rows of the split.
+        columns: Roles of the training data's columns; ids and extras are used for the training rows only.
+        train: Training rows, whose shapes and labels the rows of another split must match.
+        num_classes: Number of values a head returns; None takes that of `train`, else see `build_shards`.
+        min_shards: See `build_shards`.
+        store: See `build_shards`.
+        source_key: See `build_shards`.
+        on_progress: See `build_shards`.
+        on_notice: See `build_shards`.
 
     Raises:
         StorageError: see `build_shards`.

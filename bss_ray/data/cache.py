@@ -40,8 +40,8 @@ def to_batch(arrays: Arrays, notes: dict[str, str] | None = None) -> pa.RecordBa
     """Columns (rows, ...) as a record batch, without a copy where they are contiguous.
 
     Args:
-        arrays: `{column: (rows, ...)}`.
-        notes: metadata of the schema.
+        arrays: Arrays of the columns, `{column: (rows, ...)}`.
+        notes: Metadata of the schema.
 
     Raises:
         DataError: a column of Python objects that Arrow has no type for.
@@ -102,8 +102,8 @@ class FileEntry(NamedTuple):
     """One shard's file.
 
     Attributes:
-        name: of the file in its data set's folder.
-        size: bytes.
+        name: Name of the file in its dataset's folder.
+        size: Number of bytes.
         checksum: CRC-32 of the content (zlib: 4.5 GB/s a core, against 2.0 of SHA-1 and 1.3 of BLAKE2b).
     """
 
@@ -233,11 +233,11 @@ def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: dict[
     """Move a build's files into their data set. Files that are there and sound stay, as others may map them.
 
     Args:
-        new: folder of the build; removed.
-        data_set: folder of the data set.
-        entries: the files in `new`.
-        manifest: of the data set.
-        key: its source's; None for none.
+        new: Folder of the build; it is removed.
+        data_set: Folder of the dataset.
+        entries: Files in `new`.
+        manifest: Manifest of the dataset.
+        key: Key of the dataset's source; None if it has no key.
 
     Raises:
         StorageError: the disk is full or cannot be written.
@@ -286,8 +286,8 @@ def clean(folder: Path, max_bytes: float | None) -> list[Path]:
     What a process uses, or one has used within the last hour, stays.
 
     Args:
-        folder: of all data sets.
-        max_bytes: None takes half of what is free or already the folder's own.
+        folder: Folder of all datasets.
+        max_bytes: Most bytes that the folder may hold; None takes half of what is free or already used by the folder.
 
     Returns:
         What was removed.

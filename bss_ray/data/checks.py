@@ -47,11 +47,11 @@ def check_labels(
     """Labels are of the task's kind, and none is missing.
 
     Args:
-        values: (k, ...) of the rows that have one; None where that is not known.
-        present: (n,) bool, which rows have one.
-        columns: name and task of the labels.
-        first_row: row id of the first row.
-        num_classes: how many values a head returns; None for as many as there are.
+        values: (k, ...) labels of the rows that have a label; None if they are not known.
+        present: (n,) bool, true for rows that have a label.
+        columns: Roles of the columns, with name and task of the labels.
+        first_row: Row id of the first row.
+        num_classes: Number of values a head returns; None for as many as the labels have.
     """
     name = columns.label
     if not present.all():

@@ -25,12 +25,12 @@ class Columns:
     """Roles of a data set's columns.
 
     Args:
-        modalities: names of the input columns, at least two. A null says that a row lacks the modality.
-        label: name of the label column.
-        id: name of a column that identifies rows for people; optional, must be unique.
-        extra: columns that are only carried into the scores file, e.g. a truth to compare with.
-        task: what labels are. `multiclass`: an integer 0..C-1 a row; `multilabel`: a tensor (C,) of 0 and 1 a row;
-            `regression`: a finite number or a tensor (D,) of them a row.
+        modalities: Names of the input columns, at least two. A null means that the row lacks the modality.
+        label: Name of the label column.
+        id: Name of a column of unique ids by which people identify rows; optional.
+        extra: Names of columns that are only copied into the scores file, e.g. a known truth to compare scores with.
+        task: Kind of the labels. `multiclass`: an integer 0..C-1 for each row; `multilabel`: a tensor (C,) of 0 and 1
+            for each row; `regression`: a finite number or a tensor (D,) of finite numbers for each row.
 
     Raises:
         DataError: fewer than two modalities, a column with two roles, a reserved name, or an unknown task.

@@ -36,9 +36,10 @@ class NodeFile(NamedTuple):
     """A shard's file.
 
     Attributes:
-        entry: the file.
-        folder: of its data set on the node; whoever reads it may have another environment than who wrote it.
-        node: id of the node; empty where every node has it.
+        entry: Name, size and checksum of the file.
+        folder: Folder of the file's dataset on the node. It is absolute, because the reader's environment may differ
+            from the writer's.
+        node: Id of the node that has the file; empty if every node has it.
     """
 
     entry: FileEntry
@@ -50,7 +51,7 @@ class DiskStore(MappedStore):
     """Shards as files.
 
     Args:
-        files: one a shard.
+        files: One file for each shard.
     """
 
     def __init__(self, files: Sequence[NodeFile]) -> None:
@@ -177,9 +178,9 @@ class DiskWriter(Writer):
     """Writes shards to the disk of the node where they are made.
 
     Args:
-        folder: of all data sets on a node; None takes the node's own (`cache_folder`).
-        max_gib: see `StoreConfig`.
-        build: name of this build.
+        folder: Folder of all datasets on a node; None takes the node's own folder (`cache_folder`).
+        max_gib: See `StoreConfig`.
+        build: Name of this build.
     """
 
     folder: str | None

@@ -59,8 +59,8 @@ class LanceStore(Store):
     """Shards as runs of rows of one version of a Lance data set.
 
     Args:
-        uri: of the data set.
-        version: of it.
+        uri: URI of the Lance dataset.
+        version: Version of the Lance dataset.
         spans: (first row, rows) of each shard in the version.
     """
 
@@ -105,7 +105,7 @@ class LanceWriter(Writer):
     """Writes each shard as a fragment.
 
     Args:
-        uri: of the Lance data set: a folder that all nodes share, or object storage.
+        uri: URI of the Lance dataset: a folder that all nodes share, or object storage.
 
     Raises:
         MissingDependencyError: Lance is not installed.

@@ -21,8 +21,9 @@ class Partial(NamedTuple):
     """A column that some rows may lack.
 
     Attributes:
-        values: (k, ...) of the rows that have one; None where not even the blocks' type tells shape and dtype.
-        present: (n,) bool, which rows have one.
+        values: (k, ...) values of the rows that have one; None if not even the type of the blocks tells shape and
+            dtype.
+        present: (n,) bool, true for rows that have a value.
     """
 
     values: np.ndarray | None
@@ -32,7 +33,7 @@ class Partial(NamedTuple):
         """(n, ...) with zeros for the rows that lack it.
 
         Args:
-            feature: shape and dtype, where `values` does not tell them.
+            feature: Shape and dtype, for columns whose `values` do not tell them.
         """
         if self.values is not None and self.present.all():
             return self.values

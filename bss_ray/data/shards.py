@@ -24,9 +24,9 @@ class Shard:
     """A run of consecutive rows.
 
     Attributes:
-        first_row: row id of the first row.
-        rows: number of rows.
-        node: id of the node that holds it; empty where all nodes read it alike.
+        first_row: Row id of the first row.
+        rows: Number of rows.
+        node: Id of the node that holds the shard; empty if all nodes read it equally well.
     """
 
     first_row: int
@@ -52,13 +52,13 @@ class Shards:
     """All rows of a data set.
 
     Attributes:
-        columns: roles of the columns.
-        parts: shards in the order of their rows.
-        features: shape and dtype of each column that a batch holds: modalities, label, and `has_<modality>` for each
+        columns: Roles of the columns.
+        parts: Shards in the order of their rows.
+        features: Shape and dtype of each column that a batch holds: modalities, label, and `has_<modality>` for each
             modality that some row lacks.
-        num_classes: values that a head returns: classes C, or the D numbers of a regression.
-        fingerprint: digest of rows, schema and content.
-        store: where the rows are.
+        num_classes: Number of values that a head returns: classes C, or the D numbers of a regression.
+        fingerprint: Digest of rows, schema and content.
+        store: Store that keeps the rows.
     """
 
     columns: Columns
@@ -115,8 +115,8 @@ class Shards:
 
         Args:
             row_ids: (n,) int64, in any order.
-            columns: names; None for all that a batch holds (`features`).
-            out: arrays `{column: (n, ...)}` to fill instead of fresh ones, one for each name.
+            columns: Names of the columns; None for all columns that a batch holds (`features`).
+            out: Arrays `{column: (n, ...)}` to fill instead of new arrays, one for each name.
 
         Returns:
             `{column: (n, ...)}` in the order of `row_ids`.

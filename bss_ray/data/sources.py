@@ -26,13 +26,13 @@ def load_splits(
     """Ray Datasets of the splits; None for a split that there is none of.
 
     Args:
-        source: `av-digits`; path or URI of a Parquet file or folder, or of a folder with the sub-folders `train`,
-            `validation` and `test`; or `module:function`, called with each split's name, returning a Ray Dataset or
-            None.
-        validation: Parquet file or folder, where `source` is one of training rows.
-        test: likewise.
-        mispaired: share of AV-Digits' training rows that is paired wrongly.
-        seed: of that pairing.
+        source: `av-digits`; the path or URI of a Parquet file or folder, or of a folder with the sub-folders `train`,
+            `validation` and `test`; or `module:function`, which is called with each split's name and returns a Ray
+            Dataset or None.
+        validation: Parquet file or folder of validation rows, if `source` is a file or folder of training rows.
+        test: Parquet file or folder of test rows, if `source` is a file or folder of training rows.
+        mispaired: Share of AV-Digits' training rows that is paired wrongly.
+        seed: Seed of that pairing.
 
     Raises:
         DataError: no such file, module or function, or a function that returns something else.

@@ -23,10 +23,10 @@ class Span:
     shards many times that.
 
     Args:
-        arrays: (rows, ...) each, as `over` asks for; at least one.
+        arrays: Arrays (rows, ...) that meet the conditions of `over`; at least one.
 
     Attributes:
-        dtype: of the arrays.
+        dtype: Dtype of the arrays.
     """
 
     @classmethod

@@ -30,13 +30,13 @@ class StoreConfig:
     """Where rows are kept while a run reads them. It does not change what a run computes.
 
     Args:
-        kind: `object`: in memory, in Ray's object store; `disk`: files on each node's local disk, which later
-            runs use again; `lance`: a Lance data set, which may lie on object storage; `auto`: in memory
-            while rows fill at most 40 % of the object stores, else on disk.
-        folder: `disk`: folder on every node; null takes the node's environment variable BSS_RAY_CACHE, else
-            ~/.cache/bss_ray. `lance`: folder or URI (s3://bucket/folder) of the Lance data set.
-        max_gib: `disk`: above so many GiB a node removes the data sets that were not used for longest; null
-            takes half of what is free or its own on that disk.
+        kind: Where rows are kept. `object`: in memory, in Ray's object store; `disk`: in files on each node's local
+            disk, which later runs use again; `lance`: in a Lance dataset, which may be on object storage; `auto`: in
+            memory while rows fill at most 40 % of the object stores, else on disk.
+        folder: Folder of the rows. `disk`: a folder on every node; null takes the node's environment variable
+            BSS_RAY_CACHE, else ~/.cache/bss_ray. `lance`: folder or URI (s3://bucket/folder) of the Lance dataset.
+        max_gib: Size in GiB above which a node removes the least recently used datasets of the store `disk`; null takes
+            half of what is free on that disk or already used by the folder.
 
     Raises:
         ConfigError: an unknown kind, no folder for `lance`, a URI for `disk`, a size that is not positive, or
@@ -79,7 +79,7 @@ class Store(abc.ABC):
 
         Args:
             shards: (n,) int64 shard of each row.
-            rows: (n,) int64 its position in that shard; it is there.
+            rows: (n,) int64 position of each row in its shard; it must exist.
             out: `{column: (n, ...)}`, filled in this order.
         """
         for shard in np.unique(shards).tolist():
@@ -103,9 +103,9 @@ class _Mapped(NamedTuple):
     """Shards whose rows can be copied at once.
 
     Attributes:
-        place: (shards,) int64 place of each shard among those that are mapped; -1 for the others. None: all are, each
-            in its own place.
-        spans: of each column; None where shards differ (text of other widths) or hold Python objects.
+        place: (shards,) int64 place of each shard among the mapped shards; -1 for the others. None: all shards are
+            mapped, each in its own place.
+        spans: Span of each column; None if shards differ (text of different widths) or hold Python objects.
     """
 
     place: np.ndarray | None
@@ -116,7 +116,7 @@ class MappedStore(Store):
     """A store whose shards are arrays in this process's memory once they are opened.
 
     Args:
-        shards: how many there are.
+        shards: Number of shards.
     """
 
     def __init__(self, shards: int) -> None:
@@ -164,7 +164,7 @@ class ObjectStore(MappedStore):
     """Shards as objects of Ray's object store: every process of a node reads them without a copy.
 
     Args:
-        refs: one object a shard, `{column: (rows, ...)}`.
+        refs: One object for each shard, `{column: (rows, ...)}`.
     """
 
     def __init__(self, refs: Sequence[Any]) -> None:

@@ -38,15 +38,16 @@ class Report:
     """What a shard's task found out about its rows.
 
     Attributes:
-        rows: of the shard.
-        features: of the modalities and the label, as far as the rows tell them.
-        digests: of each column.
-        outputs: how many values its labels ask of a head.
-        lacking: modalities that some of its rows lack.
-        unknown: modalities that all of its rows lack, and whose shape it was not told: it is not made yet.
-        problems: with its rows.
-        failure: its rows are sound, but cannot be kept.
-        node: where the task ran.
+        rows: Number of rows of the shard.
+        features: Features of the modalities and the label, as far as the rows tell them.
+        digests: Digest of each column.
+        outputs: Number of values that the shard's labels require of a head.
+        lacking: Modalities that some of the shard's rows lack.
+        unknown: Modalities that all of the shard's rows lack, and whose shape the task was not told: the shard is not
+            made yet.
+        problems: Problems with the shard's rows.
+        failure: Why rows without problems cannot be kept.
+        node: Id of the node on which the task ran.
     """
 
     rows: int = 0
@@ -65,14 +66,14 @@ class Tasks:
     """Makes all shards of a data set.
 
     Attributes:
-        writer: keeps the rows.
-        columns: roles of the columns.
-        num_classes: see `build_shards`.
-        on_progress: called with (shards made, shards begun).
-        starts: row id of each shard's first row.
-        reports: references to what the tasks return, here and in the next two, in the order of the shards.
-        kept: what the writer returned.
-        ids: a hash of each row's id.
+        writer: Writer that keeps the rows.
+        columns: Roles of the columns.
+        num_classes: See `build_shards`.
+        on_progress: Function that is called with (shards made, shards begun).
+        starts: Row id of each shard's first row.
+        reports: References to the reports of the tasks, in the order of the shards, like the next two.
+        kept: References to the results of the writer.
+        ids: References to a hash of each row's id.
     """
 
     writer: Writer

@@ -47,8 +47,9 @@ def register_information(name: str, *, needs_model: bool = False) -> Callable[[A
     """Make a function `(observation) -> (B,)` known as an information of this name.
 
     Args:
-        name: what `Measurer(information=...)` is given.
-        needs_model: it looks at `observation.model`, so it cannot work from the outputs of training alone.
+        name: Name for `Measurer(information=...)`.
+        needs_model: Whether the function uses `observation.model`, so that the outputs of training alone are not
+            enough.
     """
     return _register(name, INFORMATIONS, needs_model=needs_model)
 

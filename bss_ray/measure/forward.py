@@ -21,10 +21,12 @@ class Forward:
     """How a model is run over rows that are measured.
 
     Args:
-        batch_size: rows of a forward pass; halved, with a message, where they do not fit into memory.
-        precision: `fp32`, `bf16` or `fp16` (autocast).
-        channels_last: keep images (B, C, H, W) and the model in the memory layout that tensor cores like.
-        compile: run the model through `torch.compile`; the first batch then takes long.
+        batch_size: Number of rows of a scoring pass's batch; it is halved, with a message, if the batch does not fit
+            into memory.
+        precision: Precision of scoring passes: `fp32`, `bf16` or `fp16` (autocast).
+        channels_last: Whether images (B, C, H, W) and the model are in the channels-last layout, which tensor cores
+            prefer.
+        compile: Whether the model runs through `torch.compile`; the first batch then takes long.
 
     Raises:
         ConfigError: a setting is unknown or out of its range.

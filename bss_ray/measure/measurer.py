@@ -32,10 +32,10 @@ def per_row_loss(
     """Training loss and information of each row: w_f CE(fused, y) + w_u sum_m CE(m, y).
 
     Args:
-        outputs: logits (B, C) of each modality and `fused`.
+        outputs: Logits (B, C) of each modality and `fused`.
         labels: (B,) int64 classes in 0..C-1.
-        fused_weight: w_f; released code: 0.1 for CREMA-D, 1 for its other data sets.
-        unimodal_weight: w_u; released code: 0.9 for CREMA-D, 1 for its other data sets.
+        fused_weight: Weight w_f of the fused loss; released code: 0.1 for CREMA-D, 1 for its other datasets.
+        unimodal_weight: Weight w_u of each unimodal loss; released code: 0.9 for CREMA-D, 1 for its other datasets.
 
     Returns:
         (B,) with gradients; its mean over a global batch is the training loss.
@@ -48,16 +48,16 @@ class Measurer:
     """Measures the balance of rows from a model's outputs.
 
     Args:
-        similarity: how agreement between modalities is measured: `prediction`, `feature`, a registered name
+        similarity: Criterion of the agreement between modalities: `prediction`, `feature`, a registered name
             (`register_similarity`), or `module:function`.
-        information: how much a row has left to teach: `loss`, `gradient_norm` (of the heads, from their features),
-            `full_gradient_norm` (of the whole model, dear), a registered name, or `module:function`.
-        fused_weight: w_f of the loss; released code: 0.1 for CREMA-D, 1 for its other data sets.
-        unimodal_weight: w_u of the loss; released code: 0.9 for CREMA-D, 1 for its other data sets.
-        task: kind of the labels: `multiclass`, `multilabel` or `regression`; None takes that of the data's columns,
-            `multiclass` where there are none.
-        loss_function: a loss of one head and row of your own, `(logits (B, C), labels) -> (B,)`, as a function or
-            `module:function`; None takes the task's (cross entropy, binary cross entropy, squared error).
+        information: Criterion of how much a row can still teach: `loss`, `gradient_norm` (of the heads, from their
+            features), `full_gradient_norm` (of the whole model, expensive), a registered name, or `module:function`.
+        fused_weight: Weight w_f of the fused loss; released code: 0.1 for CREMA-D, 1 for its other datasets.
+        unimodal_weight: Weight w_u of each unimodal loss; released code: 0.9 for CREMA-D, 1 for its other datasets.
+        task: Kind of the labels: `multiclass`, `multilabel` or `regression`; None takes the task of the data's columns,
+            or `multiclass` if there are no columns.
+        loss_function: Your own loss of each row for one head, `(logits (B, C), labels) -> (B,)`, as a function or
+            `module:function`; None takes the task's loss (cross entropy, binary cross entropy, squared error).
 
     Raises:
         ConfigError: an unknown criterion or task (with the nearest name), or an impossible weight.
@@ -109,9 +109,10 @@ class Measurer:
         """The training loss of each row, with this measurer's weights: (B,) with gradients.
 
         Args:
-            outputs: logits (B, C) of each modality and `fused`.
-            labels: of the rows.
-            batch: the batch, if rows may lack a modality: losses are then of those they have (see `Observation`).
+            outputs: Logits (B, C) of each modality and `fused`.
+            labels: Labels of the rows.
+            batch: The batch, if rows may lack a modality: a row's loss is then over the modalities it has (see
+                `Observation`).
         """
         logits = {name: values for name, values in outputs.items() if name != FEATURES}
         return self._observation(logits, labels, None, batch, None).loss
@@ -127,10 +128,10 @@ class Measurer:
         """What criteria look at; without gradients, in single precision.
 
         Args:
-            outputs: logits (B, C) of each modality and `fused`, of any floating dtype, and optional `features`.
-            labels: of the rows.
-            batch: columns of the batch, where rows may lack a modality.
-            model: for criteria that need it.
+            outputs: Logits (B, C) of each modality and `fused`, of any floating dtype, and optional `features`.
+            labels: Labels of the rows.
+            batch: Columns of the batch, if rows may lack a modality.
+            model: The model, for criteria that need it.
 
         Raises:
             ModelOutputError: the outputs break the contract (see `check_outputs`).

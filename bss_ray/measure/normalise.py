@@ -71,7 +71,7 @@ class RankNorm:
 
     Attributes:
         bins: (k,) uint32, ascending; leading bits that occur.
-        counts: (k,) int64 rows of each.
+        counts: (k,) int64 number of rows with these bits.
     """
 
     bins: np.ndarray

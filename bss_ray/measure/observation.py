@@ -41,9 +41,9 @@ class TaskKind:
     """What a kind of label means to a head.
 
     Attributes:
-        loss: per row, of one head's logits and the labels.
-        predict: from logits to what the head predicts.
-        integers: labels are integers.
+        loss: Loss per row, from the logits of one head and the labels.
+        predict: Function from logits to the head's predictions.
+        integers: Whether labels are integers.
     """
 
     loss: RowLoss
@@ -87,15 +87,15 @@ class Observation:
     """A batch's rows as a model sees them. Criteria map it to one number a row.
 
     Attributes:
-        outputs: logits (B, C) of each modality and `fused`, float32.
-        labels: of the rows.
-        features: inputs of the heads `{head: (B, D)}`; None if the model returns none.
-        task: kind of the labels.
-        head_loss: loss per row of one head's logits and the labels.
-        fused_weight: w_f.
-        unimodal_weight: w_u.
-        batch: all columns of the batch; says which modalities a row has. None: all.
-        model: the model itself, for criteria that need it; else None.
+        outputs: Logits (B, C) of each modality and `fused`, float32.
+        labels: Labels of the rows.
+        features: Inputs of the heads, `{head: (B, D)}`; None if the model returns none.
+        task: Kind of the labels.
+        head_loss: Loss per row, from the logits of one head and the labels.
+        fused_weight: Weight w_f of the fused loss.
+        unimodal_weight: Weight w_u of each unimodal loss.
+        batch: All columns of the batch, which say which modalities a row has. None: rows have all modalities.
+        model: The model, for criteria that need it; else None.
     """
 
     outputs: Mapping[str, Tensor]

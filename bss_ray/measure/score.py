@@ -27,11 +27,12 @@ class Accumulation:
     """How measures become scores.
 
     Args:
-        momentum: mu in [0, 1) of the moving average; 0 is the released code.
-        accumulate: `ema`, or `sum`: the mean of all updates (the paper's figure).
-        normalise: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
-        unpaired: rows with fewer than two modalities have no similarity and count as `neutral` (a normalised
-            similarity of 1/2), as `lowest` (0), or are refused (`error`).
+        momentum: Weight mu in [0, 1) of the old score in the moving average; 0 is the released code.
+        accumulate: How updates are combined: `ema` (moving average), or `sum` (mean of all updates, as in the paper's
+            figure).
+        normalise: Normalisation over all rows: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
+        unpaired: How rows with fewer than two modalities, which have no similarity, count: as `neutral` (a normalised
+            similarity of 1/2), as `lowest` (0), or they are refused (`error`).
 
     Raises:
         ConfigError: a setting is unknown, out of its range, or without effect.
@@ -61,10 +62,11 @@ def current_scores(
     """Norm(similarity) - Norm(information): (n,) float64 in [-1, 1], high = balanced.
 
     Args:
-        similarity: (n,) measures; NaN for rows with fewer than two modalities.
-        information: (n,) measures.
-        norms: of similarity and information, over *all* rows, not only these.
-        unpaired: rows without a similarity count as `neutral` (1/2) or `lowest` (0); `error`: there are none.
+        similarity: (n,) similarities; NaN for rows with fewer than two modalities.
+        information: (n,) informations.
+        norms: Norms of similarity and information, over *all* rows, not only these.
+        unpaired: How rows without a similarity count: as `neutral` (1/2) or `lowest` (0); `error` says that there are
+            none.
     """
     agreement = norms[0].apply(similarity)
     if unpaired in UNPAIRED:
@@ -81,9 +83,9 @@ def accumulate_scores(
     Args:
         previous: (n,) scores so far.
         current: (n,) scores of this update alone.
-        momentum: mu of `ema`: mu * previous + (1 - mu) * current.
+        momentum: Weight mu of `ema`: mu * previous + (1 - mu) * current.
         accumulate: `ema`, or `sum`: the sum of all updates over their number (the paper's figure).
-        updates: how many updates `previous` holds, at least 1.
+        updates: Number of updates in `previous`, at least 1.
     """
     previous = previous.astype(np.float64)  # kept as float32
     if accumulate == "sum":
@@ -105,14 +107,14 @@ def balance_scores(
     """Balance scores of all rows of a data set (BSS, "balance score").
 
     Args:
-        similarity: (N,) how much the modalities agree on each row; see `Measurer`. NaN: fewer than two modalities.
-        information: (N,) how much each row has left to teach, e.g. its loss.
-        previous: (N,) scores before this update; None at the first.
-        momentum: mu in [0, 1) of the moving average; 0 is the released code.
+        similarity: (N,) agreement of the modalities of each row; see `Measurer`. NaN: fewer than two modalities.
+        information: (N,) how much each row can still teach, e.g. its loss.
+        previous: (N,) scores before this update; None for the first update.
+        momentum: Weight mu in [0, 1) of the old score in the moving average; 0 is the released code.
         accumulate: `ema` or `sum`, see `accumulate_scores`.
-        updates: number of updates in `previous`; only `sum` uses it.
+        updates: Number of updates in `previous`; only `sum` uses it.
         normalise: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
-        unpaired: rows without a similarity: refused (`error`), `neutral` or `lowest`; see `current_scores`.
+        unpaired: How rows without a similarity count: refused (`error`), `neutral` or `lowest`; see `current_scores`.
 
     Returns:
         (N,) float32 in [-1, 1], high = balanced: the bits that holders of scores keep, too.

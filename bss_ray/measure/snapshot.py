@@ -42,9 +42,9 @@ def update_model(model: nn.Module, snapshot: ModelSnapshot, skeleton: bytes) -> 
     """Give a module the weights of `snapshot`, in place: compiled code and memory stay as they are.
 
     Args:
-        model: was unpacked from another snapshot.
-        snapshot: of the same module at another time.
-        skeleton: of the snapshot that the module was unpacked from.
+        model: Module that was unpacked from another snapshot.
+        snapshot: Snapshot of the same module at another time.
+        skeleton: Skeleton of the snapshot that the module was unpacked from.
 
     Returns:
         False if that cannot be done, because more than the weights has changed.

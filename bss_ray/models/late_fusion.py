@@ -21,10 +21,10 @@ class LateFusion(nn.Module):
     """Encoders and heads of all modalities, and a fused head over the joined features.
 
     Args:
-        shapes: shape of one row of each modality: (D,) vectors, (L, D) sequences, (H, W) or (C, H, W) maps.
-        num_classes: C, the values each head returns: logits of classes, or the numbers of a regression.
-        width: features of each encoder, and base of its channels.
-        dropout: on the features, before the heads.
+        shapes: Shape of one row of each modality: (D,) vectors, (L, D) sequences, (H, W) or (C, H, W) images.
+        num_classes: Number C of values that each head returns: logits of classes, or the numbers of a regression.
+        width: Number of features of each encoder, and base of the numbers of its channels.
+        dropout: Dropout probability of the features, before the heads.
 
     Raises:
         ConfigError: a shape that no encoder takes.

@@ -26,9 +26,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> Non
     Prefixes that DistributedDataParallel and `torch.compile` put before all names are taken off.
 
     Args:
-        model: changed only if the weights fit.
-        state: a state dict.
-        source: where it is from, for the message.
+        model: Model that gets the weights; it is changed only if they fit.
+        state: A state dict.
+        source: Origin of the state dict, for the message.
 
     Raises:
         CheckpointError: names what is missing, unexpected, or of another shape.
@@ -84,9 +84,9 @@ def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, An
     must agree.
 
     Args:
-        build: the model for a number of classes.
-        state: a state dict.
-        source: where it is from, for the message.
+        build: Function that makes the model for a number of classes.
+        state: A state dict.
+        source: Origin of the state dict, for the message.
 
     Raises:
         CheckpointError: the weights do not tell it, or contradict themselves.

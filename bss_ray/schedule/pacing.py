@@ -28,12 +28,12 @@ def pacing(
     `geometric` grows by a constant factor, `step` is linear in `steps` equal jumps.
 
     Args:
-        t: epoch after burn-in, from 1.
-        initial: share before the first epoch, in (0, 1].
-        grow_epochs: epochs until the share is 1.
-        power: p of the root; no effect on the other shapes.
-        shape: one of `SHAPES`.
-        steps: number of jumps of `step`; no effect on the other shapes.
+        t: Epoch after burn-in, from 1.
+        initial: Share of rows before the first epoch, in (0, 1].
+        grow_epochs: Number of epochs until the share is 1.
+        power: Exponent p of the shape `root`; no effect on the other shapes.
+        shape: One of `SHAPES`.
+        steps: Number of jumps of the shape `step`; no effect on the other shapes.
 
     Returns:
         A share in (0, 1].

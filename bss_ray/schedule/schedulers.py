@@ -64,8 +64,8 @@ class Scheduler:
     """Base of all schedulers: uniform over all rows. Override what differs.
 
     Attributes:
-        burn_in: number of first epochs that are uniform over all rows. 0 scores the untrained model.
-        update_interval: epochs between two updates of the scores after burn-in; 0 means never.
+        burn_in: Number of first epochs that are uniform over all rows; 0 scores the untrained model.
+        update_interval: Number of epochs between two updates of the scores after burn-in; 0 means no update.
     """
 
     burn_in: int = 0
@@ -125,7 +125,8 @@ class Uniform(Scheduler):
     """Weight 1 for all rows, all rows each epoch: the control.
 
     Args:
-        update_interval: > 0 keeps scores up to date all the same, to look at; they change nothing.
+        update_interval: Number of epochs between two updates of the scores, which are only recorded and change nothing;
+            0 means no update.
     """
 
 
@@ -138,11 +139,11 @@ class Heuristic(Scheduler):
     `burn_in`: the released code scores the untrained model (`burn_in=0`).
 
     Args:
-        initial: share of rows before the first epoch, in (0, 1].
-        grow_epochs: epochs until all rows are in use.
-        power: p of the root shape.
-        shape: root, linear, geometric or step.
-        steps: jumps of the step shape.
+        initial: Share of rows before the first epoch, in (0, 1].
+        grow_epochs: Number of epochs until all rows are in use.
+        power: Exponent p of the shape `root`.
+        shape: Shape of the growth: `root`, `linear`, `geometric` or `step`.
+        steps: Number of jumps of the shape `step`.
 
     Raises:
         ScheduleError: a setting is out of its range.
@@ -194,16 +195,16 @@ class Learning(Scheduler):
     the epoch is the first `round(fraction * N)` rows of a weighted permutation, in the order drawn.
 
     Args:
-        temperature: > 0 sharpens (small) or flattens (large) the distribution; None is the released
-            code's linear weight.
-        fraction: share of the rows that an epoch presents, in (0, 1]; with `grow_epochs` its start.
-        uniform_mix: share e in [0, 1] of the uniform distribution e / N blended in, so that no row
-            is forgotten.
-        replacement: draw with replacement.
-        grow_epochs: None keeps `fraction` constant; a number grows it to 1 in so many epochs.
-        power: p of the root shape of that growth.
-        shape: shape of that growth.
-        steps: jumps of the step shape.
+        temperature: Positive number that sharpens (small) or flattens (large) the distribution; None is the linear
+            weight of the released code.
+        fraction: Share of the rows that an epoch presents, in (0, 1]; with `grow_epochs` its initial value.
+        uniform_mix: Share e in [0, 1] of the uniform distribution e / N that is mixed in, so that every row can be
+            drawn.
+        replacement: Whether rows are drawn with replacement.
+        grow_epochs: Number of epochs in which `fraction` grows to 1; None keeps it constant.
+        power: Exponent p of the shape `root` of that growth.
+        shape: Shape of that growth.
+        steps: Number of jumps of the shape `step`.
 
     Raises:
         ScheduleError: a setting is out of its range.

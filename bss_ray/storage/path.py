@@ -37,9 +37,9 @@ class StoragePath:
     Every write is whole or not at all: on an object store by nature, elsewhere beside, flushed and renamed.
 
     Attributes:
-        uri: path, or URI, that names it. It may hold a password, which `str()` does not show.
-        system: the file system.
-        path: on that file system.
+        uri: Path or URI that names the file or folder. It may hold a password, which `str()` does not show.
+        system: File system of the path.
+        path: Path on that file system.
     """
 
     uri: str
@@ -51,8 +51,8 @@ class StoragePath:
         """The place that a user names.
 
         Args:
-            place: path or URI; with `system` a path on it.
-            system: file system, where the place does not tell.
+            place: Path or URI; with `system` a path on that file system.
+            system: File system, if the place does not tell it.
 
         Raises:
             ConfigError: a URI that no file system takes.
