@@ -1,23 +1,23 @@
 """The errors of bss_ray.
 
-Everything a user can cause is a `BssRayError` and says three things: the rule, the value received
-and the remedy. What only a bug can cause is an `assert`.
+Every error that a user can cause is a `BssRayError` and says three things: the rule, the value received
+and the remedy. Errors that only a bug can cause are an `assert`.
 
     BssRayError
     ├── ConfigError (ValueError)        a setting is unknown, impossible, or contradicts another
     │   └── ScheduleError               ... of a scheduler or a pacing function
-    ├── DataError (ValueError)          columns, labels, inputs or ids of a data set
-    ├── ModelOutputError (ValueError)   what a model returned
+    ├── DataError (ValueError)          columns, labels, inputs or ids of a dataset
+    ├── ModelOutputError (ValueError)   the outputs of a model
     ├── WeightError (ValueError)        scores or sampling weights
     ├── CheckpointError (ValueError)    a checkpoint of other data, seed or format, or a damaged one
-    ├── ResourceError (ValueError)      what the cluster can never provide
-    ├── ScoringError (RuntimeError)     scores that could not be updated, again and again
-    ├── SearchError (RuntimeError)      a search none of whose trials ran to its end
-    ├── SubmitError (RuntimeError)      a cluster that does not take a job
+    ├── ResourceError (ValueError)      resources that the cluster can never provide
+    ├── ScoringError (RuntimeError)     scores that repeatedly could not be updated
+    ├── SearchError (RuntimeError)      a search without any complete trial
+    ├── SubmitError (RuntimeError)      a cluster that does not accept a job
     ├── StorageError (OSError)          a folder that cannot be written or read
     └── MissingDependencyError (ImportError)   an optional package that is not installed
 
-All of them carry one message and so survive pickling between processes.
+All of them have one message as their only argument, so they survive pickling between processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from types import ModuleType
 
 import numpy as np
 
-# So many row ids are named in a message.
+# Most row ids that a message names.
 NAMED_IDS = 5
 
 
@@ -47,11 +47,11 @@ class ScheduleError(ConfigError):
 
 
 class DataError(BssRayError, ValueError):
-    """Columns, labels, inputs or ids of a data set break a rule."""
+    """Columns, labels, inputs or ids of a dataset break a rule."""
 
 
 class ModelOutputError(BssRayError, ValueError):
-    """A model returned something that cannot be measured."""
+    """A model returned outputs that cannot be measured."""
 
 
 class WeightError(BssRayError, ValueError):
@@ -67,7 +67,7 @@ class ResourceError(BssRayError, ValueError):
 
 
 class ScoringError(BssRayError, RuntimeError):
-    """Scores could not be updated, more often in a row than is allowed."""
+    """Scores could not be updated more often in a row than allowed."""
 
 
 class SearchError(BssRayError, RuntimeError):
@@ -75,7 +75,7 @@ class SearchError(BssRayError, RuntimeError):
 
 
 class SubmitError(BssRayError, RuntimeError):
-    """A cluster does not answer, refuses a job, or was lost while one ran."""
+    """A cluster does not answer, refuses a job, or was lost while a job ran."""
 
 
 class StorageError(BssRayError, OSError):
@@ -110,7 +110,7 @@ def first_ids(bad: np.ndarray, first_row: int = 0, limit: int = NAMED_IDS) -> st
 
 @dataclass(frozen=True)
 class Problem:
-    """A rule that some rows break, as one of several processes has found it.
+    """A rule that some rows break, found by one of several processes.
 
     Attributes:
         rule: Rule that must hold; the text after a colon may differ between processes.
@@ -124,7 +124,7 @@ class Problem:
 
 
 def find_problem(rule: str, bad: np.ndarray, first_row: int = 0) -> list[Problem]:
-    """The problem with rows where `bad` (n,) is true, if there are any."""
+    """The problem of the rows for which `bad` (n,) is true, if there are such rows."""
     rows = np.flatnonzero(bad)
     return [Problem(rule, len(rows), (first_row + rows[:NAMED_IDS]).tolist())] if len(rows) else []
 
@@ -137,7 +137,7 @@ def raise_first_problem(found: Sequence[Problem], kind: type[BssRayError]) -> No
         kind: Type of the error.
 
     Raises:
-        BssRayError: of that kind, if there is any problem.
+        BssRayError: There is a problem; the error has the type `kind`.
     """
     if not found:
         return
@@ -151,10 +151,10 @@ def raise_first_problem(found: Sequence[Problem], kind: type[BssRayError]) -> No
 
 
 def optional_import(module: str, *, extra: str, needed_for: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it.
+    """Import an optional dependency, or say which extra installs it.
 
     Raises:
-        MissingDependencyError: `module` is not installed.
+        MissingDependencyError: The package of `module` is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Search space of the criteria: what of a row is measured, and how measures become its score."""
+"""Search space of the criteria: how a row is measured, and how measures become its score."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _RELEASED = {
 }
 _SUM = {name: value for name, value in _RELEASED.items() if name != "momentum"} | {"accumulate": "sum"}
 
-# The released code for CREMA-D, which is also this package's default; then with the equal weights that it has
-# for its other data sets; then with the paper's figure of the scores' memory.
+# The released code for CREMA-D, which is also this package's default; then with the equal weights of the released
+# code for its other datasets; then with the mean of all updates, as in the paper's figure.
 KNOWN_GOOD: list[dict[str, Any]] = [_RELEASED, {**_RELEASED, "fused_share": 0.5}, _SUM]
 
 
 def criteria(trial: optuna.Trial) -> dict[str, Any]:
     """Settings of `bss-ray train` for the criteria; the scheduler is that of the base settings.
 
-    Knobs: those of `measures` and of `memory`.
+    The knobs are those of `measures` and of `memory`.
 
-    The base settings' scheduler must use scores and update them, like `Learning`, the default. Under `Uniform`
-    only `fused_share` has an effect (on the loss); under a `Heuristic` that never updates, the default,
-    `accumulate` and `momentum` have none. `full` knows the scheduler and asks accordingly.
+    The scheduler of the base settings must use scores and update them, like `Learning`, the default. With `Uniform`
+    only `fused_share` has an effect (on the loss). With a `Heuristic` that never updates, the default, `accumulate`
+    and `momentum` have no effect. `full` knows the scheduler and asks only for knobs with an effect.
 
-    `fused_share` changes the training loss itself: compare trials by accuracy or the like, never by their loss.
+    `fused_share` changes the training loss itself: compare trials by a metric such as accuracy, never by the loss.
 
     Args:
         trial: The trial to ask.
@@ -47,21 +47,21 @@ def measures(trial: optuna.Trial) -> dict[str, Any]:
 
     Knobs, ranges and why:
 
-    * `similarity`: `prediction` or `feature`, the two of the paper's appendix.
+    * `similarity`: `prediction` or `feature`, the two similarities of the paper's appendix.
     * `information`: `loss` or `gradient_norm` (of the heads, in closed form).
-    * `fused_share` 0.05..0.95: `fused_weight`; `unimodal_weight` is the rest to 1. Only their ratio is
-      searched. A common factor leaves the scores as they are, since both normalisations take it out; in training
-      it is a learning rate of `sgd` by another name, and adamw's steps hardly see it (`loop.clip_norm` does).
+    * `fused_share` 0.05..0.95: `fused_weight`; `unimodal_weight` is 1 - `fused_share`. Only their ratio is
+      searched. A common factor does not change the scores, because both normalisations remove it; in training it
+      acts like the learning rate of `sgd`, and hardly changes adamw's steps (it changes `loop.clip_norm`'s effect).
       Not 0, which would not train the fused head, nor 1, which would not train the heads that `prediction` compares.
-    * `normalise`: `minmax`, the paper's, or `rank`, which one outlier cannot flatten.
+    * `normalise`: `minmax`, as in the paper, or `rank`, which one outlier cannot flatten.
 
     `feature` and `gradient_norm` need a model that returns the inputs of its heads (`outputs["features"]`), as
-    the default model does, and `feature` those of the modalities in one length.
+    the default model does; `feature` needs the same length for all modalities.
 
-    Not searched: `full_gradient_norm`, a forward and a backward pass for each row, which would be most of a
-    study's time, and which the engine `online` cannot make; try it by hand where `gradient_norm` wins.
-    `scoring.engine`, which is a matter of cost. `measurer.task`, `measurer.loss_function` and
-    `scoring.unpaired`, which are the data's.
+    Not searched are `full_gradient_norm`, whose forward and backward pass for each row would take most of a
+    study's time, and which the engine `online` cannot compute (try it by hand if `gradient_norm` wins);
+    `scoring.engine`, which changes the cost; and `measurer.task`, `measurer.loss_function` and
+    `scoring.unpaired`, which depend on the data.
 
     Args:
         trial: The trial to ask.
@@ -80,14 +80,14 @@ def measures(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def memory(trial: optuna.Trial) -> dict[str, Any]:
-    """What scores keep of earlier updates; without effect where there is only one.
+    """How scores remember earlier updates; without effect if there is only one update.
 
     Knobs, ranges and why:
 
-    * `accumulate`: `ema`, a moving average, or `sum`, the mean of all updates (the paper's figure).
-    * `momentum` (see there), only for `ema`; `sum` has none and refuses one.
+    * `accumulate`: `ema`, a moving average, or `sum`, the mean of all updates (as in the paper's figure).
+    * `momentum` (see the function), only for `ema`; `sum` has no momentum and refuses one.
 
-    The engine `online` and `scoring.bad_rows=keep` refuse `sum`, since they do not update all rows alike: under
+    The engine `online` and `scoring.bad_rows=keep` refuse `sum`, because they do not update all rows alike: with
     such base settings make a space of `measures` and `momentum`.
 
     Args:
@@ -106,8 +106,8 @@ def memory(trial: optuna.Trial) -> dict[str, Any]:
 def momentum(trial: optuna.Trial) -> float:
     """The knob `momentum` of the moving average of scores.
 
-    0..0.9: from 0.9 on a score remembers more than ten updates, longer than many runs. 0, the released code, keeps
-    nothing.
+    Range 0..0.9: from 0.9 on a score remembers more than ten updates, which is longer than many runs. With 0, as in
+    the released code, it remembers nothing.
 
     Args:
         trial: The trial to ask.

@@ -1,4 +1,4 @@
-"""Search space of everything that samples: which scheduler, its knobs, and the criteria."""
+"""Search space of all sampling: which scheduler, its knobs, and the criteria."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tune_spaces import criteria, heuristic, learning
 if TYPE_CHECKING:
     import optuna
 
-# Both have a `burn_in`, with another range, and what suits one of them need not suit the other.
+# Both schedulers have a `burn_in`, with different ranges, and the best value for one need not suit the other.
 _LEARNING, _HEURISTIC = "learning_", "heuristic_"
 
 
@@ -19,17 +19,17 @@ def full(trial: optuna.Trial) -> dict[str, Any]:
     Knobs:
 
     * `scheduler`: `Learning` or `Heuristic`.
-    * those of `tune_spaces.learning.schedule`, named `learning_*`, or of `tune_spaces.heuristic.schedule`, named
+    * the knobs of `tune_spaces.learning.schedule`, named `learning_*`, or of `tune_spaces.heuristic.schedule`, named
       `heuristic_*`.
-    * those of `tune_spaces.criteria.measures`, shared by both schedulers.
-    * those of `tune_spaces.criteria.memory`, likewise, where scores are updated at all: not under a `Heuristic`
-      without `refresh`.
+    * the knobs of `tune_spaces.criteria.measures`, shared by both schedulers.
+    * the knobs of `tune_spaces.criteria.memory`, shared by both schedulers, if scores are updated at all, which a
+      `Heuristic` without `refresh` does not do.
 
-    A trial has up to 15 knobs. For a study of few trials take `learning`.
+    A trial has up to 15 knobs. For a study of few trials use `learning`.
 
-    Not searched: `Uniform`, the control: it has no knobs and is run beside a study, with as many seeds as the
-    winner. The optimiser, the model, the batch size and the number of epochs (`loop.*`, `model.*`, `batch_size`):
-    a better learning rate would pass for better sampling, and the control would have to be tuned as well.
+    Not searched are `Uniform`, the control, which has no knobs and is run after a study with as many seeds as the
+    winner; and the optimiser, the model, the batch size and the number of epochs (`loop.*`, `model.*`, `batch_size`):
+    a better learning rate would look like better sampling, and the control would have to be tuned as well.
 
     Args:
         trial: The trial to ask.
@@ -52,7 +52,7 @@ def full(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def _point(scheduler: str, prefix: str, schedule: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
-    """A point of a scheduler's space and one of `criteria`; of two momenta the scheduler's."""
+    """A point of a scheduler's space joined with a point of `criteria`; of two momenta the scheduler's is kept."""
     knobs = {"scheduler": scheduler, **measured}
     for name, value in schedule.items():
         knobs[name if name == "momentum" else f"{prefix}{name}"] = value
@@ -64,8 +64,8 @@ def _point(scheduler: str, prefix: str, schedule: dict[str, Any], measured: dict
 _RELEASED, *_OTHERS = criteria.KNOWN_GOOD
 _DEFAULT = {name: value for name, value in learning.KNOWN_GOOD[1].items() if name != "momentum"}
 
-# All of both schedulers, with the released code's criteria; then the setting of `bss-ray train` without a named
-# scheduler, with the other criteria.
+# All points of both schedulers with the criteria of the released code; then the setting of `bss-ray train` without
+# a named scheduler with the other criteria.
 KNOWN_GOOD: list[dict[str, Any]] = [
     *(_point("Learning", _LEARNING, point, _RELEASED) for point in learning.KNOWN_GOOD),
     *(_point("Heuristic", _HEURISTIC, point, _RELEASED) for point in heuristic.KNOWN_GOOD),

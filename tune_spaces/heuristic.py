@@ -1,4 +1,4 @@
-"""Search space of BSS-H: `bss_ray.Heuristic`, and the memory of the scores."""
+"""Search space of BSS-H: `bss_ray.Heuristic`, and the momentum of the scores."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tune_spaces.criteria import momentum
 if TYPE_CHECKING:
     import optuna
 
-# Those of the pace, with scores that are kept for the whole run, as released.
+# The points of the pacing, with scores that are kept for the whole run, as in the released code.
 KNOWN_GOOD: list[dict[str, Any]] = [{**point, "refresh": False} for point in pacing.KNOWN_GOOD]
 
 
 def heuristic(trial: optuna.Trial) -> dict[str, Any]:
     """Settings of `bss-ray train` with BSS-H.
 
-    Knobs: those of `schedule`, and `momentum` (see `tune_spaces.criteria.momentum`) only where scores are
-    refreshed; it has no effect on the first ones.
+    The knobs are those of `schedule`, and `momentum` (see `tune_spaces.criteria.momentum`) only if scores are
+    updated; it has no effect on the first scores.
 
-    Not searched: how balance is measured (that is `criteria`). `scoring.accumulate` must be `ema` in the base
+    How balance is measured is not searched (see `criteria`). `scoring.accumulate` must be `ema` in the base
     settings, the default: `sum` has no momentum and refuses one.
 
     Args:
@@ -39,8 +39,8 @@ def schedule(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
 
     Knobs, ranges and why:
 
-    * those of `tune_spaces.pacing.pacing`;
-    * `refresh`: False keeps the scores of the end of burn-in, as released; True makes new ones every
+    * the knobs of `tune_spaces.pacing.pacing`;
+    * `refresh`: False keeps the scores from the end of burn-in, as in the released code; True makes new scores every
       `update_interval` epochs;
     * `update_interval` 1..8, logarithmic, only with `refresh`: 1, 2 and 4 differ more than 6, 7 and 8.
 

@@ -1,4 +1,4 @@
-"""Search space of BSS-L: `bss_ray.Learning`, and the memory of the scores."""
+"""Search space of BSS-L: `bss_ray.Learning`, and the momentum of the scores."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _RELEASED = {
 }
 _PROTOTYPE = {**_RELEASED, "weight": "exponential", "temperature": 0.25, "fraction": 0.7, "grows": False}
 
-# The released code (every row once per epoch, in the order drawn), then the two settings that this
-# project's prototype on small audio-visual digits ended with. All with a burn-in of one epoch.
+# The released code (every row once per epoch, in the order drawn), then the two settings that this project's
+# prototype on small audio-visual digits arrived at, all of them with a burn-in of one epoch.
 KNOWN_GOOD: list[dict[str, Any]] = [_RELEASED, _PROTOTYPE, {**_PROTOTYPE, "momentum": 0.5}]
 
 
 def learning(trial: optuna.Trial) -> dict[str, Any]:
     """Settings of `bss-ray train` with BSS-L.
 
-    Knobs: those of `schedule`, and `momentum` (see `tune_spaces.criteria.momentum`).
+    The knobs are those of `schedule`, and `momentum` (see `tune_spaces.criteria.momentum`).
 
-    Not searched: how balance is measured (that is `criteria`). `scoring.accumulate` must be `ema` in the base
+    How balance is measured is not searched (see `criteria`). `scoring.accumulate` must be `ema` in the base
     settings, the default: `sum` has no momentum and refuses one.
 
     Args:
@@ -46,17 +46,17 @@ def schedule(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
 
     Knobs, ranges and why:
 
-    * `burn_in` 1..5: 0 would score a model that knows nothing.
+    * `burn_in` 1..5: 0 would score an untrained model.
     * `update_interval` 1..8, logarithmic: 1, 2 and 4 differ more than 6, 7 and 8.
     * `weight`: `linear` is the released code and has no temperature; `exponential` has one.
-    * `temperature` 0.05..2, logarithmic. Weights of scores 1 and -1 differ by exp(2 / temperature): at 2 by
-      a factor of 3, nearly uniform; at 0.05 by e^40, nearly the choice of the best rows only.
-    * `uniform_mix` 0..0.5: more than half uniform is better said by a higher temperature.
+    * `temperature` 0.05..2, logarithmic. The weights of the scores 1 and -1 differ by a factor of
+      exp(2 / temperature): 3 at 2, which is nearly uniform; e^40 at 0.05, which nearly takes the best rows only.
+    * `uniform_mix` 0..0.5: for more than half uniform, a higher temperature does the same.
     * `fraction` 0.3..1 in steps of 0.05: finer steps are lost in the noise between seeds.
-    * `grows`, `grow_epochs` 5..60, logarithmic: only where `fraction` < 1, there is no growth beyond all rows.
+    * `grows`, `grow_epochs` 5..60, logarithmic: only if `fraction` < 1, because nothing can grow beyond all rows.
 
-    Not searched: `replacement` (it lost 6 to 15 points in the prototype), and the shape of the growth (second
-    order beside `fraction` and `grow_epochs`).
+    Not searched are `replacement` (it lost 6 to 15 points in the prototype), and the shape of the growth (of less
+    importance than `fraction` and `grow_epochs`).
 
     Args:
         trial: The trial to ask.

@@ -1,4 +1,4 @@
-"""Search space of BSS-H's pace: how fast `bss_ray.Heuristic` goes from the best rows to all rows."""
+"""Search space of the pacing of BSS-H: how fast `bss_ray.Heuristic` grows from the best rows to all rows."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ if TYPE_CHECKING:
 
 _RELEASED = {"burn_in": 0, "initial": 0.1, "grow_epochs": 40, "shape": "root", "power": 2.0}
 
-# The released code (scores of the untrained model), then the same with this package's default burn-in of
-# one epoch.
+# The released code (scores of the untrained model), then the same with this package's default of one epoch of
+# burn-in.
 KNOWN_GOOD: list[dict[str, Any]] = [_RELEASED, {**_RELEASED, "burn_in": 1}]
 
 
 def pacing(trial: optuna.Trial, prefix: str = "") -> dict[str, Any]:
-    """Settings of `bss-ray train` with BSS-H: the pace, and nothing else.
+    """Settings of `bss-ray train` with BSS-H: the pacing, and nothing else.
 
     Knobs, ranges and why:
 
     * `burn_in` 0..5: 0 is the released code, which scores before any training.
-    * `initial` 0.05..0.6, logarithmic: it is a share, and from 0.6 on little is left to grow.
-    * `grow_epochs` 5..60, logarithmic: a few epochs more matter at 5, not at 60. They count from the end of
-      burn-in; beyond the length of a run they mean that the run never sees all rows.
+    * `initial` 0.05..0.6, logarithmic: from a share of 0.6 on little is left to grow.
+    * `grow_epochs` 5..60, logarithmic: a few more epochs matter at 5, not at 60. They count from the end of
+      burn-in; if they exceed the length of a run, the run never presents all rows.
     * `shape` of the growth: `root` is fast at first, `geometric` slow at first, `linear` between them, `step`
       linear in jumps.
-    * `power` 1.5..4, only for `root`: 1 would be `linear`; with 4 and the released `initial` and `grow_epochs`
-      the first epoch has 40 % of the rows (with 2, as released, 19 %).
-    * `steps` 2..10, only for `step`: with one jump it would stay at `initial` until all rows come at once; with
-      as many as `grow_epochs` it is `linear`.
+    * `power` 1.5..4, only for `root`: 1 would be `linear`. With 4 and the released `initial` and `grow_epochs`
+      the first epoch has 40 % of the rows (19 % with 2, as in the released code).
+    * `steps` 2..10, only for `step`: with one jump the share would stay at `initial` and then jump to all rows; with
+      as many jumps as `grow_epochs` it would be `linear`.
 
-    Not searched: `update_interval` (by default never, as released) and `scoring.momentum`, which has an effect
-    only with it: `heuristic` has both. They stay as the base settings have them, like everything else.
+    Not searched are `update_interval` (by default no update, as in the released code) and `scoring.momentum`, which
+    has an effect only with updates: `heuristic` has both. They stay as in the base settings.
 
     Args:
         trial: The trial to ask.

@@ -1,1 +1,1 @@
-"""Data: shards with stable row ids, from any Ray Dataset; and the embedded data set AV-Digits."""
+"""Data: shards with stable row ids, from any Ray Dataset; and the embedded dataset AV-Digits."""

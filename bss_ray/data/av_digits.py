@@ -1,7 +1,7 @@
-"""AV-Digits: the small audio-visual data set inside the package.
+"""AV-Digits: the small audio-visual dataset inside the package.
 
-Handwritten digits (8x8 images) paired with the same digit spoken (32x32 log-mel spectrograms, noisy).
-`scripts/make_av_digits.py` made the Parquet file beside this module; `docs/av_digits.md` is its data card.
+Handwritten digits (8x8 images), each paired with the same digit spoken in noise (32x32 log-mel spectrograms).
+`scripts/make_av_digits.py` made the Parquet file next to this module; `docs/av_digits.md` is its data card.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ IMAGE_LEVELS = 16  # pixels are 0 (paper) .. 16 (ink)
 AUDIO_SHAPE = (32, 32)  # (mel band, frame), low band and early frame first
 AUDIO_DB_RANGE = (-65.0, -10.0)  # decibels stored as level 0 and level 255
 
-# Mean and standard deviation over the training split, rounded: fixed, so that no caller fits them on its own subset.
+# Mean and standard deviation over the training split, rounded; fixed, so that no caller fits them on its own subset.
 IMAGE_MEAN, IMAGE_STD = 4.9, 6.0  # pixel levels
 AUDIO_MEAN, AUDIO_STD = -40.0, 4.6  # decibels
 
-_BLOCKS = 4  # enough for two ranks to read at once, and for tests to cross a block's edge
+_BLOCKS = 4  # enough for two ranks to read at once, and for tests to cross a block's boundary
 
 
 def av_digits(split: str, *, mispaired: float = 0.0, seed: int = 0) -> ray.data.Dataset:
     """One split of AV-Digits as a Ray Dataset of four blocks, in the row order of `av_digits_table`.
 
-    Args and errors are those of `av_digits_table`; so are the columns, with `image` and `audio` as tensors.
+    Arguments, errors and columns are those of `av_digits_table`, with `image` and `audio` as tensors.
     """
-    import ray.data  # late: it takes seconds, and the table needs none of it
+    import ray.data  # imported late: it takes seconds, and the table does not need it
 
     table = av_digits_table(split, mispaired=mispaired, seed=seed)
     arrow = pa.table({name: _to_arrow(column) for name, column in table.items()})
@@ -78,7 +78,7 @@ def av_digits_table(split: str, *, mispaired: float = 0.0, seed: int = 0) -> dic
 
 
 def _mispair(table: dict[str, np.ndarray], count: int, seed: int) -> dict[str, np.ndarray]:
-    """A copy of `table` with `count` rows re-paired. Donors are the original rows, so errors do not chain."""
+    """A copy of `table` with `count` rows re-paired, always from original rows, so that errors do not chain."""
     label = table["label"]
     rng = np.random.Generator(np.random.Philox(seed))
     rows = rng.permutation(len(label))[:count]
@@ -87,7 +87,7 @@ def _mispair(table: dict[str, np.ndarray], count: int, seed: int) -> dict[str, n
     mixed = {name: column.copy() for name, column in table.items()}
     mixed["mispaired"][rows] = True
     half = count // 2
-    # What describes a modality travels with it.
+    # The columns that describe a modality travel with it.
     for names, part in (("audio", "snr_db"), slice(None, half)), (("image", "image_id"), slice(half, None)):
         for name in names:
             mixed[name][rows[part]] = table[name][donors[part]]

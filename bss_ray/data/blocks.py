@@ -1,4 +1,4 @@
-"""The blocks of a Ray Dataset, in order, and which of their rows make a shard."""
+"""The blocks of a Ray Dataset, in order, and the rows of them that make a shard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bss_ray.runtime.wait import call_with_timeout, iterate_with_timeout
 
 
 class Block(NamedTuple):
-    """Rows of a block: `rows` from its row `offset` on are rows `first_row` and following of the data set."""
+    """Rows of a block: `rows` from its row `offset` on are rows `first_row` and following of the dataset."""
 
     ref: Any
     first_row: int
@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Rows [start, stop) of the data set, and blocks that hold them."""
+    """Rows [start, stop) of the dataset, and the blocks that hold them."""
 
     start: int
     stop: int
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
 
     @property
     def slices(self) -> list[tuple[int, int]]:
-        """Which rows of each of the blocks."""
+        """The rows of each block that belong to the cut."""
         return [
             (
                 block.offset + max(self.start, block.first_row) - block.first_row,
@@ -43,16 +43,16 @@ class Cut(NamedTuple):
 
 
 def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, None, None]:
-    """Run the data set and yield its blocks in order, as they are made.
+    """Execute the dataset and yield its blocks in order, as they are made.
 
     Raises:
-        DataError: it has no rows, or lacks a column.
+        DataError: The dataset has no rows, or lacks a column.
     """
     try:
         schema = _schema_of(dataset)
     except ValueError:
-        # Ray Data has no type for a column of tensors in some blocks and of tensors and nulls in others, and asks for
-        # one where blocks are there already. Of those still to be made it looks at the first.
+        # Ray Data has no type for a column of tensors in some blocks and of tensors and nulls in others, and needs a
+        # type if blocks exist already. Of blocks that are still to be made it reads the first only.
         dataset = dataset.map_batches(lambda block: block, batch_size=None, batch_format="pyarrow")
         schema = _schema_of(dataset)
     check_columns(schema, columns)
@@ -62,16 +62,16 @@ def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, Non
 
 
 def _schema_of(dataset: ray.data.Dataset) -> ray.data.Schema | None:
-    """Of the first rows, which Ray Data may have to make."""
+    """Schema of the first rows, which Ray Data may have to make."""
     schema: ray.data.Schema | None = call_with_timeout(dataset.schema, "the data set's first rows")
     return schema
 
 
 def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
-    """Refuse a data set that lacks a column.
+    """Refuse a dataset that lacks a column.
 
     Raises:
-        DataError: it does, or has no rows.
+        DataError: The dataset lacks a column, or has no rows.
     """
     if schema is None:
         raise DataError("the data set has no rows and no columns. Check the path, or the filter that left none")
@@ -81,7 +81,7 @@ def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
 
 
 def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
-    """Run the data set and yield its blocks that have rows, as they are made; in order, if it preserves order."""
+    """Execute the dataset and yield its blocks that have rows, as they are made; in order, if it preserves order."""
     first_row = 0
     for bundle in iterate_with_timeout(_bundles_of(dataset), "the data set's next rows"):
         for entry, cut in zip(bundle.blocks, bundle.slices, strict=True):
@@ -93,13 +93,13 @@ def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
 
 
 def _bundles_of(dataset: ray.data.Dataset) -> Iterator[Any]:
-    """A generator, as already the call waits for the first bundle."""
-    # The only use of Ray Data's developer API: references to blocks without moving them.
+    """The blocks as a generator, because the call itself waits for the first bundle."""
+    # The only use of Ray Data's developer API: it gives references to blocks without moving the blocks.
     yield from dataset.iter_internal_ref_bundles()
 
 
 def take_until(blocks: Iterator[Block], limit: float) -> tuple[deque[Block], bool]:
-    """Blocks of up to `limit` bytes and the one that goes beyond it; whether they are all there are."""
+    """Blocks of up to `limit` bytes and the block that exceeds it; and whether these are all blocks."""
     held: deque[Block] = deque()
     size = 0
     for block in blocks:
@@ -111,13 +111,13 @@ def take_until(blocks: Iterator[Block], limit: float) -> tuple[deque[Block], boo
 
 
 def drain(held: deque[Block]) -> Iterator[Block]:
-    """The blocks, let go one by one: a block lives as long as a reference to it does."""
+    """The blocks, released one by one: a block lives as long as a reference to it."""
     while held:
         yield held.popleft()
 
 
 def cut_as_they_come(blocks: Iterable[Block], shard_bytes: int) -> Iterator[Cut]:
-    """Cuts of about `shard_bytes`, as the blocks come; a larger block makes several."""
+    """Cuts of about `shard_bytes`, as the blocks come; a larger block is divided into several cuts."""
     group: list[Block] = []
     size = 0
     for block in blocks:
@@ -131,7 +131,7 @@ def cut_as_they_come(blocks: Iterable[Block], shard_bytes: int) -> Iterator[Cut]
 
 
 def cut_evenly(blocks: list[Block], count: int) -> Iterator[Cut]:
-    """So many cuts of the blocks' rows, equal to within one row; fewer where there are fewer rows."""
+    """The blocks' rows in `count` cuts whose sizes differ by at most one row; fewer cuts if there are fewer rows."""
     first, rows = blocks[0].first_row, sum(block.rows for block in blocks)
     count = min(count, rows)
     for index in range(count):

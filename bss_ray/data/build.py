@@ -1,8 +1,8 @@
-"""From a Ray Dataset to shards: execute it once, check every row, cut it into runs of rows.
+"""From a Ray Dataset to shards: execute it once, check every row, cut it into consecutive rows.
 
-For the object store all blocks are there before the first shard is made. For any other store they stream: a shard
-is written as soon as its blocks are there, and then they are let go. `blocks` has the execution and the cuts, `tasks`
-what makes one shard.
+For the object store all blocks exist before the first shard is made. For any other store they stream: a shard
+is written as soon as its blocks exist, and then the blocks are released. `blocks` has the execution and the cuts,
+`tasks` makes one shard.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from bss_ray.errors import DataError, raise_first_problem
 from bss_ray.names import presence_column
 from bss_ray.runtime.wait import wait_for
 
-# Large enough that a shard's overhead (a few hundred microseconds to open) is nothing, small enough
+# Large enough that a shard's overhead (a few hundred microseconds to open) is negligible, small enough
 # that shards spread evenly over nodes and scorers.
 SHARD_BYTES = 128 << 20
 
-# Blocks and the shards made of them are in the object store at the same time, and Ray needs some of it too.
+# Blocks and the shards made of them are in the object store at the same time, and Ray needs a part of it too.
 _MEMORY_SHARE = 0.4
 
 OnNotice = Callable[[str], None]
@@ -69,10 +69,10 @@ def build_shards(
         on_notice: Function that is called with messages to the user, e.g. that the rows go to disk.
 
     Raises:
-        DataError: no rows, no such column, an input that is not numeric or not finite, ragged shapes, a row
-            without any modality, a modality that no row has, labels missing or not of the task's kind, ids that
-            occur twice.
-        StorageError: the store cannot be written.
+        DataError: There are no rows, a column is missing, an input is not numeric or not finite, shapes differ, a row
+            has no modality, no row has a certain modality, labels are missing or not of the task's kind, or an id
+            occurs twice.
+        StorageError: The store cannot be written.
     """
     config, tell = store or StoreConfig(), on_notice or (lambda _text: None)
     writer = _writer(config)
@@ -84,7 +84,7 @@ def build_shards(
 
     blocks = execute(dataset, columns)
     memory = _MEMORY_SHARE * _memory() if memory_bytes is None else memory_bytes
-    # A stream is held back until there is enough of it for the shards that are wanted.
+    # A stream is held back until it has enough blocks for `min_shards`.
     limit = {"object": math.inf, "auto": memory}.get(config.kind, min(min_shards * SHARD_BYTES, memory))
     held, complete = take_until(blocks, limit)
     if complete and not held:
@@ -101,8 +101,8 @@ def build_shards(
         tasks.run(cuts)
         return writer.finish(_check(tasks), key)
     except BaseException:
-        blocks.close()  # Ray Data stops, too
-        tasks.settle()  # a task that still writes would bring back what is removed now
+        blocks.close()  # closing also stops Ray Data
+        tasks.settle()  # a task that still writes would create again what is removed now
         writer.discard()
         raise
 
@@ -120,7 +120,7 @@ def build_split(
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
 ) -> Shards:
-    """`build_shards` for one split of a data set, with the split's name in errors.
+    """`build_shards` for one split of a dataset, with the split's name in errors.
 
     Args:
         split: Name of the split: `train`, `validation` or `test`.
@@ -135,8 +135,8 @@ def build_split(
         on_notice: See `build_shards`.
 
     Raises:
-        StorageError: see `build_shards`.
-        DataError: see `build_shards`; or shape or dtype of a modality differ from the training rows'.
+        StorageError: See `build_shards`.
+        DataError: See `build_shards`; or shape or dtype of a modality differ from those of the training rows.
     """
     if train is not None:
         columns = dataclasses.replace(columns, id=None, extra=())
@@ -169,20 +169,20 @@ def build_split(
 
 
 def _writer(config: StoreConfig) -> Writer:
-    """What fills the store; for `auto` the one on disk, which may know the data set already."""
+    """The writer of the store; for `auto` that of the disk store, which may have the dataset already."""
     if config.kind == "object":
         return ObjectWriter()
     if config.kind == "lance":
         from bss_ray.data.lance import LanceWriter
 
         return LanceWriter(str(config.folder))
-    # A relative folder means one beside the driver; "~" is each node's own.
+    # A relative folder is relative to the driver's folder; "~" is each node's own.
     folder = config.folder if config.folder is None or config.folder.startswith("~") else os.path.abspath(config.folder)
     return DiskWriter(folder, config.max_gib)
 
 
 def _find(writer: Writer, key: str, min_shards: int, tell: OnNotice) -> Shards | None:
-    """What an earlier run has stored, if it is whole and there are shards enough."""
+    """The shards that an earlier run has stored, if all of them exist and there are enough of them."""
     found, notices = writer.find(key)
     for notice in notices:
         tell(notice)
@@ -190,7 +190,7 @@ def _find(writer: Writer, key: str, min_shards: int, tell: OnNotice) -> Shards |
 
 
 def _memory() -> float:
-    """Bytes of all object stores."""
+    """Size of all object stores in bytes."""
     return float(ray.cluster_resources().get("object_store_memory", 0))
 
 
@@ -206,10 +206,10 @@ def _spill_notice(limit: float, folder: str | None) -> str:
 
 
 def _check(tasks: Tasks) -> Shards:
-    """Shards of the tasks' results, if all rows are sound.
+    """The shards from the tasks' results, if no row breaks a rule.
 
     Raises:
-        DataError: some are not.
+        DataError: Some rows break a rule.
     """
     reports: list[Report] = wait_for(tasks.reports, "the reports on the shards")
     raise_first_problem([problem for report in reports for problem in report.problems], DataError)
@@ -234,10 +234,10 @@ def _check(tasks: Tasks) -> Shards:
 
 
 def _common_features(reports: list[Report]) -> dict[str, Feature]:
-    """The shards' one schema.
+    """The common schema of all shards.
 
     Raises:
-        DataError: shards differ.
+        DataError: The schemas of shards differ.
     """
     first = reports[0].features
     for report in reports[1:]:
@@ -251,7 +251,7 @@ def _common_features(reports: list[Report]) -> dict[str, Feature]:
 
 
 def _fingerprint(features: dict[str, Feature], reports: list[Report], leave_out: set[str]) -> str:
-    """Digest of what the rows hold; columns that say nothing are left out."""
+    """Digest of the content of the rows; columns without information are left out."""
     names = reports[0].digests.keys() - leave_out
     content = {
         "rows": sum(report.rows for report in reports),
@@ -274,7 +274,7 @@ def _refuse_duplicates(shards: Shards, name: str, suspects: np.ndarray) -> None:
     """Compare the ids themselves where their hashes are equal.
 
     Raises:
-        DataError: an id occurs twice; names the first and its rows.
+        DataError: An id occurs twice; the error names the first such id and its rows.
     """
     seen: dict[str, int] = {}
     for row, value in zip(suspects, shards.gather(suspects, (name,))[name] if len(suspects) else [], strict=True):

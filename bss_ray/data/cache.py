@@ -1,14 +1,14 @@
-"""The folder on one node's disk that keeps data sets for later runs. No Ray in here.
+"""The folder on one node's disk that keeps datasets for later runs. This module does not use Ray.
 
-    <folder>/<data set>/shard-00000.arrow ...   uncompressed Arrow IPC files, to be memory-mapped
-    <folder>/<data set>/manifest.json           written last: what the data set is, and each file's checksum
-    <folder>/<data set>/lock                    every process that reads the data set holds a shared flock on it
-    <folder>/keys/<key>.json                    which data set was made from which source
+    <folder>/<dataset>/shard-00000.arrow ...    uncompressed Arrow IPC files, which are memory-mapped
+    <folder>/<dataset>/manifest.json            description of the dataset and checksum of each file; written last
+    <folder>/<dataset>/lock                     every process that reads the dataset holds a shared flock on it
+    <folder>/keys/<key>.json                    which dataset was made from which source
     <folder>/.new-<build>-<node>/               shards that are being made
 
-Files are written whole under `.new-<build>-<node>` and then renamed, so a name that is there is a whole file. A data
-set's name is that of its content: two builds at once write the same files, and either may win. Locks are
-flocks, which end with their process, however it ends.
+Files are written under `.new-<build>-<node>` and then renamed, so a file with a final name is complete. The name of a
+dataset is made from its content: two builds at once write the same files, and it does not matter which is first.
+Locks are flocks, which end with their process, however it ends.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from bss_ray.storage.files import sync_folder, write_local
 
 
 def to_batch(arrays: Arrays, notes: dict[str, str] | None = None) -> pa.RecordBatch:
-    """Columns (rows, ...) as a record batch, without a copy where they are contiguous.
+    """Columns (rows, ...) as a record batch; contiguous columns are not copied.
 
     Args:
         arrays: Arrays of the columns, `{column: (rows, ...)}`.
         notes: Metadata of the schema.
 
     Raises:
-        DataError: a column of Python objects that Arrow has no type for.
+        DataError: Arrow has no type for a column of Python objects.
     """
     columns = {name: _encode(values, name) for name, values in arrays.items()}
     fields = [
@@ -68,7 +68,7 @@ def to_array(column: pa.Array, field: pa.Field) -> np.ndarray:
     width = values.type.bit_width // 8
     raw = np.frombuffer(values.buffers()[-1], np.uint8, count=len(values) * width, offset=values.offset * width)
     array: np.ndarray = raw.view(dtype).reshape(len(column), *shape)
-    array.flags.writeable = False  # Arrow has buffers that could be written
+    array.flags.writeable = False  # Arrow's buffers may be writable
     return array
 
 
@@ -91,15 +91,15 @@ def _encode(values: np.ndarray, name: str) -> Any:
     return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, items)
 
 
-# A data set is not removed for so long after its last use: processes of a new run may be about to open it.
+# Seconds after its last use in which a dataset is not removed: processes of a new run may be about to open it.
 _IDLE_S = 3600.0
-# What an interrupted build or cleaning has left is removed after so long.
+# Seconds after which the remains of an interrupted build or cleaning are removed.
 _ABANDONED_S = 86400.0
 _DATA_SET = re.compile(r"[0-9a-f]{32}-[0-9a-f]{8}")
 
 
 class FileEntry(NamedTuple):
-    """One shard's file.
+    """Description of the file of one shard.
 
     Attributes:
         name: Name of the file in its dataset's folder.
@@ -121,7 +121,7 @@ def cache_folder(folder: str | None) -> Path:
 
 
 def write_shard(path: Path, arrays: Arrays, notes: dict[str, str]) -> FileEntry:
-    """Write columns {column: (rows, ...)} to an Arrow file, down to the disk; nothing is left if that fails.
+    """Write columns {column: (rows, ...)} to an Arrow file and flush it to the disk; after a failure no file is left.
 
     Raises:
         StorageError: the disk is full or cannot be written.
@@ -147,7 +147,7 @@ def checksum(path: Path) -> int:
 
 
 def is_sound(path: Path, entry: FileEntry) -> bool:
-    """Whether the file is there and has the bytes it had when it was written."""
+    """Whether the file exists and has the bytes it had when it was written."""
     try:
         return path.stat().st_size == entry.size and checksum(path) == entry.checksum
     except FileNotFoundError:
@@ -158,14 +158,14 @@ def map_shard(path: Path, entry: FileEntry) -> Arrays:
     """Memory-map a shard's file: read-only views, `{column: (rows, ...)}`.
 
     Raises:
-        StorageError: the file is not there, or is not what was written.
+        StorageError: The file does not exist, or is not what was written.
     """
     remedy = f"It is only a copy: remove the folder {path.parent} and run again, then it is made anew"
     try:
         size = path.stat().st_size
         if size != entry.size:
             raise StorageError(f"{path} is damaged: it has {size} bytes and needs {entry.size}. {remedy}")
-        with pa.memory_map(str(path)) as source:  # closing gives the descriptor back; the views keep the mapping
+        with pa.memory_map(str(path)) as source:  # closing frees the descriptor; the views keep the mapping
             return to_arrays(pa.ipc.open_file(source).get_batch(0))
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise StorageError(f"{path} is damaged: {error}. {remedy}") from error
@@ -175,7 +175,7 @@ def map_shard(path: Path, entry: FileEntry) -> Arrays:
 
 @contextmanager
 def _refusing_politely(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn errors of the disk into what the user can do about them.
+    """Turn errors of the disk into errors that say what the user can do.
 
     Raises:
         StorageError: names the path, what is needed, what is free, and the remedy.
@@ -198,24 +198,24 @@ _held: dict[Path, int] = {}
 
 
 def hold(data_set: Path) -> None:
-    """Mark a data set as in use, for as long as this process lives.
+    """Mark a dataset as in use, for as long as this process lives.
 
     Raises:
-        FileNotFoundError: there is no such data set.
+        FileNotFoundError: The dataset does not exist.
     """
     while data_set not in _held or os.fstat(_held[data_set]).st_nlink == 0:
         if data_set in _held:
             os.close(_held.pop(data_set))
         descriptor = os.open(data_set / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        # While we waited the data set may have been removed, and its lock with it: look again.
+        # During the wait the dataset may have been removed together with its lock: check again.
         _held[data_set] = descriptor
     os.utime(_held[data_set])
 
 
 @contextmanager
 def _alone(data_set: Path) -> Iterator[bool]:
-    """Whether nobody uses the data set; nobody starts to before the end of the block."""
+    """Whether no process uses the dataset; no process can start to use it before the end of the block."""
     descriptor = os.open(data_set / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -226,11 +226,11 @@ def _alone(data_set: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-# ---- data sets --------------------------------------------------------------------------------
+# ---- datasets ---------------------------------------------------------------------------------
 
 
 def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: dict[str, Any], key: str | None) -> None:
-    """Move a build's files into their data set. Files that are there and sound stay, as others may map them.
+    """Move a build's files into their dataset. Existing sound files stay, because other processes may map them.
 
     Args:
         new: Folder of the build; it is removed.
@@ -255,21 +255,21 @@ def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: dict[
 
 
 def find(folder: Path, key: str) -> tuple[str, dict[str, Any]] | None:
-    """Name and manifest of the data set that was made from a source, and hold it; None if there is none."""
+    """Hold the dataset that was made from a source, and return its name and manifest; None if there is none."""
     try:
         name = str(json.loads((folder / "keys" / f"{key}.json").read_text())["data_set"])
         manifest = dict(json.loads((folder / name / "manifest.json").read_text()))
         hold(folder / name)
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or damaged, or not to be read: made anew, and if that fails, it says why
+        return None  # missing, damaged or unreadable: it is made again, and if that fails, the error says why
     return name, manifest
 
 
 def survey(data_set: Path, entries: list[FileEntry]) -> tuple[list[int], list[Path]]:
-    """Look at every byte of a data set's files once; damaged ones are removed.
+    """Read every byte of a dataset's files once, and remove damaged files.
 
     Returns:
-        Positions of the sound ones in `entries`, and the paths of those that were damaged.
+        Positions of the sound files in `entries`, and the paths of the damaged files.
     """
     paths = [data_set / entry.name for entry in entries]
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # CRC-32 runs without the GIL
@@ -281,16 +281,16 @@ def survey(data_set: Path, entries: list[FileEntry]) -> tuple[list[int], list[Pa
 
 
 def clean(folder: Path, max_bytes: float | None) -> list[Path]:
-    """Remove data sets until at most `max_bytes` are left: first what was not used for longest.
+    """Remove datasets until at most `max_bytes` are left, the least recently used datasets first.
 
-    What a process uses, or one has used within the last hour, stays.
+    A dataset that a process uses, or has used within the last hour, stays.
 
     Args:
         folder: Folder of all datasets.
         max_bytes: Most bytes that the folder may hold; None takes half of what is free or already used by the folder.
 
     Returns:
-        What was removed.
+        Names of the removed datasets.
     """
     _remove_abandoned(folder)
     sizes = {path: _size(path) for path in folder.iterdir() if _DATA_SET.fullmatch(path.name)}
@@ -318,7 +318,7 @@ def _size(path: Path) -> int:
 
 
 def _remove_unused(data_set: Path) -> bool:
-    """Remove a data set unless a process uses it. Renamed first: its name is free for a new one at once."""
+    """Remove a dataset unless a process uses it. It is renamed first, so that its name is free at once."""
     with _alone(data_set) as alone:
         if alone:
             old = data_set.with_name(f".old-{uuid.uuid4().hex}")
@@ -328,23 +328,23 @@ def _remove_unused(data_set: Path) -> bool:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what a build or a cleaning that was killed has left."""
+    """Remove the remains of a killed build or cleaning."""
     for path in folder.glob(".*"):
         if path.name.startswith((".new-", ".old-")) and time.time() - path.stat().st_mtime > _ABANDONED_S:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _make(data_set: Path) -> None:
-    """Make a data set's folder, if need be, and hold it."""
+    """Make a dataset's folder if necessary, and hold it."""
     while True:
         data_set.mkdir(parents=True, exist_ok=True)
         try:
             return hold(data_set)
         except FileNotFoundError:
-            continue  # removed in between
+            continue  # it was removed in between
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all, down to the disk."""
+    """Write a file completely or not at all, and flush it to the disk."""
     path.parent.mkdir(exist_ok=True)
     write_local(path, lambda stream: stream.write(json.dumps(content, indent=1).encode()))

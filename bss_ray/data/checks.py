@@ -1,4 +1,4 @@
-"""The rules for rows: what a shard's task looks at."""
+"""The rules for rows, which the task of a shard checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 from bss_ray.data.columns import Columns, Task
 from bss_ray.errors import Problem, find_problem
 
-# What labels are kept as.
+# Dtype in which labels are kept.
 _DTYPES: dict[Task, type[np.generic]] = {"multiclass": np.int64, "multilabel": np.uint8, "regression": np.float32}
 
 
@@ -25,7 +25,7 @@ def check_input(values: np.ndarray, name: str, first_row: int) -> list[Problem]:
         )
     if values.dtype.kind != "f":
         return []
-    # The sum of a row is finite only if all of it is (or, rarely, if huge values overflow: look again).
+    # The sum of a row is finite only if all its values are (if huge values overflow, which is rare, check each value).
     flat = values.reshape(len(values), -1)
     suspects = ~np.isfinite(flat.sum(axis=1, dtype=np.float64))
     suspects[suspects] = ~np.isfinite(flat[suspects]).all(axis=1)
@@ -33,7 +33,7 @@ def check_input(values: np.ndarray, name: str, first_row: int) -> list[Problem]:
 
 
 def check_presence(present: Mapping[str, np.ndarray], first_row: int) -> list[Problem]:
-    """Each row has a modality; `present` says for each modality which rows (n,) have it."""
+    """Each row has a modality; `present` has for each modality a mask (n,) of the rows that have it."""
     return find_problem(
         f"a row needs at least one modality: nulls in all of {list(present)}. Filter such rows out in Ray Data first",
         ~np.logical_or.reduce(list(present.values())),
@@ -134,7 +134,7 @@ def _check_numbers(values: np.ndarray, name: str, first_row: int, num_classes: i
 
 
 def _check_width(values: np.ndarray, name: str, first_row: int, num_classes: int | None) -> list[Problem]:
-    """There are as many values in a row's label as a head returns."""
+    """The label of a row has as many values as a head returns."""
     width = values.shape[1] if values.ndim == 2 else 1
     if num_classes in (None, width):
         return []
@@ -147,5 +147,5 @@ def _check_width(values: np.ndarray, name: str, first_row: int, num_classes: int
 
 
 def _all_rows(rule: str, values: np.ndarray, first_row: int) -> list[Problem]:
-    """A rule that the column breaks as a whole."""
+    """The problem that a column as a whole breaks a rule."""
     return find_problem(rule, np.ones(len(values), dtype=bool), first_row)

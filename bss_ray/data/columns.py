@@ -1,4 +1,4 @@
-"""Which column of a data set plays which role, and what kind of label it has."""
+"""The roles of a dataset's columns, and the kind of its labels."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Literal, get_args
 from bss_ray.errors import DataError, nearest
 from bss_ray.names import FEATURES, FUSED, loss_column, presence_column
 
-# Columns that batches and score files add; a data set cannot have them itself.
+# Columns that batches and score files add; a dataset cannot have columns of these names.
 RESERVED = ("row_id", "similarity", "information", "score")
 
-# What labels are:
-#   multiclass   one of the classes 0..C-1, an integer a row
-#   multilabel   any of C classes, a tensor (C,) of 0 and 1 a row
-#   regression   a number a row, or a tensor (D,) of them
+# Kinds of labels:
+#   multiclass   one of the classes 0..C-1, an integer for each row
+#   multilabel   any of C classes, a tensor (C,) of 0 and 1 for each row
+#   regression   a number, or a tensor (D,) of numbers, for each row
 Task = Literal["multiclass", "multilabel", "regression"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Roles of a data set's columns.
+    """Roles of a dataset's columns.
 
     Args:
         modalities: Names of the input columns, at least two. A null means that the row lacks the modality.
@@ -33,7 +33,7 @@ class Columns:
             for each row; `regression`: a finite number or a tensor (D,) of finite numbers for each row.
 
     Raises:
-        DataError: fewer than two modalities, a column with two roles, a reserved name, or an unknown task.
+        DataError: There are fewer than two modalities, a column has two roles, or a name is reserved or a task unknown.
     """
 
     modalities: tuple[str, ...]
@@ -64,7 +64,7 @@ class Columns:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What every row brings to a batch: modalities and label. All that batches hold: `Shards.features`."""
+        """Columns that every batch holds: modalities and label. `Shards.features` has all columns of batches."""
         return (*self.modalities, self.label)
 
     @property
@@ -74,10 +74,10 @@ class Columns:
 
 
 def _refuse_taken(names: Sequence[str], taken: Sequence[str], why: str) -> None:
-    """Refuse names that mean something else already.
+    """Refuse names that have another meaning already.
 
     Raises:
-        DataError: says which, and why.
+        DataError: A name is reserved; the error says why.
     """
     both = sorted(set(names) & set(taken))
     if both:

@@ -1,7 +1,7 @@
 """Shards as memory-mapped files on the disks of the nodes that made them.
 
-A process maps the files of its own node: a read is a view of the page cache, which all processes share. Rows on
-another node's disk are read there, by a task, and only they travel.
+A process maps the files of its own node: a read is a view of the page cache, which all processes share. Rows on the
+disk of another node are read there by a task, and only these rows travel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LAST_WORDS_S = 60.0
 
 
 class NodeFile(NamedTuple):
-    """A shard's file.
+    """The file of a shard, and where it is.
 
     Attributes:
         entry: Name, size and checksum of the file.
@@ -48,7 +48,7 @@ class NodeFile(NamedTuple):
 
 
 class DiskStore(MappedStore):
-    """Shards as files.
+    """Store of shards as files.
 
     Args:
         files: One file for each shard.
@@ -68,7 +68,7 @@ class DiskStore(MappedStore):
     def read(self, shard: int) -> Arrays:
         if self._away[shard] < 0:
             return super().read(shard)
-        # Not kept: what is read from afar fills the object store.
+        # Not kept: rows read from other nodes would fill the object store.
         return dict(_get(_ask(self.files[shard].node, _read, self.only([shard]))))
 
     def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
@@ -93,19 +93,19 @@ class DiskStore(MappedStore):
 
     @functools.cached_property
     def _away(self) -> np.ndarray:
-        """(shards,) number of the other node that has the file; -1 if it can be read here."""
+        """(shards,) number of the other node that has the file; -1 if this node can read it."""
         nodes = {file.node for file in self.files} - {""}
         here = ray.get_runtime_context().get_node_id() if nodes else ""
         others = {node: number for number, node in enumerate(sorted(nodes - {here}))}
         return np.array([others.get(file.node, -1) for file in self.files])
 
     def _ask_for(self, shards: np.ndarray, rows: np.ndarray, kinds: dict[str, Any]) -> Any:
-        """Reference to rows of shards that another node has."""
+        """Reference to rows of shards on another node."""
         wanted, anew = np.unique(shards, return_inverse=True)
         return _ask(self.files[wanted[0]].node, _take, self.only(wanted.tolist()), anew, rows, kinds)
 
 
-@functools.cache  # a process maps a file once, however many tasks it runs
+@functools.cache  # a process maps a file once, whatever the number of tasks it runs
 def _map(path: Path, entry: FileEntry) -> Arrays:
     try:
         cache.hold(path.parent)
@@ -129,7 +129,7 @@ def _take(store: DiskStore, shards: np.ndarray, rows: np.ndarray, kinds: dict[st
 
 @ray.remote(num_cpus=0)
 def _call(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's result, or the user error that it raises: as a value it comes without Ray's wrapping."""
+    """The function's result, or the user error it raises: as a value the error comes without Ray's wrapper."""
     try:
         return function(*args)
     except BssRayError as error:
@@ -148,12 +148,12 @@ def _get(ref: Any) -> Any:
     """Result of a task on another node.
 
     Raises:
-        StorageError: the node is gone, and its files with it.
+        StorageError: The node and its files are lost.
     """
     try:
         result = wait_for(ref, "the disk store of a node")
     except ray.exceptions.RayTaskError:
-        raise  # an error of our own, no lost node
+        raise  # an error of this project, not a lost node
     except ray.exceptions.RayError as error:
         raise StorageError(
             f"a node is gone, and with it the shards on its disk ({error}). Run again: they are made anew, and "
@@ -175,7 +175,7 @@ def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class DiskWriter(Writer):
-    """Writes shards to the disk of the node where they are made.
+    """Writer of shards to the disk of the node on which they are made.
 
     Args:
         folder: Folder of all datasets on a node; None takes the node's own folder (`cache_folder`).
@@ -189,7 +189,7 @@ class DiskWriter(Writer):
 
     def put(self, index: int, arrays: Arrays) -> NodeFile:
         node = ray.get_runtime_context().get_node_id()
-        # A folder of each node's own, also where all of them share a disk: the first to be done removes its one.
+        # Each node has a folder of its own, also if the nodes share a disk: the first to finish removes its folder.
         folder = cache.cache_folder(self.folder) / f"{self.build}-{node[:8]}"
         notes = {"bss_ray": json.dumps({"format": FORMAT, "shard": index})}
         entry = cache.write_shard(folder / f"shard-{index:05d}.arrow", arrays, notes)
@@ -237,7 +237,7 @@ def _publish(
 ) -> None:
     new = Path(files[0].folder)
     cache.publish(new, new.with_name(data_set), [file.entry for file in files], manifest, key)
-    with contextlib.suppress(FileNotFoundError):  # another build cleans at the same time
+    with contextlib.suppress(FileNotFoundError):  # another build may clean at the same time
         cache.clean(new.parent, None if writer.max_gib is None else writer.max_gib * 2**30)
 
 
@@ -247,7 +247,7 @@ def _discard(writer: DiskWriter) -> None:
 
 
 class _Found(NamedTuple):
-    """What one node has of a data set: its sound files by position, and the paths of damaged ones."""
+    """The files of a dataset on one node: sound files by position, and the paths of damaged files."""
 
     node: str
     folder: str
@@ -257,7 +257,7 @@ class _Found(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the data set."""
+        """Manifest of the dataset."""
         return Path(self.folder).name
 
 
@@ -272,7 +272,7 @@ def _find(folder: str | None, key: str) -> _Found | None:
 
 
 def _choose(entry: FileEntry, index: int, found: list[_Found], *, nodes: int) -> NodeFile | None:
-    """Where a file is read: on one of the nodes that have it, in turn, or everywhere if all share a folder."""
+    """Node that reads a file: the nodes that have it take turns; none in particular if all share a folder."""
     holders = [seen for seen in found if index in seen.sound]
     if not holders:
         return None

@@ -1,7 +1,7 @@
-"""Shards in a Lance data set, which may lie on object storage: every node reads rows from there.
+"""Shards in a Lance dataset, which may be on object storage: every node reads rows from there.
 
-All data sets under one URI are versions of one Lance data set. A version is made by one commit and has two tags: its
-content's name and its source's key. Nothing reads the latest version, so builds at the same time do no harm.
+All datasets under one URI are versions of one Lance dataset. A version is made by one commit and has two tags: the
+name of its content and the key of its source. No code reads the latest version, so simultaneous builds do no harm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bss_ray.errors import DataError, StorageError, first_line, optional_import
 from bss_ray.runtime.wait import wait_for
 
 _NOTE = b"bss_ray"
-# Lance's own default: versions without a tag, which builds leave that were stopped or found their content there.
+# Lance's own default. Builds that were stopped, or whose content existed already, leave versions without a tag.
 _KEEP = datetime.timedelta(days=14)
 
 
@@ -35,10 +35,10 @@ def _lance() -> Any:
 
 @contextmanager
 def _storage(doing: str) -> Iterator[None]:
-    """Lance's errors as what the user can do about them.
+    """Lance's errors as errors that say what the user can do.
 
     Raises:
-        StorageError: says what was being done.
+        StorageError: Lance failed; the error says during which operation.
     """
     try:
         yield
@@ -49,14 +49,14 @@ def _storage(doing: str) -> Iterator[None]:
         ) from error
 
 
-@functools.cache  # opening reads the version's manifest: once a process
+@functools.cache  # opening reads the version's manifest, so it is done once per process
 def _open(uri: str, version: int) -> Any:
     with _storage(f"open version {version} of the Lance data set {uri}"):
         return _lance().dataset(uri, version=version)
 
 
 class LanceStore(Store):
-    """Shards as runs of rows of one version of a Lance data set.
+    """Store of shards as consecutive rows of one version of a Lance dataset.
 
     Args:
         uri: URI of the Lance dataset.
@@ -93,7 +93,7 @@ class LanceStore(Store):
 
 
 class Fragments(NamedTuple):
-    """What a task has written: Lance's description of it, the schema, and its rows."""
+    """A fragment that a task has written: Lance's description of it, its schema, and its rows."""
 
     described: list[str]
     schema: pa.Schema
@@ -102,7 +102,7 @@ class Fragments(NamedTuple):
 
 @dataclass(frozen=True)
 class LanceWriter(Writer):
-    """Writes each shard as a fragment.
+    """Writer of each shard as a fragment.
 
     Args:
         uri: URI of the Lance dataset: a folder that all nodes share, or object storage.
@@ -125,7 +125,7 @@ class LanceWriter(Writer):
         batch = to_batch({name: _text_as_objects(values) for name, values in arrays.items()})
         table = pa.Table.from_batches([batch])
         with _storage(f"write to the Lance data set {self.uri}"):
-            # "overwrite" asks for no agreement with the schema of other versions; it commits nothing.
+            # "overwrite" requires no agreement with the schema of other versions; it commits nothing.
             fragments = write_fragments(table, self.uri, schema=table.schema, mode="overwrite")
         return Fragments([json.dumps(fragment.to_json()) for fragment in fragments], batch.schema, batch.num_rows)
 
@@ -158,12 +158,12 @@ class LanceWriter(Writer):
     def find(self, key: str) -> tuple[Shards | None, list[str]]:
         try:
             version = _lance().dataset(self.uri, version=key).version
-        except ValueError:  # no such data set, or no such tag
+        except ValueError:  # no such dataset, or no such tag
             return None, []
         return _shards(self.uri, version), []
 
     def _commit(self, schema: pa.Schema, fragments: list[Any]) -> int:
-        """Make a new version of these fragments; several at once get different numbers."""
+        """Make a new version of these fragments; simultaneous calls get different numbers."""
         lance = _lance()
         with _storage(f"write to the Lance data set {self.uri}"):
             made = lance.LanceDataset.commit(self.uri, lance.LanceOperation.Overwrite(schema, fragments))
@@ -171,7 +171,7 @@ class LanceWriter(Writer):
 
 
 def _shards(uri: str, version: int) -> Shards:
-    """What a version holds; no node is nearer to it than others."""
+    """The shards of a version, which all nodes read equally well."""
     manifest = json.loads(_open(uri, version).schema.metadata[_NOTE])
     store = LanceStore(uri, version, [(first_row, rows) for first_row, rows in manifest["shards"]])
     return from_manifest(manifest, store, [""] * len(manifest["shards"]))
@@ -185,10 +185,10 @@ def _tagged(data: Any, tag: str) -> int | None:
 
 
 def _tag(data: Any, tag: str, version: int, *, move: bool = False) -> int:
-    """Give a version a tag; returns the version that has it, which may be another build's unless it is moved."""
+    """Give a version a tag; returns the version with this tag, which may be another build's unless the tag is moved."""
     try:
         data.tags.create(tag, version)
-    except ValueError:  # it exists: made by an earlier build, or by one at the same time
+    except ValueError:  # the tag exists: made by an earlier or a simultaneous build
         if move:
             data.tags.update(tag, version)
     found = _tagged(data, tag)
@@ -196,10 +196,10 @@ def _tag(data: Any, tag: str, version: int, *, move: bool = False) -> int:
 
 
 def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
-    """The fragments' one schema.
+    """The common schema of the fragments.
 
     Raises:
-        DataError: they differ.
+        DataError: The schemas differ.
     """
     for schema in schemas:
         for here, there in zip(schema, schemas[0], strict=True):
@@ -212,12 +212,12 @@ def _common_schema(schemas: list[pa.Schema]) -> pa.Schema:
 
 
 def _text_as_objects(values: np.ndarray) -> np.ndarray:
-    """Text as Arrow's strings: its fixed width differs between shards, and a Lance column has one type."""
+    """Text as Arrow's strings: the fixed width of text differs between shards, and a Lance column has one type."""
     return values.astype(object) if values.dtype.kind == "U" else values
 
 
 def _arrays(table: pa.Table) -> Arrays:
-    """Columns of rows that Lance gave."""
+    """Columns of the rows that Lance returned."""
     arrays = to_arrays(table.combine_chunks().to_batches()[0])
     for name, values in arrays.items():
         if pa.types.is_string(table.schema.field(name).type) and table.column(name).null_count == 0:

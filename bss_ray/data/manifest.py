@@ -1,4 +1,4 @@
-"""What shards are, without where they are: the part of `Shards` that outlives a Ray session."""
+"""The description of shards without their places: the part of `Shards` that outlives a Ray session."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def row_hashes(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def rows_digest(hashes: np.ndarray, first_row: int) -> int:
-    """Digest of consecutive rows, to be added to that of others modulo 2^64."""
+    """Digest of consecutive rows; digests of parts are added modulo 2^64."""
     ids = np.arange(first_row, first_row + len(hashes), dtype=np.uint64)
     return int(_mix(hashes ^ _mix(ids + np.uint64(1))).sum(dtype=np.uint64))
 
 
 def add_digests(digests: list[int]) -> int:
-    """Digest of all rows from those of parts."""
+    """Digest of all rows from the digests of parts."""
     return sum(digests) & _MASK
 
 
@@ -52,8 +52,8 @@ def _mix(words: np.ndarray) -> np.ndarray:
     return np.asarray(words ^ (words >> np.uint64(31)))
 
 
-# Version of what stores keep on disk; part of every name, so that other versions are not found.
-# 2: every shard says which rows have which modality; labels have a task.
+# Version of the format on disk. It is part of every name, so that datasets of other versions are not found.
+# 2: every shard stores which rows have which modality, and labels have a task.
 FORMAT = 2
 
 
@@ -83,10 +83,10 @@ def from_manifest(manifest: dict[str, Any], store: Store, nodes: Sequence[str]) 
 
 
 def name_of(manifest: dict[str, Any]) -> str:
-    """Name of a data set: rows, cuts and roles give it, so equal names mean equal files."""
+    """Name of a dataset, made from rows, shard boundaries and roles, so that equal names mean equal files."""
     return f"{manifest['fingerprint']}-{digest(manifest, size=4)}"
 
 
 def digest(content: Any, *, size: int = 16) -> str:
-    """Hexadecimal digest of what JSON can write."""
+    """Hexadecimal digest of a value that JSON can write."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()

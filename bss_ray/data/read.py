@@ -1,4 +1,4 @@
-"""Columns of blocks as arrays, also where some rows have nothing in them."""
+"""Columns of blocks as arrays, also columns with nulls."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ray.data.block import Block, BlockAccessor
 from bss_ray.data.shards import Feature
 from bss_ray.errors import DataError
 
-# Types of what may stand for a missing object: None, or NaN as pandas writes it.
+# Types of values that stand for a missing object: None, or NaN as pandas writes it.
 _NULL_KINDS = (type(None), float, np.floating)
 
 
 class Partial(NamedTuple):
-    """A column that some rows may lack.
+    """A column in which some rows may have no value.
 
     Attributes:
         values: (k, ...) values of the rows that have one; None if not even the type of the blocks tells shape and
@@ -30,7 +30,7 @@ class Partial(NamedTuple):
     present: np.ndarray
 
     def filled(self, feature: Feature | None = None) -> np.ndarray:
-        """(n, ...) with zeros for the rows that lack it.
+        """(n, ...) with zeros for the rows without a value.
 
         Args:
             feature: Shape and dtype, for columns whose `values` do not tell them.
@@ -46,7 +46,7 @@ class Partial(NamedTuple):
 
 
 def read_column(blocks: Sequence[Block], name: str) -> np.ndarray:
-    """One column (n, ...) of consecutive blocks; nulls are whatever Ray Data makes of them.
+    """One column (n, ...) of consecutive blocks; nulls become what Ray Data makes of them.
 
     Raises:
         DataError: rows of more than one shape.
@@ -61,16 +61,16 @@ def read_partial(blocks: Sequence[Block], name: str) -> Partial:
         DataError: rows of more than one shape.
     """
     parts = [_split_nulls(block, name) for block in blocks]
-    # A block of nulls alone has some shape and dtype of Ray's making, unless it is typed as tensors.
+    # A block of nulls only has a shape and dtype that Ray has made up, unless it is typed as tensors.
     values = [part for part, _ in parts if len(part) or part.ndim > 1]
     return Partial(_join(values, name) if values else None, np.concatenate([present for _, present in parts]))
 
 
 def _split_nulls(block: Block, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The values that are there (k, ...), and which rows (n,) have one."""
+    """The values (k, ...) of the rows that have one, and a mask (n,) of these rows."""
     present = np.ones(BlockAccessor.for_block(block).num_rows(), dtype=bool)
     if isinstance(block, pa.Table) and block.column(name).null_count:
-        # Taken out before they become an array: Arrow makes none of a tensor column with nulls.
+        # Nulls are removed before the array is made: Arrow makes no array of a tensor column with nulls.
         valid = block.column(name).is_valid()
         present = valid.to_numpy()
         block = block.select([name]).filter(valid)
@@ -100,7 +100,7 @@ def _to_numpy(values: np.ndarray, name: str) -> np.ndarray:
             raise DataError(
                 f"all rows of column {name!r} need one shape: {error}. Pad or crop them in Ray Data first"
             ) from error
-    return values  # nulls and mixtures: the checks name them
+    return values  # nulls and mixed types: the checks report them
 
 
 def _join(pieces: list[np.ndarray], name: str) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Shards: the rows of a data set with stable row ids, in a store that many processes read, and its writer.
+"""Shards: the rows of a dataset with stable row ids, in a store that many processes read, and its writer.
 
-A shard is a run of consecutive rows. A row's id is its position in the data set's order.
+A shard holds consecutive rows. The id of a row is its position in the dataset's order.
 `bss_ray.data.build` makes shards from a Ray Dataset.
 """
 
@@ -21,7 +21,7 @@ from bss_ray.data.store import Arrays, ObjectStore, Store
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of consecutive rows.
+    """Consecutive rows.
 
     Attributes:
         first_row: Row id of the first row.
@@ -49,7 +49,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Shards:
-    """All rows of a data set.
+    """All rows of a dataset.
 
     Attributes:
         columns: Roles of the columns.
@@ -83,7 +83,7 @@ class Shards:
         return np.array([part.rows for part in self.parts], dtype=np.uint64)
 
     def nodes(self) -> list[str]:
-        """Node of each shard now: of one whose node is lost, where Ray has made it again."""
+        """Current node of each shard: if its node was lost, the node on which Ray has made the shard again."""
         known = [part.node for part in self.parts]
         alive = {"", *(node["NodeID"] for node in ray.nodes() if node["Alive"])}
         if alive.issuperset(known):
@@ -99,7 +99,7 @@ class Shards:
         )
 
     def read(self, index: int) -> Arrays:
-        """Columns of shard `index`: read-only, and views where the store can."""
+        """Columns of shard `index`, read-only; views if the store can give views."""
         return self.store.read(index)
 
     def locate(self, row_ids: np.ndarray) -> np.ndarray:
@@ -107,11 +107,11 @@ class Shards:
         return np.searchsorted(self.first_rows, row_ids, side="right") - 1
 
     def only(self, indices: Sequence[int]) -> Shards:
-        """These shards alone (ascending); row ids stay what they are."""
+        """These shards only (ascending); row ids stay the same."""
         return replace(self, parts=tuple(self.parts[index] for index in indices), store=self.store.only(indices))
 
     def gather(self, row_ids: np.ndarray, columns: tuple[str, ...] | None = None, out: Arrays | None = None) -> Arrays:
-        """Copy rows into fresh arrays, so that in-place operations on a batch harm nobody.
+        """Copy rows into new arrays, so that in-place operations on a batch change nothing else.
 
         Args:
             row_ids: (n,) int64, in any order.
@@ -122,11 +122,11 @@ class Shards:
             `{column: (n, ...)}` in the order of `row_ids`.
 
         Raises:
-            IndexError: a row is in none of the shards.
+            IndexError: A row is in none of the shards.
         """
         shards = self.locate(row_ids)
         rows = row_ids - self.first_rows[shards]
-        # Before the first shard rows are negative, and as unsigned numbers larger than any shard.
+        # Rows before the first shard have negative positions, which as unsigned numbers are larger than any shard.
         strays = rows.view(np.uint64) >= self._shard_rows[shards]
         if strays.any():
             raise IndexError(f"no shard holds row {row_ids[strays][0]} ({strays.sum()} of {len(row_ids)} rows)")
@@ -136,7 +136,7 @@ class Shards:
         return out
 
     def _empty(self, names: tuple[str, ...], shards: np.ndarray) -> Arrays:
-        """Uninitialised arrays for rows of these shards (n,)."""
+        """Uninitialised arrays for the rows of these shards (n,)."""
         arrays: Arrays = {}
         for name in names:
             if name in self.features:
@@ -150,11 +150,11 @@ class Shards:
 
 
 class Writer(abc.ABC):
-    """Fills a store while a data set is built; travels to the tasks that make the shards.
+    """Fills a store while a dataset is built; it is sent to the tasks that make the shards.
 
     Attributes:
-        streams: shards leave the object store as they are made, so the rows need not fit into it.
-        on_nodes: a shard lies on the node that made it.
+        streams: Whether shards leave the object store as they are made, so that the rows need not fit into it.
+        on_nodes: Whether a shard stays on the node that made it.
     """
 
     streams: ClassVar[bool] = True
@@ -165,10 +165,10 @@ class Writer(abc.ABC):
         """Keep the rows of shard `index`. Runs in the task that made them.
 
         Returns:
-            What `draft` needs to know about it.
+            What `draft` needs to know about the shard.
 
         Raises:
-            StorageError: the rows cannot be written.
+            StorageError: The rows cannot be written.
         """
 
     @abc.abstractmethod
@@ -176,29 +176,29 @@ class Writer(abc.ABC):
         """A store of the shards that were put, to check them as a whole.
 
         Args:
-            kept: references to the results of `put`, in the order of the shards.
+            kept: References to the results of `put`, in the order of the shards.
         """
 
     def finish(self, shards: Shards, key: str | None) -> Shards:
-        """The shards are sound: keep them, for later runs too.
+        """Keep the shards, which are sound, for this run and for later runs.
 
         Args:
-            shards: over the draft store.
-            key: names their source for `find`; None where nothing does.
+            shards: Shards over the draft store.
+            key: Name of their source for `find`; None if the source has no name.
 
         Raises:
-            StorageError: they cannot be kept.
+            StorageError: The shards cannot be kept.
         """
         return shards
 
     def discard(self) -> None:  # noqa: B027 - nothing to do unless a store says so
-        """The build has failed: remove what was put."""
+        """Remove what was put, because the build has failed."""
 
     def find(self, key: str) -> tuple[Shards | None, list[str]]:
-        """What an earlier run kept under this key.
+        """The shards that an earlier run kept under this key.
 
         Returns:
-            The shards, None unless all of them are there and undamaged; and what to tell the user.
+            The shards, or None unless all of them exist and are undamaged; and messages to the user.
         """
         return None, []
 

@@ -1,4 +1,4 @@
-"""From what a user writes after `--data` to Ray Datasets."""
+"""From the value of `--data` to Ray Datasets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 def load_splits(
     source: str, *, validation: str | None = None, test: str | None = None, mispaired: float = 0.0, seed: int = 0
 ) -> dict[str, ray.data.Dataset | None]:
-    """Ray Datasets of the splits; None for a split that there is none of.
+    """Ray Datasets of the splits; None for a split that does not exist.
 
     Args:
         source: `av-digits`; the path or URI of a Parquet file or folder, or of a folder with the sub-folders `train`,
@@ -35,7 +35,7 @@ def load_splits(
         seed: Seed of that pairing.
 
     Raises:
-        DataError: no such file, module or function, or a function that returns something else.
+        DataError: The file, module or function does not exist, or the function returns something else.
     """
     if source == AV_DIGITS:
         return {
@@ -48,7 +48,7 @@ def load_splits(
 
 
 def parquet_paths(source: str, *, validation: str | None = None, test: str | None = None) -> dict[str, str | None]:
-    """Which Parquet file or folder each split is read from (see `load_splits`); None where it is none."""
+    """Parquet file or folder of each split (see `load_splits`); None for a split without one."""
     if source == AV_DIGITS or _is_function(source):
         return dict.fromkeys(SPLITS)
     folder = _known_place(source)
@@ -59,7 +59,7 @@ def parquet_paths(source: str, *, validation: str | None = None, test: str | Non
 
 
 def files_key(path: str) -> str | None:
-    """Digest of the files under a path or URI: their names, sizes and times of change; None where they have none."""
+    """Digest of the names, sizes and modification times of the files under a path or URI; None if there are none."""
     place = _known_place(path)
     if place is None:
         return None
@@ -73,10 +73,10 @@ def files_key(path: str) -> str | None:
 
 
 def _known_place(path: str) -> StoragePath | None:
-    """A path or URI; None on a file system that Ray Data may know and Arrow does not.
+    """The path of a path or URI; None on a file system that Ray Data may know and Arrow does not.
 
     Raises:
-        StorageError: its file system does not answer, or refuses.
+        StorageError: The file system does not answer, or refuses access.
     """
     try:
         return StoragePath.of(path)

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-# Rows are copied as words of so many bytes, the largest that everything is a multiple of.
+# Sizes in bytes of the words in which rows are copied: the largest that divides all distances and the row size.
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 class Span:
-    """The rows of arrays that lie anywhere in this process's memory, copied without a loop over the arrays.
+    """Rows of arrays anywhere in this process's memory, which are copied without a loop over the arrays.
 
-    Seen from the lowest address, each row begins after a whole number of words. So there is one strided
-    tensor of which every row is a row, from the first array to the last; the memory between them is part
-    of it and is never looked at. One `torch.index_select` then copies rows of all arrays. A call per
-    array costs 0.8 us beside the bytes: with 16 shards and 2-kB rows as much again as the copying, with 1,000
-    shards many times that.
+    Relative to the lowest address, each row begins after a whole number of words. So one strided tensor
+    contains every row, from the first array to the last; the memory between the arrays is part of the tensor
+    and is never read. One `torch.index_select` then copies rows of all arrays. A call per array costs 0.8 us
+    in addition to its bytes: with 16 shards and 2-kB rows as much as the copying, with 1,000 shards many
+    times as much.
 
     Args:
         arrays: Arrays (rows, ...) that meet the conditions of `over`; at least one.
@@ -31,14 +31,14 @@ class Span:
 
     @classmethod
     def over(cls, arrays: Sequence[np.ndarray]) -> Span | None:
-        """A span, if there can be one: contiguous arrays of one dtype and row shape, and no Python objects."""
+        """A span over contiguous arrays of one dtype and row shape without Python objects; None for other arrays."""
         first = arrays[0]
         alike = all(a.dtype == first.dtype and a.shape[1:] == first.shape[1:] and a.flags.c_contiguous for a in arrays)
         return cls(arrays) if alike and first.dtype.kind != "O" and all(a.nbytes for a in arrays) else None
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self.dtype = arrays[0].dtype
-        self._arrays = tuple(arrays)  # they keep their memory alive
+        self._arrays = tuple(arrays)  # the references keep the arrays' memory alive
         addresses = [array.ctypes.data for array in arrays]
         base = min(addresses)
         end = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True))
@@ -49,7 +49,7 @@ class Span:
         memory = torch.frombuffer((ctypes.c_byte * (end - base)).from_address(base), dtype=kind)
         words = row_bytes // self._word
         steps = (end - base - row_bytes) // step + 1
-        # Rows that overlap: one begins at each step.
+        # Overlapping rows: a row begins at each step.
         shape, strides = ((steps,), (step // self._word,)) if words == 1 else ((steps, words), (step // self._word, 1))
         self._rows = memory.as_strided(shape, strides)
         self._starts = np.array([(address - base) // step for address in addresses])
@@ -59,12 +59,12 @@ class Span:
         """Copy rows.
 
         Args:
-            arrays: (n,) which array each row is of.
-            rows: (n,) its position in that array; it must be there.
+            arrays: (n,) number of the array of each row.
+            rows: (n,) position of each row in its array; it must exist.
             out: (n, ...) contiguous, filled in this order.
         """
         if len(rows) == 0:
-            return  # torch takes no empty buffer
+            return  # torch refuses an empty buffer
         index = torch.from_numpy(self._starts[arrays] + rows * self._row_steps)
         words = torch.frombuffer(out, dtype=_WORDS[self._word]).view(len(out), *self._rows.shape[1:])
         torch.index_select(self._rows, 0, index, out=words)

@@ -1,6 +1,6 @@
-"""Where the rows of shards are kept: the object store, here; `bss_ray.data.disk` and `.lance` are the others.
+"""Where the rows of shards are kept: the object store (this module), `bss_ray.data.disk` or `bss_ray.data.lance`.
 
-A store is a small description that travels to every process; what a process has opened is its own.
+A store is a small description that is sent to every process; what a process has opened is not sent with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = ("auto", "object", "disk", "lance")
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """Where rows are kept while a run reads them. It does not change what a run computes.
+    """Where rows are kept while a run reads them. The store does not change what a run computes.
 
     Args:
         kind: Where rows are kept. `object`: in memory, in Ray's object store; `disk`: in files on each node's local
@@ -39,8 +39,8 @@ class StoreConfig:
             half of what is free on that disk or already used by the folder.
 
     Raises:
-        ConfigError: an unknown kind, no folder for `lance`, a URI for `disk`, a size that is not positive, or
-            a setting that the kind has no use for.
+        ConfigError: The kind is unknown, `lance` has no folder, `disk` has a URI, a size is not positive, or
+            a setting has no effect with this kind.
     """
 
     kind: Kind = "auto"
@@ -68,14 +68,14 @@ class StoreConfig:
 
 
 class Store(abc.ABC):
-    """Rows of all shards of a data set."""
+    """The rows of all shards of a dataset."""
 
     @abc.abstractmethod
     def read(self, shard: int) -> Arrays:
-        """All columns of one shard, `{column: (rows, ...)}`, read-only; views where the store can."""
+        """All columns of one shard, `{column: (rows, ...)}`, read-only; views if the store can give views."""
 
     def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
-        """Copy rows into arrays. Several threads may do so at a time.
+        """Copy rows into arrays. Several threads may call this at a time.
 
         Args:
             shards: (n,) int64 shard of each row.
@@ -89,18 +89,18 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def only(self, shards: Sequence[int]) -> Store:
-        """The store of these shards alone, numbered anew: small enough to send along with a task."""
+        """A store of these shards only, numbered from 0: small enough to be sent with a task."""
 
     def copies(self) -> dict[int, set[str]]:
-        """Nodes that have a copy of each shard in their memory; none of a shard that is lost or small (100 kB).
+        """Nodes that have a copy of each shard in memory; no node for a shard that is lost or small (100 kB).
 
-        Empty for a store whose shards lie elsewhere.
+        Empty for a store whose shards are not in memory.
         """
         return {}
 
 
 class _Mapped(NamedTuple):
-    """Shards whose rows can be copied at once.
+    """Shards whose rows can be copied by one call.
 
     Attributes:
         place: (shards,) int64 place of each shard among the mapped shards; -1 for the others. None: all shards are
@@ -126,7 +126,7 @@ class MappedStore(Store):
 
     @abc.abstractmethod
     def open(self, shard: int) -> Arrays:
-        """Columns of one shard, which stay where they are for as long as anyone refers to them."""
+        """Columns of one shard, whose memory stays in place as long as anything refers to it."""
 
     def read(self, shard: int) -> Arrays:
         if shard not in self._opened:
@@ -146,7 +146,7 @@ class MappedStore(Store):
                 super().take(shards, rows, {name: target})
 
     def _map(self, shards: np.ndarray) -> _Mapped:
-        """Open these shards, too."""
+        """Open these shards in addition."""
         with self._lock:
             place = self._mapped.place
             if place is None:

@@ -1,4 +1,4 @@
-"""The tasks that make shards: each reads, checks and writes the rows of one."""
+"""The tasks that make shards: each task reads, checks and writes the rows of one shard."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _NEVER_THERE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a shard's task found out about its rows.
+    """What the task of a shard has found out about its rows.
 
     Attributes:
         rows: Number of rows of the shard.
@@ -84,18 +84,18 @@ class Tasks:
     reports: list[Any] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
     ids: list[Any] = field(default_factory=list)
-    _pending: dict[Any, tuple[int, Cut]] = field(default_factory=dict)  # by the reference to the report
+    _pending: dict[Any, tuple[int, Cut]] = field(default_factory=dict)  # by the references to their reports
     _waiting: list[tuple[int, Cut]] = field(default_factory=list)
-    _shapes: dict[str, Feature] = field(default_factory=dict)  # of the modalities, as shards have told them
+    _shapes: dict[str, Feature] = field(default_factory=dict)  # of the modalities, from the shards
 
     def run(self, cuts: Iterator[Cut]) -> None:
         """Make all shards; returns when they are made.
 
-        A shard without any row of some modality does not know its shape. If none before it has told it either, the
-        shard waits for the others, its blocks held, and is made in a second round.
+        A shard without any row of a modality does not know the modality's shape. If no earlier shard has told the shape
+        either, the shard waits for the others, its blocks are held, and it is made in a second round.
 
         Raises:
-            BssRayError: one cannot be kept.
+            BssRayError: A shard cannot be kept.
         """
         for index, cut in enumerate(cuts):
             self.starts.append(cut.start)
@@ -109,19 +109,19 @@ class Tasks:
         self._wait(0)
 
     def settle(self) -> None:
-        """Wait for tasks that still run."""
+        """Wait for the tasks that still run."""
         if self._pending:
             ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_STOP_S, fetch_local=False)
 
     @functools.cached_property
     def _at_once(self) -> float:
-        """How many tasks may run at a time."""
+        """Number of tasks that may run at a time."""
         return max(2, int(ray.cluster_resources().get("CPU", 0)) // 2) if self.writer.streams else math.inf
 
     def _make(self, index: int, cut: Cut) -> None:
-        """Start a shard's task, when there is room for one more."""
+        """Start the task of a shard as soon as another task may run."""
         self._wait(self._at_once - 1)
-        # No CPU for tasks that take from a stream: Ray Data may hold all of them until it gets rid of its blocks.
+        # No CPU for tasks that take from a stream: Ray Data may hold all CPUs until its blocks are taken.
         refs = _make_shard.options(num_cpus=0 if self.writer.streams else 1).remote(
             self.writer,
             self.columns,
@@ -136,10 +136,10 @@ class Tasks:
         self._pending[refs[0]] = index, cut
 
     def _wait(self, most: float) -> None:
-        """Wait until at most so many tasks run.
+        """Wait until at most this number of tasks run.
 
         Raises:
-            WaitError: none of them was done within the limit.
+            WaitError: No task ended within the limit.
         """
         while len(self._pending) > most:
             done, _ = ray.wait(list(self._pending), num_returns=1, timeout=wait_limit(), fetch_local=False)
@@ -168,14 +168,14 @@ def _make_shard(
     slices: list[tuple[int, int]],
     *blocks: Any,
 ) -> tuple[Report, Any, np.ndarray]:
-    """One shard: its report, what its writer has to say, and a hash of each row's id."""
+    """Make one shard: returns its report, the result of its writer, and a hash of each row's id."""
     parts = [
         BlockAccessor.for_block(block).slice(start, stop) for (start, stop), block in zip(slices, blocks, strict=True)
     ]
     try:
         report, arrays = _read_rows(parts, columns, num_classes, shapes, first_row)
     except DataError as error:
-        # Reported, not raised: the driver names the first shard's problem, whichever task ends first.
+        # Reported, not raised: the driver raises the problem of the first shard, whichever task ends first.
         report, arrays = Report(problems=[Problem(str(error), 0, [])]), {}
     if report.problems:
         return report, None, np.empty(0, np.uint64)
@@ -193,10 +193,10 @@ def _make_shard(
 def _read_rows(
     blocks: Sequence[Block], columns: Columns, num_classes: int | None, shapes: dict[str, Feature], first_row: int
 ) -> tuple[Report, Arrays]:
-    """The rows of a shard, and the report on them; if there are problems, not all of their columns.
+    """The rows of a shard and the report on them; if there are problems, some columns are missing.
 
     Raises:
-        DataError: a column has rows of more than one shape.
+        DataError: A column has rows of more than one shape.
     """
     inputs = {name: read_partial(blocks, name) for name in columns.modalities}
     unknown = frozenset(name for name, part in inputs.items() if part.values is None and name not in shapes)
@@ -219,9 +219,9 @@ def _read_rows(
         problems=problems,
     )
     if not problems:
-        # Every shard has these columns, for all must have the same ones, and a stream's shard is written before it is
-        # known whether a later one lacks rows: a byte a row and modality. They count as features only where some row
-        # lacks the modality; elsewhere nobody reads them.
+        # Every shard has these columns (a byte for each row and modality), because all shards must have the same
+        # columns, and a stream's shard is written before it is known whether a later shard lacks rows. A column counts
+        # as a feature only if some row lacks the modality; otherwise nothing reads it.
         arrays |= {presence_column(name): part.present for name, part in inputs.items()}
         arrays |= {name: read_column(blocks, name) for name in columns.all if name not in columns.inputs}
     return report, arrays

@@ -1,1 +1,1 @@
-"""How balanced is each row? Criteria per batch, and scores over all rows: pure, no state."""
+"""How balanced is each row? Criteria of a batch, and scores over all rows: pure functions without state."""

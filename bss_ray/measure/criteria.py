@@ -1,8 +1,8 @@
-"""Criteria: how well the modalities agree on a row, and how much it has left to teach.
+"""Criteria: how well the modalities of a row agree, and how much the row can still teach.
 
 A criterion is a function of an `Observation` (outputs, labels, features of a batch) that returns one number
-a row. The two axes are those of the paper's appendix: *correlation* (here: similarity) and *information*.
-A criterion of your own takes a few lines:
+for each row. The two kinds are those of the paper's appendix: *correlation* (here: similarity) and
+*information*. A criterion of your own takes a few lines:
 
     @bss_ray.register_similarity("overlap")
     def overlap(rows):
@@ -31,20 +31,20 @@ AnyCriterion = TypeVar("AnyCriterion", bound=Criterion)
 SIMILARITIES: dict[str, Criterion] = {}
 INFORMATIONS: dict[str, Criterion] = {}
 
-# Per-sample gradients of a whole model are made for so many numbers at a time (256 MB).
+# Most numbers of per-sample gradients of a whole model that are made at a time (256 MB).
 _GRADIENT_ITEMS = 1 << 26
 
 
 def register_similarity(name: str) -> Callable[[AnyCriterion], AnyCriterion]:
-    """Make a function `(observation) -> (B,)` known as a similarity of this name.
+    """Register a function `(observation) -> (B,)` as a similarity of this name.
 
-    High means that the modalities agree; NaN that the row has fewer than two of them.
+    A high value means that the modalities agree, NaN that the row has fewer than two modalities.
     """
     return _register(name, SIMILARITIES)
 
 
 def register_information(name: str, *, needs_model: bool = False) -> Callable[[AnyCriterion], AnyCriterion]:
-    """Make a function `(observation) -> (B,)` known as an information of this name.
+    """Register a function `(observation) -> (B,)` as an information of this name.
 
     Args:
         name: Name for `Measurer(information=...)`.
@@ -86,7 +86,7 @@ def feature_similarity(rows: Observation) -> Tensor:
     """Mean over pairs of modalities of the cosine of their features: (B,) in [-1, 1].
 
     Raises:
-        ModelOutputError: no features, or of unequal lengths.
+        ModelOutputError: There are no features, or their lengths differ.
     """
     features = {name: rows.feature_of(name) for name in rows.modalities}
     lengths = {name: values.shape[1] for name, values in features.items()}
@@ -113,20 +113,21 @@ def loss(rows: Observation) -> Tensor:
 
 @register_information("gradient_norm")
 def gradient_norm(rows: Observation) -> Tensor:
-    """Norm of the loss's gradient by weights and biases of all heads, exactly: (B,).
+    """Exact norm of the loss's gradient with respect to weights and biases of all heads: (B,).
 
-    A head is a linear layer z = W h + b of its own, so the gradient of row i by W is the outer product of
-    g = dloss/dz and h, and its squared norm |g|^2 |h|^2; that by b is |g|^2. Nothing goes back into the encoders.
+    A head is a separate linear layer z = W h + b, so the gradient of row i with respect to W is the outer product of
+    g = dloss/dz and h, with the squared norm |g|^2 |h|^2; that with respect to b is |g|^2. There is no backward pass
+    through the encoders.
 
     Raises:
-        ModelOutputError: the model returns no features, the inputs of its heads.
+        ModelOutputError: The model does not return features, the inputs of its heads.
     """
     gradients = _logit_gradients(rows)
     squares = {
         head: gradient.square().sum(-1) * (rows.feature_of(head).square().sum(-1) + 1)
         for head, gradient in gradients.items()
     }
-    # The weight of a modality's loss grows where others are missing; gradients grow with it, squares twice.
+    # Missing modalities raise the weight of the others' losses by a factor: gradients get it once, squares twice.
     unimodal = rows.over_modalities([squares[name] for name in rows.modalities])
     if rows.present is not None:
         unimodal = unimodal * (len(rows.present) / rows.present.sum(0).clamp(min=1))
@@ -134,9 +135,9 @@ def gradient_norm(rows: Observation) -> Tensor:
 
 
 def _logit_gradients(rows: Observation) -> dict[str, Tensor]:
-    """Gradient (B, C) of each head's own loss by its logits."""
+    """Gradient (B, C) of each head's loss with respect to its logits."""
     with torch.inference_mode(False), torch.enable_grad():
-        # Clones: tensors made in inference mode never take part in gradients.
+        # Clones, because tensors made in inference mode can have no gradients.
         logits = {head: values.detach().clone().requires_grad_() for head, values in rows.outputs.items()}
         labels = rows.labels.clone()
         total = torch.stack([rows.head_loss(values, labels).sum() for values in logits.values()]).sum()
@@ -145,9 +146,9 @@ def _logit_gradients(rows: Observation) -> dict[str, Tensor]:
 
 @register_information("full_gradient_norm", needs_model=True)
 def full_gradient_norm(rows: Observation) -> Tensor:
-    """Norm of the loss's gradient by all parameters of the model, row by row (`torch.func`): (B,).
+    """Norm of the loss's gradient with respect to all parameters, row by row (`torch.func`): (B,).
 
-    Costs about a forward and a backward pass a row, and the memory of the parameters for each row at a time.
+    Each row costs about a forward and a backward pass, and the memory of the parameters.
     """
     assert rows.model is not None, "Measurer.observe refuses it without a model"
     assert rows.batch is not None
@@ -180,7 +181,7 @@ def full_gradient_norm(rows: Observation) -> Tensor:
 
 
 def _like(rows: Observation, outputs: dict[str, Tensor], labels: Tensor, batch: dict[str, Tensor]) -> Observation:
-    """Other rows, looked at in the same way."""
+    """An observation of other rows with the same task, loss and weights."""
     return Observation(
         outputs=outputs,
         labels=labels,
@@ -194,10 +195,10 @@ def _like(rows: Observation, outputs: dict[str, Tensor], labels: Tensor, batch: 
 
 
 def check_weights(fused_weight: float, unimodal_weight: float) -> None:
-    """Refuse weights of the loss that make none.
+    """Refuse weights with which there is no loss.
 
     Raises:
-        ConfigError: one is negative or not finite, or both are 0.
+        ConfigError: A weight is negative or not finite, or both are 0.
     """
     weights = (fused_weight, unimodal_weight)
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):

@@ -1,4 +1,4 @@
-"""What a forward pass that measures rows needs: eval mode, precision, tensors."""
+"""Eval mode, precision and tensors for forward passes that measure rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """How a model is run over rows that are measured.
+    """Settings of the forward passes that measure rows.
 
     Args:
         batch_size: Number of rows of a scoring pass's batch; it is halved, with a message, if the batch does not fit
@@ -47,17 +47,17 @@ def check_precision(precision: str) -> None:
     """Refuse a precision that does not exist.
 
     Raises:
-        ConfigError: names the nearest.
+        ConfigError: The precision is unknown; the error names the nearest.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"unknown precision {precision!r}; {nearest(precision, PRECISIONS)}")
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision on `device`; `fp32` is none.
+    """Context of mixed precision on `device`; `fp32` changes nothing.
 
     Raises:
-        ConfigError: unknown precision.
+        ConfigError: The precision is unknown.
     """
     check_precision(precision)
     dtype = PRECISIONS[precision]
@@ -68,7 +68,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module is in the mode it was in.
+    """Eval mode without gradients; afterwards each module is in its earlier mode again.
 
     Scoring in train mode would feed the measured rows into the batch-norm statistics.
     """

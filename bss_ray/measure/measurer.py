@@ -1,4 +1,4 @@
-"""The measurer: which criteria, for which kind of label, with which loss."""
+"""The measurer: criteria, kind of labels and loss."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Measurer:
             `module:function`; None takes the task's loss (cross entropy, binary cross entropy, squared error).
 
     Raises:
-        ConfigError: an unknown criterion or task (with the nearest name), or an impossible weight.
+        ConfigError: A criterion or task is unknown (the error has the nearest name), or a weight is impossible.
     """
 
     similarity: str = "prediction"
@@ -74,7 +74,7 @@ class Measurer:
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(f"unknown task {self.task!r}; {nearest(self.task, TASKS)}")
         check_weights(self.fused_weight, self.unimodal_weight)
-        # Looked up here and kept as functions: other processes do not know what was registered in this one.
+        # Looked up here and kept as functions: other processes do not know what was registered in this process.
         for kind, registry in (("similarity", SIMILARITIES), ("information", INFORMATIONS)):
             object.__setattr__(self, f"_{kind}", _resolve(kind, getattr(self, kind), registry))
         if isinstance(self.loss_function, str):
@@ -84,21 +84,21 @@ class Measurer:
 
     @property
     def needs_model(self) -> bool:
-        """Whether the criteria look at the model itself, not at its outputs alone."""
+        """Whether the criteria need the model itself and not only its outputs."""
         return any(getattr(self._criterion(kind), "needs_model", False) for kind in ("similarity", "information"))
 
     def for_task(self, task: str) -> Measurer:
-        """This measurer for data of a kind of label.
+        """This measurer for data with this kind of labels.
 
         Raises:
-            ConfigError: it was made for another kind.
+            ConfigError: The measurer was made for another kind.
         """
         if self.task not in (None, task):
             raise ConfigError(
                 f"the measurer is for task={self.task!r} and the data's columns say task={task!r}; leave the "
                 "measurer's out"
             )
-        # A copy, not a new one: another process does not know the criteria that were registered in this one.
+        # A copy, not a new measurer: another process does not know the criteria that were registered in this process.
         settled = copy.copy(self)
         object.__setattr__(settled, "task", task)
         if self.loss_function is None:
@@ -106,7 +106,7 @@ class Measurer:
         return settled
 
     def loss(self, outputs: Outputs, labels: Tensor, *, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The training loss of each row, with this measurer's weights: (B,) with gradients.
+        """Training loss of each row with this measurer's weights: (B,) with gradients.
 
         Args:
             outputs: Logits (B, C) of each modality and `fused`.
@@ -125,7 +125,7 @@ class Measurer:
         batch: Mapping[str, Tensor] | None = None,
         model: nn.Module | None = None,
     ) -> Observation:
-        """What criteria look at; without gradients, in single precision.
+        """The observation that criteria get; without gradients, in single precision.
 
         Args:
             outputs: Logits (B, C) of each modality and `fused`, of any floating dtype, and optional `features`.
@@ -134,14 +134,14 @@ class Measurer:
             model: The model, for criteria that need it.
 
         Raises:
-            ModelOutputError: the outputs break the contract (see `check_outputs`).
-            DataError: the labels are not of the task's kind.
+            ModelOutputError: The outputs break the contract (see `check_outputs`).
+            DataError: The labels are not of the task's kind.
         """
         check_outputs(outputs, labels)
         task = self.task or "multiclass"
         if TASKS[task].integers and (labels.is_floating_point() or labels.dtype == torch.bool):
             raise DataError(f"labels must be integer classes 0..C-1; received dtype {labels.dtype}")
-        # Half precision is fine for the forward pass; a cosine or a loss of it is not.
+        # Half precision is good enough for the forward pass, but not for a cosine or a loss.
         logits = {name: values.detach().float() for name, values in outputs.items() if name != FEATURES}
         check_labels(labels, next(iter(logits.values())), task)
         features = outputs.get(FEATURES)
@@ -157,7 +157,7 @@ class Measurer:
         batch: Mapping[str, Tensor] | None = None,
         model: nn.Module | None = None,
     ) -> Measures:
-        """Similarity and information of each row of a batch; arguments and errors as of `observe`.
+        """Similarity and information of each row of a batch; arguments and errors are those of `observe`.
 
         Returns:
             Two float32 tensors (B,) on the outputs' device, without gradients.
@@ -165,19 +165,19 @@ class Measurer:
         return self.measures_of(self.observe(outputs, labels, batch=batch, model=model))
 
     def measures_of(self, rows: Observation) -> Measures:
-        """Similarity and information of what was observed.
+        """Similarity and information of the observed rows.
 
         Raises:
-            ConfigError: a criterion needs the model and there is none, or does not return one number a row.
+            ConfigError: A criterion needs the model and there is none, or does not return one number for each row.
         """
         return Measures(self.similarity_of(rows), self.information_of(rows))
 
     def similarity_of(self, rows: Observation) -> Tensor:
-        """Similarity (b,) float32 of what was observed; errors as of `measures_of`."""
+        """Similarity (b,) float32 of the observed rows; errors are those of `measures_of`."""
         return self._criterion_of(rows, "similarity")
 
     def information_of(self, rows: Observation) -> Tensor:
-        """Information (b,) float32 of what was observed; errors as of `measures_of`."""
+        """Information (b,) float32 of the observed rows; errors are those of `measures_of`."""
         return self._criterion_of(rows, "information")
 
     def _criterion_of(self, rows: Observation, kind: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What there is to know of a batch's rows: the view that criteria look at."""
+"""What criteria can know about the rows of a batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) cross entropy of logits (B, C) and classes (B,)."""
-    return F.cross_entropy(logits, labels.long(), reduction="none")  # a user's own batches may hold other integers
+    return F.cross_entropy(logits, labels.long(), reduction="none")  # a user's own batches may hold other integer types
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def squared_error(values: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What a kind of label means to a head.
+    """The meaning of a kind of labels for a head.
 
     Attributes:
         loss: Loss per row, from the logits of one head and the labels.
@@ -64,7 +64,7 @@ def modalities_of(outputs: Outputs) -> list[str]:
 
 
 class _WhenAsked(Mapping[str, Tensor]):
-    """What a function makes of each head's logits, once, when it is asked for."""
+    """The results of a function of each head's logits, computed once, when they are requested."""
 
     def __init__(self, logits: Mapping[str, Tensor], make: Callable[[Tensor], Tensor]) -> None:
         self._logits, self._make = logits, make
@@ -84,7 +84,7 @@ class _WhenAsked(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """A batch's rows as a model sees them. Criteria map it to one number a row.
+    """The rows of a batch as a model sees them. Criteria map an observation to one number for each row.
 
     Attributes:
         outputs: Logits (B, C) of each modality and `fused`, float32.
@@ -115,12 +115,12 @@ class Observation:
 
     @cached_property
     def predictions(self) -> Mapping[str, Tensor]:
-        """What each head predicts, (B, C): probabilities, or the values of a regression; made when it is looked at."""
+        """Predictions (B, C) of each head: probabilities, or the values of a regression; computed when requested."""
         return _WhenAsked(self.outputs, TASKS[self.task].predict)
 
     @cached_property
     def present(self) -> Tensor | None:
-        """(M, B) which row has which modality; None where all rows have all."""
+        """(M, B) true if the row has the modality; None if all rows have all modalities."""
         columns = [(self.batch or {}).get(presence_column(name)) for name in self.modalities]
         if all(column is None for column in columns):
             return None
@@ -129,18 +129,18 @@ class Observation:
 
     @property
     def unpaired(self) -> Tensor | None:
-        """(B,) which rows have fewer than two modalities; None where all rows have all."""
+        """(B,) true if the row has fewer than two modalities; None if all rows have all modalities."""
         return None if self.present is None else self.present.sum(0) < 2
 
     @cached_property
     def head_losses(self) -> dict[str, Tensor]:
-        """(B,) loss of each head; without meaning where a row lacks the modality."""
+        """(B,) loss of each head; without meaning if the row lacks the modality."""
         return {name: self.head_loss(self._logits_there(name), self.labels) for name in self.outputs}
 
     def _logits_there(self, head: str) -> Tensor:
-        """(B, C) logits of a head, 0 where the row lacks the modality.
+        """(B, C) logits of a head, 0 if the row lacks the modality.
 
-        Such a loss counts nothing, but 0 times the gradient of a NaN would still be NaN.
+        The loss of such a row has weight 0, but 0 times the gradient of a NaN would still be NaN.
         """
         logits = self.outputs[head]
         if self.present is None or head == FUSED:
@@ -156,7 +156,7 @@ class Observation:
     def over_modalities(self, values: list[Tensor]) -> Tensor:
         """(B,) sum over modalities of values (B,).
 
-        Where a row lacks modalities: M times the mean over those it has, so that rows stay comparable.
+        For a row that lacks modalities: M times the mean over the modalities it has, so that rows stay comparable.
         """
         stacked = torch.stack(values)
         if self.present is None:
@@ -166,7 +166,7 @@ class Observation:
     def over_pairs(self, compare: Callable[[Tensor, Tensor], Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """(B,) mean over pairs of modalities of `compare(a, b)`, values (B, ...) in and (B,) out.
 
-        Pairs of which a row lacks one do not count; a row without any pair is NaN.
+        Only pairs of modalities that the row has count; a row without such a pair gets NaN.
         """
         names = list(itertools.combinations(range(len(self.modalities)), 2))
         each = torch.stack([compare(*(values[self.modalities[m]] for m in pair)) for pair in names])
@@ -179,7 +179,7 @@ class Observation:
         """(B, D) input of a head, float32.
 
         Raises:
-            ModelOutputError: the model returns none.
+            ModelOutputError: The model returns no features.
         """
         if self.features is None or head not in self.features:
             found = "no 'features'" if self.features is None else f"features of {sorted(self.features)}"
@@ -191,11 +191,11 @@ class Observation:
 
 
 def check_outputs(outputs: Outputs, labels: Tensor) -> None:
-    """Check the contract between a model and this package; looks at shapes, not at values.
+    """Check the contract between a model and this package: shapes, not values.
 
     Raises:
-        ModelOutputError: not a mapping, no `fused`, fewer than two modalities, unequal shapes, or features that are
-            no mapping.
+        ModelOutputError: The outputs are no mapping, have no `fused`, fewer than two modalities, or unequal shapes, or
+            the features are no mapping.
     """
     if not isinstance(outputs, Mapping):
         raise ModelOutputError(
@@ -232,7 +232,7 @@ def check_labels(labels: Tensor, logits: Tensor, task: str) -> None:
     """Check that labels are of the task's kind.
 
     Raises:
-        ModelOutputError: their shape does not fit the logits'.
+        ModelOutputError: The shape of the labels does not fit the shape of the logits.
     """
     if task == "multiclass":
         fits = labels.ndim == 1

@@ -1,7 +1,7 @@
 """From raw measures to balance scores: normalise over all rows, combine, average over updates.
 
-Pure functions of arrays. `balance_scores` does it for one process that holds all rows; holders of parts
-call the same functions with norms that were joined over all of them.
+Pure functions of arrays. `balance_scores` is for one process that holds all rows; several holders call the
+same functions with norms that were joined over all holders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bss_ray.measure.normalise import NORMALISATIONS, NORMALISE, Norm, Normalise
 Accumulate = Literal["ema", "sum"]
 ACCUMULATE: tuple[str, ...] = get_args(Accumulate)
 
-# What a row with fewer than two modalities counts as, in place of a normalised similarity.
+# Value that replaces the normalised similarity of a row with fewer than two modalities.
 Unpaired = Literal["neutral", "lowest", "error"]
 UNPAIRED: dict[str, float] = {"neutral": 0.5, "lowest": 0.0}
 
@@ -35,7 +35,7 @@ class Accumulation:
             similarity of 1/2), as `lowest` (0), or they are refused (`error`).
 
     Raises:
-        ConfigError: a setting is unknown, out of its range, or without effect.
+        ConfigError: A setting is unknown, out of its range, or without effect.
     """
 
     momentum: float = 0.0
@@ -87,7 +87,7 @@ def accumulate_scores(
         accumulate: `ema`, or `sum`: the sum of all updates over their number (the paper's figure).
         updates: Number of updates in `previous`, at least 1.
     """
-    previous = previous.astype(np.float64)  # kept as float32
+    previous = previous.astype(np.float64)  # holders keep float32
     if accumulate == "sum":
         return np.asarray((previous * updates + current) / (updates + 1))
     return np.asarray(momentum * previous + (1 - momentum) * current)
@@ -104,7 +104,7 @@ def balance_scores(
     normalise: Normalise = "minmax",
     unpaired: Unpaired = "error",
 ) -> np.ndarray:
-    """Balance scores of all rows of a data set (BSS, "balance score").
+    """Balance scores of all rows of a dataset (BSS, "balance score").
 
     Args:
         similarity: (N,) agreement of the modalities of each row; see `Measurer`. NaN: fewer than two modalities.
@@ -117,11 +117,11 @@ def balance_scores(
         unpaired: How rows without a similarity count: refused (`error`), `neutral` or `lowest`; see `current_scores`.
 
     Returns:
-        (N,) float32 in [-1, 1], high = balanced: the bits that holders of scores keep, too.
+        (N,) float32 in [-1, 1], high = balanced: the same bits that holders keep.
 
     Raises:
-        WeightError: lengths differ, or a measure is NaN or infinite.
-        ConfigError: impossible momentum, accumulate, normalise or unpaired.
+        WeightError: Lengths differ, or a measure is NaN or infinite.
+        ConfigError: `momentum`, `accumulate`, `normalise` or `unpaired` is impossible.
     """
     Accumulation(momentum=momentum, accumulate=accumulate, normalise=normalise, unpaired=unpaired)  # checks them
     similarity, information = np.asarray(similarity), np.asarray(information)

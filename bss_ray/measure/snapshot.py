@@ -1,4 +1,4 @@
-"""A model as NumPy arrays: how it travels between processes."""
+"""A model as NumPy arrays, the form in which it is sent between processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ModelSnapshot(NamedTuple):
     """A module as its pickled skeleton and the NumPy arrays of its tensors.
 
     Ray shares NumPy arrays between processes without a copy (256 MB: 0.6 ms), but not tensors
-    (256 MB: 1 s). Everything of the module travels, also buffers that are not in its state dict.
+    (256 MB: 1 s). All of the module is sent, also buffers that are not in its state dict.
     """
 
     skeleton: bytes
@@ -25,7 +25,7 @@ class ModelSnapshot(NamedTuple):
 
 
 def pack_model(model: nn.Module) -> ModelSnapshot:
-    """A snapshot of `model` as it is now; wrappers of DDP and `torch.compile` are taken off."""
+    """A snapshot of `model` as it is now; wrappers of DDP and `torch.compile` are removed."""
     arrays: list[np.ndarray] = []
     buffer = io.BytesIO()
     _Packer(buffer, arrays).dump(unwrap_model(model))
@@ -39,7 +39,7 @@ def unpack_model(snapshot: ModelSnapshot) -> nn.Module:
 
 
 def update_model(model: nn.Module, snapshot: ModelSnapshot, skeleton: bytes) -> bool:
-    """Give a module the weights of `snapshot`, in place: compiled code and memory stay as they are.
+    """Copy the weights of `snapshot` into a module, in place: compiled code and memory layout stay the same.
 
     Args:
         model: Module that was unpacked from another snapshot.
@@ -47,7 +47,7 @@ def update_model(model: nn.Module, snapshot: ModelSnapshot, skeleton: bytes) -> 
         skeleton: Skeleton of the snapshot that the module was unpacked from.
 
     Returns:
-        False if that cannot be done, because more than the weights has changed.
+        False if this is impossible, because more than the weights has changed.
     """
     if snapshot.skeleton != skeleton:
         return False
@@ -61,19 +61,19 @@ def update_model(model: nn.Module, snapshot: ModelSnapshot, skeleton: bytes) -> 
 
 
 def _as_tensor(array: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor's bytes as a tensor; the memory is the array's."""
+    """The bytes of a tensor as a tensor that shares the array's memory."""
     if len(array) == 0:
         return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")  # it is only read
+        warnings.filterwarnings("ignore", message=".*not writable.*")  # the tensor is only read
         return torch.from_numpy(array).view(dtype).reshape(shape)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Strides of an image-like tensor whose layout is to be kept; None for the common layout.
+    """Strides of an image-like tensor whose layout must be kept; None for the default layout.
 
-    Strides and not a layout: with one channel both layouts say that they are this one, and convolutions look at the
-    strides (wrong ones made the default model's passes take 1.7 times as long).
+    Strides and not a layout: with one channel a tensor has both layouts, and convolutions use the strides (wrong
+    strides made the passes of the default model take 1.7 times as long).
     """
     if tensor.ndim != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
         return None
@@ -92,13 +92,13 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
-    """Pickles a module; its tensors go to a list, each once, so tied weights stay tied."""
+    """Pickles a module; each of its tensors is put into a list once, so that tied weights stay tied."""
 
     def __init__(self, file: io.BytesIO, arrays: list[np.ndarray] | None) -> None:
         super().__init__(file, protocol=5)
         self._arrays = arrays
         self._seen: dict[int, tuple[Any, ...]] = {}
-        self.tensors: list[torch.Tensor] = []  # alive: ids of freed objects are used again
+        self.tensors: list[torch.Tensor] = []  # keeps them alive: ids of freed objects are used again
 
     @classmethod
     def tensors_of(cls, model: nn.Module) -> list[torch.Tensor]:
@@ -112,7 +112,7 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships n
             return None
         if id(obj) not in self._seen:
             if self._arrays is not None:
-                # NumPy has no bfloat16: carry all tensors as bytes, with their dtype and shape.
+                # NumPy has no bfloat16, so all tensors are sent as bytes with their dtype and shape.
                 data = obj.detach().cpu().contiguous()
                 self._arrays.append(data.reshape(-1).view(torch.uint8).numpy().copy())
             self.tensors.append(obj)

@@ -1,4 +1,4 @@
-"""Encoders and late fusion for the recipes."""
+"""The default model: encoders and late fusion."""
 
 from bss_ray.models.late_fusion import LateFusion
 

@@ -1,7 +1,7 @@
 """Late fusion: one encoder and one head per modality, and one head over all features.
 
 The default model of `bss-ray train`: encoders are chosen by the shape of a modality's rows. Any
-module that maps a batch to `{modality: logits, ..., "fused": logits}` can take its place.
+module that maps a batch to `{modality: logits, ..., "fused": logits}` can replace it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LateFusion(nn.Module):
         dropout: Dropout probability of the features, before the heads.
 
     Raises:
-        ConfigError: a shape that no encoder takes.
+        ConfigError: There is no encoder for a shape.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class LateFusion(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, num_classes) for name in shapes})
         self.fused = nn.Linear(width * len(shapes), num_classes)
         self.dropout = nn.Dropout(dropout)
-        # With channels last, convolutions and above all pooling are vectorised over channels also on CPUs: on the maps
+        # With channels last, convolutions and above all pooling are vectorised over channels on CPUs too: on the images
         # of AV-Digits a forward pass takes 0.34 of the time and a training step 0.57 (one thread).
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Outputs of all heads for a batch; columns that it has no use for are passed over.
+        """Outputs of all heads for a batch; columns that are not needed are ignored.
 
-        Where `has_<modality>` (B,) of the batch says that a row lacks a modality, its features are zeros. Its input,
-        zeros too, still takes part in the statistics of batch norm.
+        If `has_<modality>` (B,) of the batch says that a row lacks a modality, the features of the modality are zeros.
+        Its input, which is zeros too, still takes part in the statistics of batch norm.
 
         Returns:
-            `{modality: (B, C), ..., "fused": (B, C)}`, and under `features` what each head was given, after dropout:
+            `{modality: (B, C), ..., "fused": (B, C)}`, and under `features` the input of each head, after dropout:
             `{modality: (B, width), ..., "fused": (B, width * M)}`.
         """
         features = {name: self._features(name, batch) for name in self.encoders}
@@ -59,8 +59,8 @@ class LateFusion(nn.Module):
         return {**outputs, FEATURES: features}
 
     def _features(self, name: str, batch: Mapping[str, Tensor]) -> Tensor:
-        # Inputs may have any layout: what a convolution returns has that of its weights. Under `torch.func.vmap`, which
-        # makes the gradients of rows, it could not be changed.
+        # Inputs may have any layout: a convolution's result has the layout of its weights. `torch.func.vmap`, which
+        # makes the gradients of rows, could not change the layout of inputs.
         features: Tensor = self.dropout(self.encoders[name](batch[name].float()))
         present = batch.get(presence_column(name))
         return features if present is None else features * present.unsqueeze(-1).to(features.dtype)
@@ -79,7 +79,7 @@ def _encoder(name: str, shape: tuple[int, ...], width: int) -> nn.Module:
 
 
 def _conv_encoder(channels: int, size: int, width: int, *, add_channel: bool) -> nn.Module:
-    """Convolutions that halve the map until it is about 4 pixels wide, then its mean."""
+    """Convolutions that halve the image until it is about 4 pixels wide, then its mean."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, -1))] if add_channel else []
     out = max(8, width // 4)
     for _ in range(max(1, round(math.log2(max(size, 2) / 4)) + 1)):

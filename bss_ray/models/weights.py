@@ -1,4 +1,4 @@
-"""Weights from elsewhere: do they fit the model, and how many classes were they trained for?"""
+"""Weights from a file: do they fit the model, and for how many classes were they trained?"""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from bss_ray.errors import CheckpointError, ConfigError
 
-# So many names of each kind are shown.
+# Most names of each kind that a message shows.
 _NAMED = 5
 
-# What wrappers put before the names of a module's tensors: DistributedDataParallel, `torch.compile`.
+# Prefixes of the names of tensors in wrappers: DistributedDataParallel, `torch.compile`.
 _PREFIXES = ("module.", "_orig_mod.")
 
-# Heads are built for these two numbers of classes; what changes between them tells how shapes depend on it.
+# Heads are built for these two numbers of classes; what changes between them shows how shapes depend on the number.
 _PROBES = (3, 5)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
-    """Give a model the weights of a state dict, all of them and nothing else.
+    """Load exactly the weights of a state dict into a model.
 
-    Prefixes that DistributedDataParallel and `torch.compile` put before all names are taken off.
+    Prefixes that DistributedDataParallel and `torch.compile` put before all names are removed.
 
     Args:
         model: Model that gets the weights; it is changed only if they fit.
@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> Non
         source: Origin of the state dict, for the message.
 
     Raises:
-        CheckpointError: names what is missing, unexpected, or of another shape.
+        CheckpointError: Weights are missing, unexpected, or of another shape; the error names them.
     """
     state = strip_prefixes(state)
     own = model.state_dict()
@@ -64,12 +64,12 @@ def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]
 
 
 def _shape(value: Any) -> Any:
-    """Shape of a tensor; what else a state dict may hold has none."""
+    """Shape of a tensor; other values of a state dict have no shape."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _named(kind: str, names: list[str]) -> list[str]:
-    """`["3 missing: a, b, c"]`, or nothing."""
+    """`["3 missing: a, b, c"]`, or an empty list."""
     if not names:
         return []
     more = ", ..." if len(names) > _NAMED else ""
@@ -77,11 +77,11 @@ def _named(kind: str, names: list[str]) -> list[str]:
 
 
 def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, Any], source: str) -> int:
-    """For how many classes weights were trained, from the shapes of the heads.
+    """Number of classes for which weights were trained, from the shapes of the heads.
 
     The model is built for two numbers of classes, without memory for its weights. A dimension that differs between
-    the two depends on the number, `a * classes + b`, and the weights' own dimension gives it back. All such dimensions
-    must agree.
+    the two models depends on the number as `a * classes + b`, so the dimension of the weights gives the number. All
+    such dimensions must agree.
 
     Args:
         build: Function that makes the model for a number of classes.
@@ -89,7 +89,7 @@ def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, An
         source: Origin of the state dict, for the message.
 
     Raises:
-        CheckpointError: the weights do not tell it, or contradict themselves.
+        CheckpointError: The weights do not tell the number, or contradict themselves.
     """
     state = strip_prefixes(state)
     few, many = (_shapes(build, classes) for classes in _PROBES)

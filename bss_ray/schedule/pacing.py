@@ -1,7 +1,7 @@
 """Pacing functions: the share of the training rows that an epoch may see.
 
 All of them grow from `initial` to 1 in `grow_epochs` epochs and are capped at 1. `t` counts epochs
-after burn-in, from 1 (BSS, section on the heuristic scheduler; the shapes besides root are those of
+after burn-in, from 1 (BSS, section on the heuristic scheduler; the shapes other than root are from
 the curriculum-learning literature).
 """
 
@@ -24,7 +24,7 @@ def pacing(
     """Share of the training rows that epoch `t` may see.
 
     `root`: `((1 - initial**p) * t / grow_epochs + initial**p) ** (1 / p)`; p = 2 is the released code.
-    It grows fast at first, so the subset is not starved for long. `linear` is root with p = 1,
+    It grows fast at first, so that the subset soon has enough rows. `linear` is root with p = 1,
     `geometric` grows by a constant factor, `step` is linear in `steps` equal jumps.
 
     Args:
@@ -39,7 +39,7 @@ def pacing(
         A share in (0, 1].
 
     Raises:
-        ScheduleError: a setting is out of its range, or `t` < 1.
+        ScheduleError: A setting is out of its range, or `t` < 1.
     """
     check_pacing(initial=initial, grow_epochs=grow_epochs, power=power, shape=shape, steps=steps)
     if t < 1:
@@ -53,7 +53,7 @@ def check_pacing(*, initial: float, grow_epochs: int, power: float, shape: str, 
     """Refuse settings that no epoch could use.
 
     Raises:
-        ScheduleError: names the setting, its range and the value.
+        ScheduleError: A setting is out of its range; the error names the setting, its range and the value.
     """
     if shape not in SHAPES:
         raise ScheduleError(f"unknown pacing shape {shape!r}; {nearest(shape, SHAPES)}")

@@ -1,10 +1,10 @@
 """Schedulers: from balance scores to sampling weights and the size of an epoch.
 
-A scheduler is a frozen description that is sent to every holder of scores; it keeps no state. It
-answers four questions, and everything else (thresholds over all rows, the mixing weight, the draw
-itself) is worked out by `bss_ray.sample` from the answers:
+A scheduler is a frozen description that is sent to every holder; it has no state. It answers four
+questions, and `bss_ray.sample` computes everything else from the answers (thresholds over all rows,
+the mixing weight, the draw itself):
 
-* `scores_due_after(epoch)`: are new scores wanted between this epoch and the next?
+* `scores_due_after(epoch)`: are new scores needed between this epoch and the next?
 * `subset_size(epoch, rows)`: how many rows of highest score may be drawn at all?
 * `epoch_size(epoch, rows)`: how many rows does the epoch present?
 * `weights(score)`: what is the sampling weight of a row, before the uniform mix?
@@ -34,8 +34,8 @@ _COEFFICIENTS = [1.0 / math.factorial(power) for power in range(13, -1, -1)]
 def stable_exp(x: np.ndarray) -> np.ndarray:
     """exp(x) to about 1e-16, by operations that IEEE 754 defines to the last bit.
 
-    `np.exp` has other code for AVX-512 than for older CPUs, and their last bits differ; the weights of
-    rows, and so their order, must not depend on which node of a cluster worked them out.
+    `np.exp` uses other code with AVX-512 than on older CPUs, and the last bits differ; the weights of
+    rows, and so their order, must not depend on the node of a cluster that computes them.
 
     Args:
         x: (n,) float64, within [-700, 700].
@@ -46,7 +46,7 @@ def stable_exp(x: np.ndarray) -> np.ndarray:
     k = np.rint(x / math.log(2))
     r = (x - k * _LN2_HIGH) - k * _LN2_LOW
     result = np.full_like(x, _COEFFICIENTS[0])
-    for coefficient in _COEFFICIENTS[1:]:  # in place: twice as fast as fresh arrays
+    for coefficient in _COEFFICIENTS[1:]:  # in place: twice as fast as new arrays
         result *= r
         result += coefficient
     # times 2^k, by its exponent bits: the result is a normal number, and np.ldexp would take as long as all the rest
@@ -54,14 +54,14 @@ def stable_exp(x: np.ndarray) -> np.ndarray:
     return result
 
 
-# exp(score / temperature) with scores in [-1, 1]: at 0.01 the weights span e^200, which the keys'
-# float64 range still orders exactly. Colder than that is a hard top-k: use Heuristic.
+# exp(score / temperature) with scores in [-1, 1]: at 0.01 the weights span a factor of e^200, which float64 keys
+# still order exactly. A lower temperature would be a hard choice of the best rows: use Heuristic.
 MIN_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """Base of all schedulers: uniform over all rows. Override what differs.
+    """Base of all schedulers: uniform over all rows. Override the methods that differ.
 
     Attributes:
         burn_in: Number of first epochs that are uniform over all rows; 0 scores the untrained model.
@@ -89,18 +89,18 @@ class Scheduler:
         return epoch < self.burn_in
 
     def scores_due_after(self, epoch: int) -> bool:
-        """Whether new scores are wanted after `epoch` (from 0; -1 asks before the first epoch)."""
+        """Whether new scores are needed after `epoch` (from 0; -1 means before the first epoch)."""
         t = epoch + 1 - self.burn_in
         if t == 0:
             return self.uses_scores
         return t > 0 and self.update_interval > 0 and t % self.update_interval == 0
 
     def subset_size(self, epoch: int, rows: int) -> int:
-        """How many rows of highest score may be drawn in `epoch` (after burn-in)."""
+        """Number of rows of highest score that may be drawn in `epoch` (after burn-in)."""
         return rows
 
     def epoch_size(self, epoch: int, rows: int) -> int:
-        """How many rows `epoch` presents (after burn-in)."""
+        """Number of rows that `epoch` presents (after burn-in)."""
         return rows
 
     @property
@@ -109,7 +109,7 @@ class Scheduler:
         return "Let the scheduler return weights that differ less"
 
     def weights(self, score: np.ndarray) -> np.ndarray:
-        """Sampling weights of rows; elementwise, so that holders can apply it to their own rows.
+        """Sampling weights of rows; elementwise, so that each holder can call it for its own rows.
 
         Args:
             score: (n,) float64 balance scores in [-1, 1].
@@ -122,7 +122,7 @@ class Scheduler:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Scheduler):
-    """Weight 1 for all rows, all rows each epoch: the control.
+    """Uniform sampling, the control: weight 1 for all rows, and all rows in each epoch.
 
     Args:
         update_interval: Number of epochs between two updates of the scores, which are only recorded and change nothing;
@@ -135,7 +135,7 @@ class Heuristic(Scheduler):
     """BSS-H: the rows of highest score, a growing share of them, in uniform order.
 
     Weight 1 for the floor(lambda(t) N) rows of highest score (ties: lower row id first), 0 for the
-    rest; see `bss_ray.schedule.pacing` for lambda. The defaults are the released code's, but for
+    other rows; see `bss_ray.schedule.pacing` for lambda. The defaults are those of the released code, except
     `burn_in`: the released code scores the untrained model (`burn_in=0`).
 
     Args:
@@ -146,7 +146,7 @@ class Heuristic(Scheduler):
         steps: Number of jumps of the shape `step`.
 
     Raises:
-        ScheduleError: a setting is out of its range.
+        ScheduleError: A setting is out of its range.
     """
 
     burn_in: int = 1
@@ -207,7 +207,7 @@ class Learning(Scheduler):
         steps: Number of jumps of the shape `step`.
 
     Raises:
-        ScheduleError: a setting is out of its range.
+        ScheduleError: A setting is out of its range.
     """
 
     burn_in: int = 1

@@ -1,8 +1,8 @@
-"""Files of a run, wherever its `storage_path` is: on a disk, a shared file system, or an object store.
+"""Files of a run on any `storage_path`: a disk, a shared file system, or an object store.
 
 A place is named as Ray Train names it: a path, or a URI that `pyarrow.fs.FileSystem.from_uri` takes, such as
 `s3://bucket/runs`, `s3://bucket/runs?endpoint_override=host:9000&scheme=http`, `gs://bucket/runs`,
-`abfs://container@account.dfs.core.windows.net/runs`, or `fsspec+NAME://...` for what fsspec knows.
+`abfs://container@account.dfs.core.windows.net/runs`, or `fsspec+NAME://...` for file systems of fsspec.
 """
 
 from bss_ray.storage.files import absolute as absolute

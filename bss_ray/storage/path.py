@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from bss_ray.errors import ConfigError, StorageError, first_line
 from bss_ray.storage.files import Write, absolute, child, hidden, is_uri, parent, write_local
 
-# File systems on which a file appears at once when it is complete: nothing has to be renamed, and renaming is copying.
+# File systems on which a file appears only when it is complete: no rename is needed, and renaming would copy.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "memory"})
 
-# Until it has answered, a file system is asked for so long. The clients' own limits can add up to many minutes.
+# Time limit in seconds of the first requests to a file system. The clients' own limits can add up to many minutes.
 _LIMIT_S = 60.0
 
 _T = TypeVar("_T")
@@ -32,9 +32,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, repr=False)
 class StoragePath:
-    """A file or folder on any file system; what a run needs of `pathlib.Path`.
+    """A file or folder on any file system, with the methods of `pathlib.Path` that a run needs.
 
-    Every write is whole or not at all: on an object store by nature, elsewhere beside, flushed and renamed.
+    Files are written completely or not at all: an object store does so by itself; elsewhere a file is written under a
+    temporary name, flushed and renamed.
 
     Attributes:
         uri: Path or URI that names the file or folder. It may hold a password, which `str()` does not show.
@@ -48,15 +49,15 @@ class StoragePath:
 
     @staticmethod
     def of(place: str | os.PathLike[str], system: pyarrow.fs.FileSystem | None = None) -> StoragePath:
-        """The place that a user names.
+        """The place with the path or URI that a user gives.
 
         Args:
             place: Path or URI; with `system` a path on that file system.
             system: File system, if the place does not tell it.
 
         Raises:
-            ConfigError: a URI that no file system takes.
-            StorageError: its file system does not answer.
+            ConfigError: No file system takes the URI.
+            StorageError: The file system does not answer.
         """
         name = os.fspath(place)
         if system is not None:
@@ -75,7 +76,7 @@ class StoragePath:
         return StoragePath(path if local else name, system, path)
 
     def __truediv__(self, name: str) -> StoragePath:
-        """What has this name in the folder."""
+        """The place of this name in the folder."""
         return replace(self, uri=child(self.uri, name), path=f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
@@ -91,30 +92,30 @@ class StoragePath:
 
     @property
     def parent(self) -> StoragePath:
-        """The folder that it is in."""
+        """The folder that contains the place."""
         return replace(self, uri=parent(self.uri), path=posixpath.dirname(self.path.rstrip("/")))
 
     @property
     def local(self) -> Path | None:
-        """As a path of this machine; None where it is none."""
+        """The place as a path of this machine; None on another file system."""
         return _local(self.system, self.path)
 
     # ---- looking ------------------------------------------------------------------------------
 
     def exists(self) -> bool:
-        """Whether it is there.
+        """Whether the file or folder exists.
 
         Raises:
-            StorageError: the file system does not tell; likewise below.
+            StorageError: The file system does not tell; the same holds for the methods below.
         """
         return bool(self._kind() != pyarrow.fs.FileType.NotFound)
 
     def is_file(self) -> bool:
-        """Whether it is a file."""
+        """Whether the place is a file."""
         return bool(self._kind() == pyarrow.fs.FileType.File)
 
     def is_dir(self) -> bool:
-        """Whether it is a folder; on an object store: whether there is anything in it."""
+        """Whether the place is a folder; on an object store: whether it contains anything."""
         return bool(self._kind() == pyarrow.fs.FileType.Directory)
 
     def _kind(self) -> Any:
@@ -122,11 +123,11 @@ class StoragePath:
             return self.system.get_file_info(self.path).type
 
         with self._telling("read"):
-            # In time, as the first question that many commands ask; a disk is asked often, and at once.
+            # With a time limit: the first request of many commands. A disk is asked often, so without a thread.
             return look() if self.local is not None else in_time(look, str(self))
 
     def glob(self, pattern: str = "*") -> list[StoragePath]:
-        """What is in the folder under such a name, sorted; nothing where there is no folder."""
+        """Files and folders in the folder whose names fit, sorted; none if there is no folder."""
         with self._telling("read"):
             found = self.system.get_file_info(pyarrow.fs.FileSelector(self.path, allow_not_found=True))
         names = (entry.base_name for entry in found)
@@ -138,15 +139,15 @@ class StoragePath:
         """The whole file.
 
         Raises:
-            FileNotFoundError: there is none.
-            StorageError: it cannot be read.
+            FileNotFoundError: The file does not exist.
+            StorageError: The file cannot be read.
         """
         with self._telling("read"), self.system.open_input_stream(self.path) as stream:
             content: bytes = stream.read()
         return content
 
     def read_text(self) -> str:
-        """The whole file, in UTF-8."""
+        """The whole file as UTF-8 text."""
         return self.read_bytes().decode()
 
     def read_table(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -156,24 +157,24 @@ class StoragePath:
             return pq.read_table(self.path, columns=names, filesystem=self.system, partitioning=None)
 
     def open_parquet(self) -> pq.ParquetFile:
-        """A Parquet file, to be read in parts."""
+        """A Parquet file that can be read in parts."""
         with self._telling("read"):
             return pq.ParquetFile(self.path, filesystem=self.system)
 
     # ---- writing ------------------------------------------------------------------------------
 
     def mkdir(self) -> None:
-        """Make the folder and those it is in, where they are not there."""
+        """Make the folder and its parents if they do not exist."""
         with self._telling("written"):
             self.system.create_dir(self.path, recursive=True)
 
     def write(self, write: Write) -> None:
-        """Let `write` fill a file that is there whole or not at all; an older one stays until then.
+        """Let `write` fill a file, which is replaced only when the new content is complete.
 
-        The folder must be there. But for a local file the content is in memory once.
+        The folder must exist. Except for a local file the content is in memory once.
 
         Raises:
-            StorageError: the disk is full, the bucket is gone, the key may not write, and the like.
+            StorageError: The file cannot be written, e.g. because the disk is full or the bucket does not exist.
         """
         with self._telling("written"):
             if self.local is not None:
@@ -184,15 +185,15 @@ class StoragePath:
                 self._put(content.getbuffer())
 
     def write_bytes(self, content: bytes) -> None:
-        """Write a file whole or not at all."""
+        """Write a file completely or not at all."""
         self.write(lambda stream: stream.write(content))
 
     def write_text(self, text: str) -> None:
-        """Write a file whole or not at all, in UTF-8."""
+        """Write a UTF-8 text file completely or not at all."""
         self.write_bytes(text.encode())
 
     def _put(self, content: memoryview) -> None:
-        # In one piece: a stream that is closed early, by an error, would leave a part of a file that seems whole.
+        # In one piece: a stream that an error closes early would leave a part of a file that seems complete.
         target = self if _is_object_store(self.system) else self.parent / f".{self.name}-{uuid.uuid4().hex}"
         with self.system.open_output_stream(target.path) as stream:
             stream.write(content)
@@ -201,10 +202,10 @@ class StoragePath:
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[StoragePath]:
-        """A folder to be filled, which takes the place of this one when the block ends without an error.
+        """A folder to fill, which replaces this folder when the block ends without an error.
 
-        An object store cannot rename: there this folder is emptied and filled in place, and until the end of the block
-        a reader sees a part.
+        An object store cannot rename. There this folder is emptied and filled in place, and a reader sees an incomplete
+        folder until the end of the block.
         """
         in_place = _is_object_store(self.system)
         target = self if in_place else self.parent / f".{self.name}-{uuid.uuid4().hex}"
@@ -218,7 +219,7 @@ class StoragePath:
                 self.system.move(target.path, self.path)
 
     def remove(self) -> None:
-        """Remove the file, or the folder with all that is in it; nothing to do where there is none."""
+        """Remove the file, or the folder with its content, if it exists."""
         with self._telling("removed"), contextlib.suppress(FileNotFoundError):
             kind = self.system.get_file_info(self.path).type
             if kind == pyarrow.fs.FileType.Directory:
@@ -227,10 +228,10 @@ class StoragePath:
                 self.system.delete_file(self.path)
 
     def check_writable(self) -> None:
-        """Make the folder, write a file in it, and remove that again.
+        """Make the folder, write a file into it, and remove the file.
 
         Raises:
-            StorageError: that cannot be done, or takes too long.
+            StorageError: This is impossible, or takes too long.
         """
         probe = self / f".probe-{uuid.uuid4().hex}"
 
@@ -243,10 +244,10 @@ class StoragePath:
 
     @contextlib.contextmanager
     def _telling(self, done: str) -> Iterator[None]:
-        """Errors of the file system as errors that say what to do; a file that is not there is none of them."""
+        """Turn errors of the file system into errors that say what to do, except that a file does not exist."""
         try:
             yield
-        except (StorageError, pa.ArrowInvalid):  # the latter is of what is in a file
+        except (StorageError, pa.ArrowInvalid):  # the latter is about the content of a file
             raise
         except _FAULTS as error:
             if isinstance(error, FileNotFoundError) and done == "read":
@@ -256,7 +257,7 @@ class StoragePath:
             raise StorageError(f"{self} cannot be {done}: {why}. {remedy}") from error
 
 
-# Arrow's Azure client has errors that are none of the system's.
+# Arrow's Azure client raises errors that are no OSError.
 _FAULTS = (OSError, pa.ArrowException)
 
 _LOCAL_REMEDIES = {
@@ -273,13 +274,13 @@ _REMOTE_REMEDY = (
 
 
 def in_time(work: Callable[[], _T], place: str, limit_s: float = _LIMIT_S) -> _T:
-    """What `work` returns, if it does so in time.
+    """Result of `work`, with a time limit.
 
-    A file system whose server is gone can keep its callers for ever (a hard NFS mount) or for minutes (an object
-    store's retries), and nothing in this process can end such a call: it is left behind in a thread.
+    A file system whose server is gone can block its callers forever (a hard NFS mount) or for minutes (an object
+    store's retries), and nothing in this process can end such a call, so the call is abandoned in a thread.
 
     Raises:
-        StorageError: it takes too long, or the file system has an error of its own.
+        StorageError: `work` takes too long, or the file system raises an error.
     """
     outcome: list[_T | BaseException] = []
 

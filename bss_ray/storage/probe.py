@@ -1,7 +1,7 @@
-"""A look before a run begins: do all nodes of the cluster write to the run's folder, and to the same one?
+"""A check before a run starts: can all nodes of the cluster write to the run's folder, and is it the same folder?
 
-A path that is on every node's own disk takes every write, and the run would end at its first checkpoint, or leave its
-files where nobody looks for them.
+If the path is on each node's own disk, every write succeeds, but the run would end at its first checkpoint, or leave
+its files where nobody looks for them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bss_ray.errors import StorageError
 from bss_ray.storage import StoragePath
 
-# For all nodes together. Starting a process takes seconds; a mount whose server is gone keeps it for ever.
+# Time limit for all nodes together. Starting a process takes seconds; a mount whose server is gone blocks forever.
 _LIMIT_S = 120.0
-# Until a file is seen by another node: a network file system may remember for a moment that it was not there.
+# Seconds until another node sees a file: a network file system may remember for a moment that it did not exist.
 _SEEN_S = 5.0
 
 _DRIVER = "driver"
@@ -29,12 +29,12 @@ _UNSEEN = "writes where this process ({host}) does not see it: the folder is not
 
 
 def check_storage(folder: StoragePath) -> None:
-    """Have every node of the cluster write a file in `folder`, and look for all of them; removes them again.
+    """Make every node of the cluster write a file in `folder`, check that all files are visible, and remove them.
 
-    A cluster of one node needs no more than a write. Nodes that join later are not looked at.
+    With a single node one write is enough. Nodes that join later are not checked.
 
     Raises:
-        StorageError: a node cannot write, or does so elsewhere; names all such nodes, and why.
+        StorageError: A node cannot write, or writes to another folder; the error names all such nodes and the reasons.
     """
     nodes = _alive()
     if len(nodes) == 1:
@@ -53,12 +53,12 @@ def check_storage(folder: StoragePath) -> None:
 
 
 def _ask(nodes: list[dict[str, Any]], probe: StoragePath) -> list[str]:
-    """What is wrong, a line for each node that has a problem."""
+    """The problems, with a line for each node that has one."""
     tasks = [_try_out.options(scheduling_strategy=_on(node)).remote(probe, node["NodeID"]) for node in nodes]
     _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_LIMIT_S)
     for task in late:
         ray.cancel(task, force=True)
-    still_there = {node["NodeID"] for node in _alive()}  # a node that has left meanwhile is no problem of the storage
+    still_there = {node["NodeID"] for node in _alive()}  # a node that has left is not a problem of the storage
     problems = []
     for node, task in zip(nodes, tasks, strict=True):
         why = f"has not answered within {_LIMIT_S:g} s" if task in late else _outcome(task, probe / node["NodeID"])
@@ -80,7 +80,7 @@ def _named(node: Mapping[str, Any]) -> str:
 
 
 def _outcome(task: Any, file: StoragePath) -> str | None:
-    """What is wrong with a node that has answered."""
+    """The problem of a node that has answered, if there is one."""
     try:
         why: str | None = ray.get(task)
     except ray.exceptions.RayError as error:
@@ -93,9 +93,9 @@ def _outcome(task: Any, file: StoragePath) -> str | None:
 
 @ray.remote(num_cpus=0, name="bss_ray.look_at_storage")
 def _try_out(probe: StoragePath, name: str) -> str | None:
-    """On a node: look for the driver's file and write one. What is wrong, if anything is.
+    """Runs on a node: look for the driver's file and write a file. Returns the problem, if there is one.
 
-    It makes no folder, so a node that has another one in this place keeps nothing of the probe.
+    It makes no folder, so nothing of the check stays on a node that has another folder in this place.
     """
     try:
         if not _appears(probe / _DRIVER):
@@ -107,7 +107,7 @@ def _try_out(probe: StoragePath, name: str) -> str | None:
 
 
 def _appears(file: StoragePath) -> bool:
-    """Whether a file is seen, within a moment."""
+    """Whether a file becomes visible within a moment."""
     until = time.monotonic() + _SEEN_S
     while not (seen := file.exists()) and time.monotonic() < until:
         time.sleep(0.2)
