@@ -50,7 +50,7 @@ def tune_parser(argv: Sequence[str]) -> ArgumentParser:
     """The parser of `bss-ray tune`.
 
     Args:
-        argv: the arguments, to know which scheduler's defaults apply.
+        argv: The arguments, which tell which scheduler's defaults apply.
     """
     from bss_ray.tune.config import TuneConfig
 

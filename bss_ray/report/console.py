@@ -31,8 +31,8 @@ class JsonLines:
     `message`, or the figures of the event.
 
     Args:
-        run: name of the run, job or search.
-        out: where lines go; default standard output.
+        run: Name of the run, job or search.
+        out: Stream to which lines are written; default standard output.
     """
 
     def __init__(self, run: str, out: TextIO | None = None) -> None:
@@ -184,9 +184,9 @@ def open_display(log_format: str, run: str, for_people: Callable[[Console], Show
     """The display of a command.
 
     Args:
-        log_format: `auto`, `rich`, `plain` or `json`.
-        run: name of the run, job or search.
-        for_people: makes the display of the command for a terminal, or for a log that people read.
+        log_format: Format: `auto`, `rich`, `plain` or `json`.
+        run: Name of the run, job or search.
+        for_people: Function that makes the command's display for a terminal, or for a log that people read.
     """
     if log_format == "json":
         return JsonLines(run)

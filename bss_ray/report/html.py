@@ -50,9 +50,9 @@ def write_page(folder: StoragePath, kind: str, parts: Iterable[Any]) -> StorageP
     """Write `report.html`, a page headed `kind` and the folder's name.
 
     Args:
-        folder: where the page goes.
-        kind: of the folder.
-        parts: figures, and text that is HTML already.
+        folder: Folder of the page.
+        kind: Kind of the folder.
+        parts: Figures, and text that is HTML already.
 
     Returns:
         Path of `report.html`.

@@ -23,8 +23,8 @@ class SearchDisplay:
     """Shows the messages of a search.
 
     Args:
-        config: of the search.
-        console: to show them on.
+        config: Settings of the search.
+        console: Console that shows the messages.
     """
 
     def __init__(self, config: TuneConfig, console: Console | None = None) -> None:

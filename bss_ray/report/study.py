@@ -110,9 +110,9 @@ def write_study_report(study: Study, folder: Path, comparison: Comparison | None
     A figure that the study has too little for is left out, and a line says why.
 
     Args:
-        study: of one objective or several, at any stage.
-        folder: of the search; `report.html` goes there.
-        comparison: of the best configuration with uniform sampling (see `comparison_sentences`).
+        study: Study of one objective or several, at any stage.
+        folder: Folder of the search, which gets `report.html`.
+        comparison: Comparison of the best configuration with uniform sampling (see `comparison_sentences`).
 
     Returns:
         Path of `report.html`.

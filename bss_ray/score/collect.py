@@ -43,10 +43,10 @@ class Look:
     """What is in some blocks.
 
     Attributes:
-        norms: of their measures.
-        data_problems: rules of the data that rows break.
-        output_problems: rows whose outputs are not finite.
-        notices: what the user should read.
+        norms: Norms of the blocks' measures.
+        data_problems: Rules for data that rows break.
+        output_problems: Problem of the rows whose outputs are not finite.
+        notices: Messages to the user.
     """
 
     norms: list[Norms] = field(default_factory=list)

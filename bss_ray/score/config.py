@@ -60,37 +60,41 @@ class ScoreConfig:
     """Settings of `bss-ray score`.
 
     Args:
-        checkpoint: the weights: a .pt file with a state dict, a checkpoint folder, or the folder of a run of `bss-ray
-            train` (the epoch it has chosen; model, data, columns and measurer are then the run's, where they are not
-            given here). null takes the run `demo`.
-        data: what is scored: `av-digits`, a Parquet file or folder (or one with the sub-folders train, validation,
+        checkpoint: Weights of the model: a .pt file with a state dict, a checkpoint folder, or the folder of a run of
+            `bss-ray train` (the epoch it has chosen; the run's model, data, columns and measurer are used unless they
+            are given here). null takes the run `demo`.
+        data: Data to score: `av-digits`, a Parquet file or folder (or one with the sub-folders train, validation,
             test), or `module:function`; see `bss-ray train --help`.
-        split: of the data: train, validation or test.
-        columns: which columns are modalities, label, id and extras: --columns.modalities '[audio, image]' and so on.
-        num_classes: values that the model's heads return; null takes it from the shapes of the weights.
-        mispaired: share of av-digits' training rows that is paired wrongly.
-        seed: of that pairing.
-        model: class by import path, and its arguments.
-        measurer: how the balance of a row is measured.
-        normalise: `minmax` (the paper's) or `rank`, over all rows of the split.
-        unpaired: rows with fewer than two modalities count as `neutral`, as `lowest`, or are an `error`.
-        bad_rows: rows whose outputs are NaN or infinite are an `error`, or are written without measures (`keep`).
-        batch_size: rows of a forward pass; halved, with a message, where they do not fit into memory.
-        precision: `fp32`, `bf16` or `fp16` (autocast).
-        channels_last: memory layout of images and model.
-        compile: run the model through `torch.compile`.
-        min_actors: scoring actors from the start.
-        max_actors: most scoring actors; null takes as many as the cluster has room for, with a CPU left to read.
-        cpus_per_actor: logical CPUs of an actor; null takes 1, or 0 where the cluster has one CPU.
-        gpus_per_actor: share of a GPU of an actor; null takes 1 where the cluster has GPUs.
-        piece_rows: most rows whose measures make a file; a stop loses no more than the pieces being made.
-        wait_limit_s: longest time, in seconds, without anything new of the actors and tasks of the job.
-        name: of the job; the same name and settings: it goes on where it stopped.
-        storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
-        ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
-        log_format: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per line); `auto` is rich
-            on a terminal and plain elsewhere.
-        verbose: show what Ray prints.
+        split: Split of the data: train, validation or test.
+        columns: Roles of the columns (modalities, label, id and extras): --columns.modalities '[audio, image]' and so
+            on.
+        num_classes: Number of values that the model's heads return; null takes it from the shapes of the weights.
+        mispaired: Share of av-digits' training rows that is paired wrongly.
+        seed: Seed of the wrong pairs.
+        model: Class of the model by import path, and its arguments.
+        measurer: How the balance of a row is measured.
+        normalise: Normalisation over all rows of the split: `minmax` (the paper's) or `rank`.
+        unpaired: How rows with fewer than two modalities count: as `neutral`, as `lowest`, or as an `error`.
+        bad_rows: Whether rows whose outputs are NaN or infinite are an `error`, or are written without measures
+            (`keep`).
+        batch_size: Number of rows of a forward pass; it is halved, with a message, if the batch does not fit into
+            memory.
+        precision: Precision of the forward pass: `fp32`, `bf16` or `fp16` (autocast).
+        channels_last: Whether images and model are in the channels-last memory layout.
+        compile: Whether the model runs through `torch.compile`.
+        min_actors: Number of scoring actors at the start.
+        max_actors: Largest number of scoring actors; null takes as many as the cluster has room for, with one CPU left
+            for reading.
+        cpus_per_actor: Logical CPUs of an actor; null takes 1, or 0 if the cluster has one CPU.
+        gpus_per_actor: Share of a GPU of an actor; null takes 1 if the cluster has GPUs.
+        piece_rows: Largest number of rows in a file of measures; a stop loses only the files that are being made.
+        wait_limit_s: Longest time, in seconds, without a new result from the actors and tasks of the job.
+        name: Name of the job; a job with the same name and settings is resumed.
+        storage_path: Folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
+        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
+        log_format: Format of the output: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per
+            line); `auto` is rich on a terminal and plain elsewhere.
+        verbose: Whether Ray's own output is shown.
     """
 
     checkpoint: str | None = None
@@ -162,8 +166,8 @@ class Job:
     """A job with all its settings, the model's weights among them.
 
     Attributes:
-        config: as given, and what was null and the checkpoint's run or a default tells.
-        weights: of the model.
+        config: Settings as given; null settings are filled in from the checkpoint's run or by defaults.
+        weights: Weights of the model.
     """
 
     config: ScoreConfig

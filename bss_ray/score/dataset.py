@@ -60,21 +60,23 @@ def score_dataset(
         scores.write_parquet("scores")
 
     Args:
-        dataset: rows; a modality may be null (see `Columns`).
-        model: maps a batch to `{modality: logits (B, C), ..., "fused": logits (B, C)}`.
-        columns: roles of the data set's columns.
-        measurer: how the balance of a row is measured; default `Measurer()`.
-        normalise: `minmax` or `rank`, over all rows of the data set.
-        unpaired: rows with fewer than two modalities count as `neutral`, as `lowest`, or are an `error`.
-        bad_rows: rows whose outputs are NaN or infinite are an `error`, or kept without measures and score (`keep`).
-        num_classes: values that a head returns; None asks the model.
-        batch_size: rows of a forward pass; halved, with a message, where they do not fit into memory.
-        precision: `fp32`, `bf16` or `fp16` (autocast).
-        channels_last: memory layout of images and model.
-        compile: run the model through `torch.compile`.
-        actors: least and most actors; None takes as many as the cluster has room for.
-        num_cpus: logical CPUs of an actor; None takes 1, or 0 where the cluster has one CPU.
-        num_gpus: share of a GPU of an actor; None takes 1 where the cluster has GPUs.
+        dataset: Rows to score; a modality may be null (see `Columns`).
+        model: Model that maps a batch to `{modality: logits (B, C), ..., "fused": logits (B, C)}`.
+        columns: Roles of the dataset's columns.
+        measurer: How the balance of a row is measured; default `Measurer()`.
+        normalise: Normalisation over all rows of the dataset: `minmax` or `rank`.
+        unpaired: How rows with fewer than two modalities count: as `neutral`, as `lowest`, or as an `error`.
+        bad_rows: Whether rows whose outputs are NaN or infinite are an `error`, or kept without measures and score
+            (`keep`).
+        num_classes: Number of values that a head returns; None asks the model.
+        batch_size: Number of rows of a forward pass; it is halved, with a message, if the batch does not fit into
+            memory.
+        precision: Precision of the forward pass: `fp32`, `bf16` or `fp16` (autocast).
+        channels_last: Whether images and model are in the channels-last memory layout.
+        compile: Whether the model runs through `torch.compile`.
+        actors: Smallest and largest number of actors; None takes as many as the cluster has room for.
+        num_cpus: Logical CPUs of an actor; None takes 1, or 0 if the cluster has one CPU.
+        num_gpus: Share of a GPU of an actor; None takes 1 if the cluster has GPUs.
 
     Returns:
         A data set in the order of the rows: `row_id` (position, int64), id, label and extra columns that hold one value

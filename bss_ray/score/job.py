@@ -48,9 +48,9 @@ class Source:
     """The rows of a job.
 
     Attributes:
-        units: what tasks read.
-        features: shape and dtype of the modalities.
-        key: names the content.
+        units: What tasks read.
+        features: Shape and dtype of the modalities.
+        key: Name of the content.
     """
 
     units: Sequence[ReadTask]
@@ -67,8 +67,8 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     """Score all rows, and write the folder. Ray must be running. A job that was stopped goes on.
 
     Args:
-        job: all settings, and the weights.
-        folder: claimed for them.
+        job: All settings, and the weights.
+        folder: Folder that is claimed for these settings.
         on_message: called with what happens: `{"kind": "status" | "notice", "text"}`, `{"kind": "shards", "split",
             "done", "of"}`, `{"kind": "rows", "done", "of", "rows_per_second"}`.
 

@@ -38,11 +38,11 @@ class Measuring:
     """How rows are measured.
 
     Args:
-        columns: roles of the columns.
-        measurer: criteria and weights of the loss.
-        forward: batch size, precision and the like.
-        bad_rows: rows whose outputs are NaN or infinite are an `error`, or kept without measures (`keep`).
-        num_classes: values that a head returns; None asks the model.
+        columns: Roles of the columns.
+        measurer: Criteria and weights of the loss.
+        forward: Settings of the forward pass, such as batch size and precision.
+        bad_rows: Whether rows whose outputs are NaN or infinite are an `error`, or kept without measures (`keep`).
+        num_classes: Number of values that a head returns; None asks the model.
 
     Raises:
         ConfigError: unknown `bad_rows`, or a measurer that was made for another kind of label.
@@ -65,11 +65,11 @@ class Measured:
     """Measures of consecutive rows.
 
     Attributes:
-        table: id, label and extra columns of one number or text a row; similarity, information, losses. A measure that
-            a row does not have is null.
-        problems: rules that rows break; with problems of the data there is no table.
-        sound_data: whether the problems are those of outputs, not of the data.
-        notices: what the user should read.
+        table: Id, label and extra columns of one number or text for each row; similarity, information, losses. A
+            measure that a row does not have is null.
+        problems: Rules that rows break; with problems of the data there is no table.
+        sound_data: Whether the problems are those of outputs, not of the data.
+        notices: Messages to the user.
     """
 
     table: pa.Table | None
@@ -82,9 +82,9 @@ class RowMeasurer:
     """A model on a device that measures rows.
 
     Args:
-        snapshot: the model.
-        measuring: how.
-        device: where.
+        snapshot: Snapshot of the model.
+        measuring: How rows are measured.
+        device: Device of the model.
     """
 
     def __init__(self, snapshot: ModelSnapshot, measuring: Measuring, device: torch.device | str = "cpu") -> None:
@@ -193,8 +193,8 @@ class Norms:
     """Normalisations of both measures, of some rows or of all.
 
     Attributes:
-        similarity: of the rows that have two modalities.
-        information: of the rows with sound outputs.
+        similarity: Norm over the rows that have two modalities.
+        information: Norm over the rows with finite outputs.
     """
 
     similarity: Norm

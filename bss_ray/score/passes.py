@@ -72,10 +72,10 @@ class MeasurePass:
     """What all processes of the pass are told.
 
     Attributes:
-        measuring: how rows are measured.
-        features: shape and dtype of the modalities.
-        folder: of the pieces; all nodes can write there.
-        piece_rows: most rows of a piece.
+        measuring: How rows are measured.
+        features: Shape and dtype of the modalities.
+        folder: Folder of the measure files, to which all nodes can write.
+        piece_rows: Largest number of rows of a measure file.
     """
 
     measuring: Measuring
@@ -88,10 +88,10 @@ class MeasureFileReport(NamedTuple):
     """A piece that is on the disk.
 
     Attributes:
-        piece: its rows.
-        bad_rows: those of them without measures.
-        bad_ids: the first of their row ids.
-        notices: what the user should read.
+        piece: The measure file.
+        bad_rows: Number of its rows without measures.
+        bad_ids: First row ids of the rows without measures.
+        notices: Messages to the user.
     """
 
     piece: MeasureFile
@@ -106,11 +106,11 @@ def measure_rows(
     """Measure the rows of `runs`; a report for each piece, as it gets done.
 
     Args:
-        units: all units of the data.
-        runs: ascending runs of row ids that are to be measured.
-        snapshot: reference to the model.
-        task: what is done with them.
-        room: actors.
+        units: All read tasks of the data.
+        runs: Ascending runs of row ids to measure.
+        snapshot: Reference to the model's snapshot.
+        task: What is done with the rows.
+        room: Number and resources of the actors.
 
     Raises:
         BssRayError: rows break a rule; what is done stays.
@@ -250,11 +250,11 @@ class NormalisePass:
     """What all tasks of the pass are told.
 
     Attributes:
-        measures: folder of the pieces.
-        columns: roles of the columns.
-        normalise: kind of normalisation.
-        unpaired: what rows with fewer than two modalities count as.
-        bad_rows: whether rows without measures are an error.
+        measures: Folder of the measure files.
+        columns: Roles of the columns.
+        normalise: Kind of normalisation.
+        unpaired: How rows with fewer than two modalities count.
+        bad_rows: Whether rows without measures are an error.
     """
 
     measures: StoragePath

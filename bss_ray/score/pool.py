@@ -25,10 +25,10 @@ class PoolConfig:
     """Actors that score.
 
     Args:
-        min_actors: so many are there from the start.
-        max_actors: so many while there is work for them; None takes as many as the cluster has room for.
-        cpus: logical CPUs of each; None takes 1, or 0 where the cluster has one CPU.
-        gpus: share of a GPU of each; None takes 1 where the cluster has GPUs, else 0.
+        min_actors: Number of actors at the start.
+        max_actors: Number of actors while there is work for them; None takes as many as the cluster has room for.
+        cpus: Logical CPUs of each actor; None takes 1, or 0 if the cluster has one CPU.
+        gpus: Share of a GPU of each actor; None takes 1 if the cluster has GPUs, else 0.
 
     Raises:
         ConfigError: a number is out of its range.
@@ -92,10 +92,10 @@ class PoolSize:
     """A pool with all its numbers.
 
     Attributes:
-        min_actors: at least so many actors.
-        max_actors: at most so many.
-        cpus: of each.
-        gpus: of each.
+        min_actors: Smallest number of actors.
+        max_actors: Largest number of actors.
+        cpus: Logical CPUs of each actor.
+        gpus: Share of a GPU of each actor.
     """
 
     min_actors: int

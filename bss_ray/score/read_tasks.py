@@ -28,9 +28,9 @@ class Rows(NamedTuple):
     """Consecutive rows.
 
     Attributes:
-        arrays: modalities, `has_<modality>`, label, id and extra columns, (n, ...) each; not all, if there are
+        arrays: Modalities, `has_<modality>`, label, id and extra columns, (n, ...) each; some are missing if there are
             problems.
-        problems: rules that rows break.
+        problems: Rules that rows break.
     """
 
     arrays: Arrays
@@ -47,10 +47,10 @@ def read_rows(
 
     Args:
         blocks: Arrow tables.
-        columns: roles of their columns.
-        first_row: row id of the first row.
-        features: shape and dtype of modalities, as far as they are known.
-        finite: inputs must be finite.
+        columns: Roles of their columns.
+        first_row: Row id of the first row.
+        features: Shape and dtype of modalities, as far as they are known.
+        finite: Whether inputs must be finite.
     """
     try:
         inputs = {name: read_partial(blocks, name) for name in columns.modalities}
@@ -136,11 +136,11 @@ class ParquetUnit:
     """Row groups of a Parquet file.
 
     Attributes:
-        file: it.
-        row_groups: consecutive ones.
-        first_row: row id of the first row.
-        rows: how many there are.
-        batch_rows: rows that are decoded at a time.
+        file: Path of the file.
+        row_groups: Numbers of consecutive row groups.
+        first_row: Row id of the first row.
+        rows: Number of rows.
+        batch_rows: Number of rows that are decoded at a time.
     """
 
     file: StoragePath
@@ -168,7 +168,7 @@ class ShardUnit:
     """A shard: its rows are checked already.
 
     Attributes:
-        shards: this shard alone.
+        shards: Shards with only this shard in it.
     """
 
     shards: Shards

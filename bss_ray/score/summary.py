@@ -51,8 +51,8 @@ class Group:
     """Some rows: all of them, or those of a class.
 
     Attributes:
-        rows: how many.
-        measures: similarity, information and score.
+        rows: Number of rows.
+        measures: Means of similarity, information and score.
     """
 
     rows: int = 0
@@ -79,9 +79,10 @@ class Modality:
     """How a modality fares.
 
     Attributes:
-        loss: of its own head.
-        compared: rows that have it and another.
-        weaker: those of them where its loss is the largest; of equal losses the first modality counts.
+        loss: Mean loss of the modality's head.
+        compared: Number of rows that have this modality and another.
+        weaker: Number of those rows in which the loss of this modality is the largest; of equal losses the first
+            modality counts.
     """
 
     loss: Total = field(default_factory=Total)
@@ -103,14 +104,14 @@ class Summary:
     """Of some rows; `union` of parts is that of all their rows, to the last bit.
 
     Attributes:
-        all_rows: means over all rows.
-        bad_rows: rows whose outputs are not finite.
-        unpaired: rows with fewer than two modalities.
-        histogram: (BINS,) int64 rows by score.
-        lowest: rows of lowest score; of equal scores the lower row id.
-        highest: likewise.
-        classes: by label, where labels are one integer a row.
-        modalities: by name.
+        all_rows: Means over all rows.
+        bad_rows: Number of rows whose outputs are not finite.
+        unpaired: Number of rows with fewer than two modalities.
+        histogram: (BINS,) int64 number of rows by score.
+        lowest: Rows of lowest score; of equal scores the lower row id comes first.
+        highest: Rows of highest score; of equal scores the lower row id comes first.
+        classes: Groups by label, if labels are one integer for each row.
+        modalities: Modalities by name.
     """
 
     all_rows: Group

@@ -33,11 +33,11 @@ def compare(
     Runs that earlier commands have finished are kept.
 
     Args:
-        config: of the search.
-        best: settings of the best trial, as a tree.
-        setup: what all trials share.
-        seats: runs at a time.
-        on_message: told what is done.
+        config: Settings of the search.
+        best: Settings of the best trial, as a tree.
+        setup: What all trials share.
+        seats: Number of runs at a time.
+        on_message: Function that is called with messages about progress.
 
     Returns:
         `{"metric", "seeds", "best": {"validation": {name: [per seed]}, "test": {...}}, "uniform": {...}}`.

@@ -21,9 +21,9 @@ class Pruning:
     """Asynchronous successive halving (ASHA): of the trials that come to a rung, the better ones go on.
 
     Args:
-        enabled: stop trials early; null does where there is one metric and the algorithm is not pbt.
-        grace_epochs: epochs until the first rung; over all seeds of the trial.
-        reduction: the best one in so many goes on from a rung; the next rung is so many times as far.
+        enabled: Whether trials are stopped early; null stops them if there is one metric and the algorithm is not pbt.
+        grace_epochs: Number of epochs until the first rung, over all seeds of the trial.
+        reduction: Number R: the best 1/R of the trials continue from a rung, and the next rung is R times as far.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -45,8 +45,8 @@ class Population:
     checkpoint with changed temperature, momentum and fraction.
 
     Args:
-        interval: epochs between two exchanges.
-        quantile: share of the trials that are replaced, and as many are copied, in (0, 0.5].
+        interval: Number of epochs between two exchanges.
+        quantile: Share of the trials that are replaced, in (0, 0.5]; as many are copied.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -67,31 +67,33 @@ class TuneConfig:
     """Settings of `bss-ray tune`.
 
     Args:
-        train: settings of `bss-ray train` that all trials share.
-        space: what is searched: `learning`, `heuristic`, `pacing`, `criteria`, `full`, or your own `module:function`.
-        trials: of the whole search, finished ones of earlier commands included.
-        metrics: what is made best, on validation, in the epoch that `train.choose_by` chooses; null takes
-            `train.choose_by`. Several: a Pareto front. Beside the metrics of `bss-ray train` there are `seconds` of
-            training, and `val_accuracy_weaker` (likewise of the other metrics), that of the weaker modality.
-        algorithm: `tpe`, `random`, or `pbt`, population-based training of `trials` trials.
-        seeds: training runs of each trial, with seeds `train.seed`, `train.seed` + 1, ...
-        aggregate: what a trial of several seeds is worth: their `mean`, or the `lower` bound of its 95 % interval (for
-            an error the upper one).
-        pruning: stops trials early.
-        population: of `pbt`.
-        seed: of the search.
-        compare_seeds: seeds of the comparison at the end, of the best trial with uniform sampling; 0: none.
-        max_concurrent: trials at a time; null: as many as the cluster has room for.
+        train: Settings of `bss-ray train` that all trials share.
+        space: Search space: `learning`, `heuristic`, `pacing`, `criteria`, `full`, or your own `module:function`.
+        trials: Number of trials of the whole search, finished trials of earlier commands included.
+        metrics: Validation metrics to optimise, in the epoch that `train.choose_by` chooses; null takes
+            `train.choose_by`. Several metrics give a Pareto front. In addition to the metrics of `bss-ray train` there
+            are `seconds` of training, and `val_accuracy_weaker` (similarly for the other metrics), that of the weaker
+            modality.
+        algorithm: Search algorithm: `tpe`, `random`, or `pbt`, population-based training of `trials` trials.
+        seeds: Number of training runs of each trial, with seeds `train.seed`, `train.seed` + 1, ...
+        aggregate: Value of a trial of several seeds: their `mean`, or the `lower` bound of its 95 % interval (for an
+            error the upper bound).
+        pruning: When trials are stopped early.
+        population: Settings of `pbt`.
+        seed: Seed of the search.
+        compare_seeds: Number of seeds of the final comparison of the best trial with uniform sampling; 0 makes no
+            comparison.
+        max_concurrent: Number of trials at a time; null takes as many as the cluster has room for.
         cpus_per_trial: CPUs of a trial of one worker.
-        gpus_per_trial: share of a GPU of a trial of one worker; null takes 1 where workers use GPUs.
-        storage: Optuna storage: a URL, or a journal file; null keeps `study.journal` in the search's folder.
-        loggers: beside Ray Tune's own CSV, JSON and TensorBoard: `mlflow`, `wandb`.
-        name: of the search; the same name and settings: it goes on where it stopped.
-        storage_path: folder of all runs and searches, on a file system that all nodes share; no URI.
-        ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
-        log_format: `rich` (colours and a moving table), `plain` (lines), `json` (a JSON object per line); `auto` is
-            rich on a terminal and plain elsewhere.
-        verbose: show what Ray prints.
+        gpus_per_trial: Share of a GPU of a trial of one worker; null takes 1 if workers use GPUs.
+        storage: Optuna storage: a URL, or a journal file; null takes `study.journal` in the folder of the search.
+        loggers: Trackers in addition to Ray Tune's own CSV, JSON and TensorBoard: `mlflow`, `wandb`.
+        name: Name of the search; a search with the same name and settings is resumed.
+        storage_path: Folder of all runs and searches, on a file system that all nodes share; not a URI.
+        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
+        log_format: Format of the output: `rich` (colours and a moving table), `plain` (lines), `json` (a JSON object
+            per line); `auto` is rich on a terminal and plain elsewhere.
+        verbose: Whether Ray's own output is shown.
 
     Raises:
         ConfigError: a setting is unknown, out of its range, or contradicts another.

@@ -122,11 +122,11 @@ class Configuration:
     """A trial worth a line in a table.
 
     Attributes:
-        number: of the trial.
-        values: objective values by metric.
-        intervals: mean over the trial's seeds by metric; empty where the trial kept no values of its seeds.
-        params: the knobs.
-        settings: dotted settings of `bss-ray train`; of population based training the last ones.
+        number: Number of the trial.
+        values: Objective values by metric.
+        intervals: Means over the trial's seeds by metric; empty if the trial kept no values of its seeds.
+        params: Values of the knobs.
+        settings: Dotted settings of `bss-ray train`; of population-based training the last settings.
     """
 
     number: int
@@ -151,9 +151,9 @@ def best_configurations(study: Study, count: int = 5) -> list[Configuration]:
     The best of many noisy values is too good by chance: what it is worth, new seeds or test data tell.
 
     Args:
-        study: of one objective or several.
-        count: at most so many. Several objectives have no order: there the whole Pareto front is returned, by
-            the first objective.
+        study: Study of one objective or several.
+        count: Largest number of configurations. Several objectives have no order: then the whole Pareto front is
+            returned, sorted by the first objective.
     """
     metrics = metrics_of(study)
     several = len(metrics) > 1
@@ -203,8 +203,8 @@ def comparison_sentences(comparison: Mapping[str, Any] | None) -> list[str]:
     """Whether the best configuration beats uniform sampling, by validation and by test.
 
     Args:
-        comparison: `{"metric": name, "seeds": [...], "best": {"validation": {name: [a value per seed]}, "test":
-            {...}}, "uniform": {the same}}`, or None: no control was trained.
+        comparison: `{"metric": name, "seeds": [...], "best": {"validation": {name: [a value per seed]}, "test": {...}},
+            "uniform": {the same}}`, or None if no control was trained.
     """
     if comparison is None:
         return []
@@ -242,13 +242,13 @@ class _Finding:
     """What was found about a knob and a metric.
 
     Attributes:
-        p: probability of an effect of this size where there is none; None: not tested.
-        none: what is said if there is no effect.
-        count: of trials, in words.
-        tests: so many were made.
-        claim: what is said if there is an effect.
-        evidence: for the claim, without `p`.
-        further: what may be added to the claim.
+        p: Probability of an effect of this size if there is none; None if it was not tested.
+        none: Sentence for no effect.
+        count: Number of trials, in words.
+        tests: Number of tests that were made.
+        claim: Sentence for an effect.
+        evidence: Evidence for the claim, without `p`.
+        further: What may be added to the claim.
     """
 
     p: float | None

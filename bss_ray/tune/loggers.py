@@ -23,10 +23,11 @@ def make_loggers(names: Sequence[str], *, study: str, folder: Path) -> list[ray.
     """Callbacks for `ray.tune.RunConfig` that log each trial as a run.
 
     Args:
-        names: `mlflow`, `wandb`.
-        study: MLflow's experiment, W&B's project.
-        folder: of the search. MLflow writes `mlflow.db` there, to be shown with `mlflow ui --backend-store-uri
-            sqlite:///FOLDER/mlflow.db`; W&B writes the folder `wandb`, and without a key all of a run is there.
+        names: Names of the trackers: `mlflow`, `wandb`.
+        study: Name of MLflow's experiment and of W&B's project.
+        folder: Folder of the search. MLflow writes `mlflow.db` there, which `mlflow ui --backend-store-uri
+            sqlite:///FOLDER/mlflow.db` shows; W&B writes the folder `wandb`, which without a key has everything of a
+            run.
 
     Raises:
         ConfigError: a name is unknown.

@@ -38,10 +38,10 @@ def fit_nested(make_trainer: MakeTrainer, on_report: OnReport) -> ray.train.Resu
     `on_report` has returned, however few are kept.
 
     Args:
-        make_trainer: builds the trainer, with the given callbacks in its `ray.train.RunConfig`.
-        on_report: called in this thread with the metrics of each epoch and the path of its checkpoint on the run's
-            storage. It may call `ray.tune.report`. Whatever it raises, such as the SystemExit by which Tune stops
-            a trial, ends the run and frees what it had, and then goes on to the caller.
+        make_trainer: Function that builds the trainer, with the given callbacks in its `ray.train.RunConfig`.
+        on_report: Function that is called in this thread with the metrics of each epoch and the path of its checkpoint
+            on the run's storage. It may call `ray.tune.report`. If it raises an exception, such as the SystemExit by
+            which Tune stops a trial, the run ends, its resources are freed, and the exception is raised to the caller.
 
     Returns:
         The trainer's result, when all epochs are reported.

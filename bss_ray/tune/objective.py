@@ -25,10 +25,10 @@ class Objective:
     """What is made best.
 
     Attributes:
-        metrics: their names.
-        choose_by: validation metric that chooses the epoch.
-        modalities: of the data.
-        aggregate: of several seeds: `mean`, or the bound of its 95 % interval on the worse side.
+        metrics: Names of the metrics.
+        choose_by: Validation metric that chooses the epoch.
+        modalities: Modalities of the data.
+        aggregate: Value of several seeds: their `mean`, or the bound of its 95 % interval on the worse side.
     """
 
     metrics: tuple[str, ...]
@@ -82,8 +82,8 @@ class Objective:
         """One number a metric, from those of each seed: (seeds, metrics) -> (metrics,).
 
         Args:
-            seed_values: of each seed.
-            aggregate: in place of the objective's own.
+            seed_values: Values of each seed.
+            aggregate: Aggregate that replaces the objective's own.
         """
         aggregate = aggregate or self.aggregate
         columns = np.asarray(seed_values, dtype=np.float64).T

@@ -40,9 +40,9 @@ class TrialSpec:
     """A trial that is to be run.
 
     Attributes:
-        number: of the study.
-        settings: dotted settings of `bss-ray train`.
-        attempt: how often it was started before.
+        number: Number of the trial in the study.
+        settings: Dotted settings of `bss-ray train`.
+        attempt: Number of earlier starts of the trial.
     """
 
     number: int
@@ -67,8 +67,8 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
     """The storage of studies.
 
     Args:
-        storage: URL or journal file; None: the journal in the search's folder.
-        folder: of the search.
+        storage: URL or journal file; None takes the journal in the folder of the search.
+        folder: Folder of the search.
 
     Raises:
         StorageError: it cannot be opened.
@@ -144,11 +144,11 @@ class SearchRecord:
     """A search in its study.
 
     Args:
-        storage: of studies; the study is made if it is not there.
-        config: of the search.
-        space: that is searched.
-        objective: what is made best.
-        data: fingerprints of the data by split.
+        storage: Storage of studies; the study is made if it does not exist.
+        config: Settings of the search.
+        space: Search space.
+        objective: What is optimised.
+        data: Fingerprints of the data by split.
 
     Raises:
         ConfigError: the study is of another space, objective or data.
@@ -290,9 +290,9 @@ class SearchRecord:
         """Note what a trial has come to after so many epochs.
 
         Args:
-            number: of the trial.
-            step: epochs done, over all its seeds.
-            outcome: see `bss_ray.tune.trial`.
+            number: Number of the trial.
+            step: Number of finished epochs, over all seeds of the trial.
+            outcome: See `bss_ray.tune.trial`.
 
         Returns:
             Whether it is pruned: the rung that it has come to is not passed.
@@ -319,8 +319,8 @@ class SearchRecord:
         """Tell how a trial that has stopped ended.
 
         Args:
-            number: of the trial.
-            outcome: its last report, see `bss_ray.tune.trial`; empty if it never reported.
+            number: Number of the trial.
+            outcome: Last report of the trial, see `bss_ray.tune.trial`; empty if it never reported.
 
         Returns:
             Its state now; None if it was interrupted and waits for the search to go on.

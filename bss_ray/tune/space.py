@@ -31,10 +31,10 @@ class SearchSpace:
     """A space and the settings that it changes.
 
     Attributes:
-        name: as the user gave it.
-        function: asks a trial for its knobs; returns dotted settings.
-        known_good: points to try first, named as the space names its knobs.
-        base: settings of `bss-ray train` as a tree, for all that the space leaves alone.
+        name: Name as the user gave it.
+        function: Function that asks a trial for its knobs and returns dotted settings.
+        known_good: Points to try first, with the names of the space's knobs.
+        base: Settings of `bss-ray train` as a tree, for everything that the space does not set.
     """
 
     name: str
@@ -73,8 +73,8 @@ class SearchSpace:
         """The training run with these settings, and all its settings as YAML.
 
         Args:
-            settings: dotted, over `base`.
-            params: the trial's values, for the error.
+            settings: Dotted settings over `base`.
+            params: Values of the trial, for the error.
 
         Raises:
             ConfigError: a setting is unknown or impossible; names the rule and the trial's values.
@@ -116,8 +116,8 @@ def find_space(name: str, base: Mapping[str, Any]) -> SearchSpace:
     """The space of this name.
 
     Args:
-        name: of a space of `tune_spaces`, or `module:function`; points to try first are the module's `KNOWN_GOOD`.
-        base: settings that it changes, as a tree.
+        name: Name of a space of `tune_spaces`, or `module:function`; points to try first are the module's `KNOWN_GOOD`.
+        base: Settings that the space changes, as a tree.
 
     Raises:
         ConfigError: there is none (names the nearest), or it is no function.

@@ -48,8 +48,8 @@ def burn_in_key(config: TrainConfig, settings: str) -> str | None:
     """A name for everything that acts up to the end of burn-in; None where there is no burn-in to share.
 
     Args:
-        config: of the run.
-        settings: all its settings as YAML.
+        config: Settings of the run.
+        settings: All settings of the run as YAML.
     """
     scheduler = config.scheduler
     if config.initial_scores is not None or config.initial_checkpoint is not None or type(scheduler) not in _KNOWN:
@@ -68,7 +68,7 @@ class FirstScores:
     """Scores of the untrained model, to begin with.
 
     Args:
-        folder: where `BurnIns.keep_scores` has left them.
+        folder: Folder in which `BurnIns.keep_scores` has left the scores.
     """
 
     VERSION = 1  # the first that there is
@@ -87,7 +87,7 @@ class BurnIns:
     """The burn-ins of a search, in a folder that all trials share.
 
     Args:
-        folder: of the search.
+        folder: Folder of the search.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,8 +97,8 @@ class BurnIns:
         """What a burn-in has left; waits while another trial makes it.
 
         Args:
-            key: of the burn-in.
-            owner: the trial that asks.
+            key: Key of the burn-in.
+            owner: The trial that asks.
 
         Returns:
             Its folder; None if `owner` is the one to make it, and to `keep` it.
@@ -164,9 +164,9 @@ class WarmStart:
     """What a run begins with.
 
     Attributes:
-        checkpoint: to go on from.
-        scores: of the untrained model, where there is no burn-in.
-        keep_scores: called with them where there are none yet; of a run in this process.
+        checkpoint: Checkpoint to resume from.
+        scores: Scores of the untrained model, if there is no burn-in.
+        keep_scores: Function that is called with these scores if they do not exist yet; only for a run in this process.
     """
 
     checkpoint: ray.train.Checkpoint | None = None
@@ -185,12 +185,12 @@ def train_once(
     """Train one configuration with one seed.
 
     Args:
-        config: what is trained.
-        splits: shards by split.
-        scaling: ranks; one rank trains in this process.
-        folder: where several ranks leave their checkpoints in the meantime.
-        begin: what the run begins with.
-        on_epoch: called after each epoch; what it raises ends the run.
+        config: Settings of the run.
+        splits: Shards by split.
+        scaling: Number of ranks; one rank trains in this process.
+        folder: Folder in which several ranks leave their checkpoints in the meantime.
+        begin: Checkpoint or scores with which the run begins.
+        on_epoch: Function that is called after each epoch; an exception in it ends the run.
 
     Returns:
         Metrics of all epochs.
@@ -278,12 +278,12 @@ class TrialSetup:
     """What all trials of a search share; the rows lie in the object store once.
 
     Attributes:
-        base: settings of `bss-ray train` as a tree; a trial's own lie over it.
-        splits: shards by split.
-        objective: what is reported.
-        seeds: training runs of a trial.
-        scaling: ranks of a training run; one rank trains in the trial's own process.
-        folder: of the search.
+        base: Settings of `bss-ray train` as a tree, which the settings of a trial override.
+        splits: Shards by split.
+        objective: What is reported.
+        seeds: Number of training runs of a trial.
+        scaling: Number of ranks of a training run; one rank trains in the trial's own process.
+        folder: Folder of the search.
     """
 
     base: Mapping[str, Any]
@@ -299,7 +299,7 @@ def run_trial(config: dict[str, Any], *, setup: TrialSetup) -> None:
 
     Args:
         config: `{"trial": {"settings": ..., "earlier": [folders of earlier attempts]}}`.
-        setup: what all trials share.
+        setup: What all trials share.
 
     Reports, after each epoch, its metrics and `epochs_done` over all seeds, `objective` (the first metric so far) and
     `trial`: `values`, `seed_values` (seeds, metrics), `epoch` (the chosen one), `seconds`, `finished`.

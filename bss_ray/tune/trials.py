@@ -44,7 +44,7 @@ class Explore:
     Each is made a step larger or smaller, or drawn anew once in four times.
 
     Args:
-        seed: of the random numbers.
+        seed: Seed of the random numbers.
     """
 
     def __init__(self, seed: int) -> None:
@@ -194,10 +194,10 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
     """Tells the record, and whoever looks on, what becomes of each trial; tidies up after it.
 
     Args:
-        record: of the search.
-        burn_ins: of the search.
-        folder: of the trials.
-        exchanged: whether trials go on from each other's checkpoints, which must stay.
+        record: Record of the search.
+        burn_ins: Burn-ins of the search.
+        folder: Folder of the trials.
+        exchanged: Whether trials continue from each other's checkpoints, which must then stay.
         on_message: told what becomes of each trial.
     """
 
@@ -319,14 +319,14 @@ def run_trials(
     """Run trials until there are as many as wanted.
 
     Args:
-        config: of the search.
-        record: of the search.
-        trainable: a trial, see `bss_ray.tune.trial.run_trial` for what it is given and reports.
-        folder: of the search.
-        each: resources of a trial.
-        seats: trials at a time.
-        reuse: let a process run one trial after another.
-        callbacks: of Ray Tune, such as loggers.
+        config: Settings of the search.
+        record: Record of the search.
+        trainable: A trial; see `bss_ray.tune.trial.run_trial` for its arguments and reports.
+        folder: Folder of the search.
+        each: Resources of a trial.
+        seats: Number of trials at a time.
+        reuse: Whether a process runs one trial after another.
+        callbacks: Callbacks of Ray Tune, such as loggers.
         on_message: told what becomes of each trial.
 
     Raises:

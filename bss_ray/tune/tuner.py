@@ -39,9 +39,9 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
     Ray must be running. A search that was stopped goes on.
 
     Args:
-        config: all settings.
-        space: what is searched, over the settings that all trials share.
-        folder: claimed for this configuration.
+        config: All settings.
+        space: Search space, over the settings that all trials share.
+        folder: Folder that is claimed for this configuration.
         on_message: called with what happens: `{"kind": "status" | "notice" | "trial" | "comparison", ...}`.
 
     Returns:
