@@ -8,8 +8,6 @@ is written as soon as its blocks exist, and then the blocks are released. `block
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
@@ -21,7 +19,7 @@ import ray
 from bss_ray.data.blocks import cut_as_they_come, cut_evenly, drain, execute, take_until
 from bss_ray.data.columns import Columns
 from bss_ray.data.disk import DiskWriter
-from bss_ray.data.manifest import FORMAT, add_digests, digest
+from bss_ray.data.manifest import FORMAT, digest, fingerprint
 from bss_ray.data.shards import Feature, ObjectWriter, Shard, Shards, Writer
 from bss_ray.data.store import StoreConfig
 from bss_ray.data.tasks import OnProgress, Report, Tasks
@@ -225,7 +223,9 @@ def _check(tasks: Tasks) -> Shards:
         ),
         features=features,
         num_classes=tasks.num_classes or max(report.outputs for report in reports),
-        fingerprint=_fingerprint(features, reports, leave_out=complete),
+        fingerprint=fingerprint(
+            features, sum(report.rows for report in reports), [report.digests for report in reports], leave_out=complete
+        ),
         store=tasks.writer.draft(tasks.kept),
     )
     if columns.id is not None:
@@ -248,17 +248,6 @@ def _common_features(reports: list[Report]) -> dict[str, Feature]:
                     f"{first[name].shape} and {feature.dtype} {feature.shape}"
                 )
     return dict(first)
-
-
-def _fingerprint(features: dict[str, Feature], reports: list[Report], leave_out: set[str]) -> str:
-    """Digest of the content of the rows; columns without information are left out."""
-    names = reports[0].digests.keys() - leave_out
-    content = {
-        "rows": sum(report.rows for report in reports),
-        "schema": {name: [list(feature.shape), feature.dtype] for name, feature in features.items()},
-        "columns": {name: add_digests([report.digests[name] for report in reports]) for name in names},
-    }
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @ray.remote(name="bss_ray.check_ids")

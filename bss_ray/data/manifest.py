@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,23 @@ def rows_digest(hashes: np.ndarray, first_row: int) -> int:
     return int(_mix(hashes ^ _mix(ids + np.uint64(1))).sum(dtype=np.uint64))
 
 
-def add_digests(digests: list[int]) -> int:
-    """Digest of all rows from the digests of parts."""
-    return sum(digests) & _MASK
+def fingerprint(
+    features: Mapping[str, Feature], rows: int, digests: Sequence[Mapping[str, int]], leave_out: Set[str]
+) -> str:
+    """Digest of the content of all rows.
+
+    Args:
+        features: Columns of the rows.
+        rows: Number of rows.
+        digests: `rows_digest` of each column, for each part of the rows.
+        leave_out: Columns without information.
+    """
+    content = {
+        "rows": rows,
+        "schema": {name: [list(feature.shape), feature.dtype] for name, feature in features.items()},
+        "columns": {name: sum(part[name] for part in digests) & _MASK for name in digests[0].keys() - leave_out},
+    }
+    return digest(content)
 
 
 def _hash_text(text: str) -> int:

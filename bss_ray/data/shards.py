@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import ray
 
 from bss_ray.data.columns import Columns
 from bss_ray.data.store import Arrays, ObjectStore, Store
@@ -85,6 +84,10 @@ class Shards:
     def nodes(self) -> list[str]:
         """Current node of each shard: if its node was lost, the node on which Ray has made the shard again."""
         known = [part.node for part in self.parts]
+        if not (any(known) and self.store.on_cluster):
+            return known
+        import ray  # other shards need none
+
         alive = {"", *(node["NodeID"] for node in ray.nodes() if node["Alive"])}
         if alive.issuperset(known):
             return known

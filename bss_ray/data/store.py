@@ -10,10 +10,9 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import ray
 
 from bss_ray.data.span import Span
 from bss_ray.errors import ConfigError, nearest
@@ -68,7 +67,13 @@ class StoreConfig:
 
 
 class Store(abc.ABC):
-    """The rows of all shards of a dataset."""
+    """The rows of all shards of a dataset.
+
+    Attributes:
+        on_cluster: The nodes of its shards are nodes of Ray, which can be lost.
+    """
+
+    on_cluster: ClassVar[bool] = True
 
     @abc.abstractmethod
     def read(self, shard: int) -> Arrays:
@@ -182,5 +187,7 @@ class ObjectStore(MappedStore):
         return ObjectStore([self._refs[shard] for shard in shards])
 
     def copies(self) -> dict[int, set[str]]:
+        import ray  # the other stores need none
+
         found = ray.experimental.get_object_locations(list(self._refs))
         return {shard: set(found[ref]["node_ids"]) for shard, ref in enumerate(self._refs) if ref in found}

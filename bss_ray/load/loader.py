@@ -16,7 +16,7 @@ from bss_ray.data.shards import Feature, Shards
 from bss_ray.data.store import Arrays
 from bss_ray.errors import ConfigError
 from bss_ray.load.randomness import RowRandom
-from bss_ray.load.rows import RowReader, RowRequest
+from bss_ray.load.rows import Ask, RowReader, RowRequest
 from bss_ray.load.transfer import Receive, Tensors, Transfer, make_transfer
 from bss_ray.runtime.threads import work_ahead
 from bss_ray.sample.plan import Order, Plan, share_out
@@ -77,6 +77,7 @@ class Loader:
         device: where batches go.
         seed: the run's seed, for the random numbers of transforms.
         prefix: of the names of the run's actors.
+        ask: How rows of other nodes are asked for; None asks their processes through Ray.
 
     Attributes:
         read: rows that the last `batches` has handed out so far, filler rows left out.
@@ -93,12 +94,17 @@ class Loader:
         device: torch.device,
         seed: int = 0,
         prefix: str = "bss_ray-",
+        ask: Ask | None = None,
     ) -> None:
         self._shards = shards
         self._rank = rank
         self._device = device
         self._seed = seed
-        self._reader = RowReader(shards, rank_nodes[rank], prefix)
+        if ask is None and any(part.node not in ("", rank_nodes[rank]) for part in shards.parts):
+            from bss_ray.load.remote_rows import RemoteRows  # where one node has all rows there need be no Ray
+
+            ask = RemoteRows(prefix).ask
+        self._reader = RowReader(shards, rank_nodes[rank], ask)
         nodes = {node: index for index, node in enumerate(dict.fromkeys(rank_nodes))}
         self._rank_homes = np.array([nodes[node] for node in rank_nodes])
         # Shards on nodes without a rank, or without a node, have no home: any rank may take their rows.

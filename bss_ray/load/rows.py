@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays
-from bss_ray.runtime.wait import wait_for
-from bss_ray.sample.holder_actors import Named
 
-# Requests that a node's server answers at a time.
-_SERVER_THREADS = 2
+# Waits for rows that were asked for, and returns their columns in the order in which they were asked for.
+Receive = Callable[[], Arrays]
+
+# Asks a node for rows (n,) of these shards, and returns at once.
+Ask = Callable[[str, Shards, np.ndarray], Receive]
 
 # A group of batches: so many bytes, and so many batches.
 _GROUP_BYTES = 16 << 20
@@ -27,24 +27,12 @@ class RowRequest(NamedTuple):
     Attributes:
         row_ids: (n,) int64.
         near: (k,) positions of the rows that this node reads itself; None for all.
-        sent: node, (m,) positions of the rows that it sends, and a reference to their columns.
+        sent: (m,) positions of the rows that another node sends, and how to wait for them; an entry for each node.
     """
 
     row_ids: np.ndarray
     near: np.ndarray | None
-    sent: list[tuple[str, np.ndarray, Any]]
-
-
-class RowServer(Named):
-    """Picks rows out of the shards of its node, for all ranks of a run.
-
-    A task for each request would be a process for each: Ray starts as many as there are requests at a time, that is
-    ranks times groups of batches, and each takes seconds to start.
-    """
-
-    def pick(self, shards: Shards, row_ids: np.ndarray) -> Arrays:
-        """Columns of the rows, in the order of `row_ids` (n,)."""
-        return shards.gather(row_ids)
+    sent: list[tuple[np.ndarray, Receive]]
 
 
 class RowReader:
@@ -53,21 +41,21 @@ class RowReader:
     Args:
         shards: the rows.
         node: id of the node that reads.
-        prefix: of the names of the run's actors.
+        ask: How rows of other nodes are asked for; None where no other node holds any.
 
     Attributes:
         row_bytes: bytes of a row's columns.
     """
 
-    def __init__(self, shards: Shards, node: str, prefix: str) -> None:
-        self._shards, self._prefix = shards, prefix
-        self._servers: dict[str, Any] = {}
+    def __init__(self, shards: Shards, node: str, ask: Ask | None = None) -> None:
+        self._shards = shards
         self.row_bytes = sum(feature.row_bytes for feature in shards.features.values())
         # Shards without a node are read by all nodes alike.
         self._others = list(dict.fromkeys(part.node for part in shards.parts if part.node not in ("", node)))
         numbers = {other: number for number, other in enumerate(self._others)}
         # (shards,) which of the other nodes holds each shard; -1 for what this node reads itself.
         self._holders = np.array([numbers.get(part.node, -1) for part in shards.parts])
+        self._ask = ask
 
     def far(self, row_ids: np.ndarray) -> int:
         """How many of the rows another node holds."""
@@ -92,7 +80,7 @@ class RowReader:
             return RowRequest(row_ids, None, [])
         holders = self._holders_of(row_ids)
         wanted = [(node, np.flatnonzero(holders == number)) for number, node in enumerate(self._others)]
-        sent = [(node, places, self._ask(node, row_ids[places])) for node, places in wanted if len(places)]
+        sent = [(places, self._send(node, row_ids[places])) for node, places in wanted if len(places)]
         return RowRequest(row_ids, np.flatnonzero(holders < 0), sent)
 
     def fill(self, request: RowRequest, out: Arrays) -> None:
@@ -102,7 +90,7 @@ class RowReader:
             self._shards.gather(request.row_ids, names, out)
             return
         near = self._shards.gather(request.row_ids[request.near], names)  # while the others are on their way
-        far = ((places, self._received(node, sent, request.row_ids[places])) for node, places, sent in request.sent)
+        far = ((places, receive()) for places, receive in request.sent)
         for places, arrays in ((request.near, near), *far):
             for name, target in out.items():
                 target[places] = arrays[name]
@@ -111,44 +99,7 @@ class RowReader:
         holders: np.ndarray = self._holders[self._shards.locate(row_ids)]
         return holders
 
-    def _ask(self, node: str, row_ids: np.ndarray) -> Any:
-        """A reference to rows that are picked out on their node, by its server if it has one."""
-        shards = self._shards.only(np.unique(self._shards.locate(row_ids)).tolist())
-        server = self._server(node)
-        if server is not None:
-            return server.pick.options(name="bss_ray.pick_rows").remote(shards, row_ids)
-        # Soft: if the node is lost the task runs elsewhere, and Ray makes the shards again or says that it cannot.
-        where = NodeAffinitySchedulingStrategy(node, soft=True)
-        return _pick_rows.options(scheduling_strategy=where).remote(shards, row_ids)
-
-    def _received(self, node: str, sent: Any, row_ids: np.ndarray) -> Arrays:
-        """What was picked out; by a task where the server is no more."""
-        try:
-            arrays: Arrays = wait_for(sent, "rows of another node")
-        except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
-            # It ends with the rank that has started it, and with its node.
-            self._servers[node] = None
-            arrays = wait_for(self._ask(node, row_ids), "rows of another node, which have been asked for again")
-        return arrays
-
-    def _server(self, node: str) -> Any | None:
-        """The node's server, which the first rank that needs one starts; None: it was lost."""
-        if node not in self._servers:
-            self._servers[node] = (
-                ray.remote(RowServer)
-                .options(
-                    name=f"{self._prefix}rows-{node[:6]}",
-                    get_if_exists=True,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-                    num_cpus=0,
-                    memory=1,  # a byte: see `start._near`
-                    max_concurrency=_SERVER_THREADS,
-                )
-                .remote()
-            )
-        return self._servers[node]
-
-
-@ray.remote(num_cpus=0, name="bss_ray.pick_rows")
-def _pick_rows(shards: Shards, row_ids: np.ndarray) -> Arrays:
-    return shards.gather(row_ids)
+    def _send(self, node: str, row_ids: np.ndarray) -> Receive:
+        """Ask for rows, with the description of their shards alone."""
+        assert self._ask is not None, "there are other nodes"
+        return self._ask(node, self._shards.only(np.unique(self._shards.locate(row_ids)).tolist()), row_ids)

@@ -7,10 +7,14 @@ import pickle
 import warnings
 from typing import Any, NamedTuple
 
-import cloudpickle
 import numpy as np
 import torch
 from torch import nn
+
+try:
+    from cloudpickle import Pickler
+except ImportError:  # it comes with Ray, and only other processes need its classes by value
+    from pickle import Pickler
 
 
 class ModelSnapshot(NamedTuple):
@@ -91,7 +95,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
-class _Packer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
+class _Packer(Pickler):  # type: ignore[misc]  # cloudpickle ships no types
     """Pickles a module; each of its tensors is put into a list once, so that tied weights stay tied."""
 
     def __init__(self, file: io.BytesIO, arrays: list[np.ndarray] | None) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -36,6 +35,8 @@ def recorded(file: str, post: Post) -> Iterator[None]:
         file: name of the trace.
         post: puts a message on the board.
     """
+    import ray  # a rank without a profile needs no object store
+
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -116,6 +117,8 @@ class ProfileFolder:
 
     def take(self, message: Mapping[str, Any]) -> str:
         """Write a trace that a process has recorded; returns what to tell the user."""
+        import ray
+
         file = message["file"]
         try:
             trace: bytes = wait_for(message["trace"][0], f"the trace {file}")
@@ -127,6 +130,8 @@ class ProfileFolder:
 
     def finish(self) -> None:
         """Write the timeline of the command's tasks and actors, and the summary."""
+        import ray
+
         # Of all jobs of the cluster; their workers' events do not say whose they are.
         events = [event for event in ray.timeline() if event["ts"] >= 1e6 * self._began]
         self._write("timeline.json", json.dumps(events))

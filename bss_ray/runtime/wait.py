@@ -12,8 +12,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
 
-import ray
-
 from bss_ray.errors import BssRayError
 
 T = TypeVar("T")
@@ -56,6 +54,8 @@ def wait_for(reference: Any, what: str) -> Any:
         WaitError: it did not come within the limit.
         BssRayError: a task has raised it.
     """
+    import ray  # runs in a single process do without it
+
     with users_errors():
         try:
             return ray.get(reference, timeout=_limit_s)
@@ -70,6 +70,8 @@ def users_errors() -> Iterator[None]:
     Raises:
         BssRayError: a task has raised it.
     """
+    import ray
+
     try:
         yield
     except ray.exceptions.RayTaskError as error:
@@ -81,6 +83,8 @@ def users_errors() -> Iterator[None]:
 
 def unwrap_ray_error(error: BaseException) -> BaseException:
     """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
+    import ray
+
     while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     if isinstance(error, BssRayError) and _ADDED_BY_RAY in str(error):

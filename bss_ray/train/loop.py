@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,8 +19,6 @@ from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import import_name
 from bss_ray.train.backend import Stateful
-from bss_ray.train.initial import read_weights
-from bss_ray.train.metrics import HeadMetrics, evaluate
 from bss_ray.train.sampler import Sampler, get_sampler
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -129,7 +128,6 @@ def default_loop(args: LoopArgs) -> None:
     """Train one model on this rank: plan, batch, observe, step; evaluate, publish, report."""
     config = args.loop
     sampler = get_sampler()
-    label = sampler.shards.columns.label
     precision = resolve_precision(config.precision, sampler.device)
 
     torch.manual_seed(args.seed)
@@ -139,8 +137,7 @@ def default_loop(args: LoopArgs) -> None:
     scaler = torch.amp.GradScaler(sampler.device.type, enabled=precision == "fp16")
     stateful: dict[str, Stateful] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
     sampler.restore(model=model, **stateful)
-    columns = sampler.shards.columns
-    metrics = HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
+    validate = _validation(sampler, config, precision) if sampler.has_validation else None
 
     first = model if args.initial_checkpoint is None else _pretrained(args, args.initial_checkpoint, sampler)
     for epoch in sampler.epochs(config.epochs, model=first):
@@ -167,21 +164,32 @@ def default_loop(args: LoopArgs) -> None:
                 sampler.report({}, model=model, **stateful)
         figures = {"lr": optimizer.param_groups[0]["lr"]}
         lr_schedule.step()
-        if sampler.has_validation:
-            figures |= evaluate(
-                unwrap_model(model),
-                sampler.validation_batches(config.eval_batch_size),
-                metrics,
-                label=label,
-                prefix="val",
-                device=sampler.device,
-                precision=precision,
-            )
+        if validate is not None:
+            figures |= validate(model)
         sampler.report(figures, model=model, **stateful)
+
+
+def _validation(sampler: Sampler, config: LoopConfig, precision: str) -> Callable[[nn.Module], dict[str, float]]:
+    """Metrics `val_...` of a model over the validation rows; all epochs share their memory."""
+    from bss_ray.train.metrics import HeadMetrics, evaluate  # torchmetrics: a loop that only trains does without it
+
+    columns = sampler.shards.columns
+    metrics = HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
+    return lambda model: evaluate(
+        unwrap_model(model),
+        sampler.validation_batches(config.eval_batch_size),
+        metrics,
+        label=columns.label,
+        prefix="val",
+        device=sampler.device,
+        precision=precision,
+    )
 
 
 def _pretrained(args: LoopArgs, checkpoint: str, sampler: Sampler) -> nn.Module:
     """The model that rows are scored with before the first epoch."""
+    from bss_ray.train.initial import read_weights  # YAML, for the run folders that a search has left
+
     model = build_model(args.model, sampler.shards).to(sampler.device)
     load_weights(model, read_weights(checkpoint).state, checkpoint)
     return model

@@ -12,6 +12,7 @@ import pytest
 import ray
 import ray.data
 
+from bss_ray.data.arrays import shards_of_arrays
 from bss_ray.data.build import build_shards
 from bss_ray.data.columns import Columns
 from bss_ray.data.sources import load_splits
@@ -29,7 +30,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 def test_cuts_change_neither_rows_nor_fingerprint() -> None:
     columns = make_columns()
     made = [build_shards(make_dataset(columns), COLUMNS, min_shards=count) for count in (1, 2, 7)]
-    assert [len(shards.parts) for shards in made] == [1, 2, 7]
+    made.append(shards_of_arrays(columns, COLUMNS, nodes=("",) * 3))  # without Ray
+    assert [len(shards.parts) for shards in made] == [1, 2, 7, 3]
     assert len({shards.fingerprint for shards in made}) == 1
     rows = np.array([202, 0, 5, 5, 101, 33])
     for shards in made:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bss_ray.data.arrays import ArrayStore
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
-from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import DataError
 from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
@@ -34,19 +34,6 @@ NAMES = np.array([f"clip {7 * row % ROWS}" + "é" * (row % 3) for row in range(R
 NUMBERS = rng.permutation(1000)[:ROWS]
 
 
-class Rows(Store):
-    """Shards in this process."""
-
-    def __init__(self, shards: Sequence[Arrays]) -> None:
-        self._shards = shards
-
-    def read(self, shard: int) -> Arrays:
-        return self._shards[shard]
-
-    def only(self, shards: Sequence[int]) -> Store:
-        return Rows([self._shards[shard] for shard in shards])
-
-
 def shards(ids: np.ndarray | None = None) -> Shards:
     """Training rows in three shards, with an id column or without."""
     arrays = {"audio": np.zeros((ROWS, 2), np.float32), "image": np.zeros((ROWS, 2), np.float32)}
@@ -61,7 +48,7 @@ def shards(ids: np.ndarray | None = None) -> Shards:
         features=features,
         num_classes=1,
         fingerprint="",
-        store=Rows([{name: values[start:stop] for name, values in arrays.items()} for start, stop in spans]),
+        store=ArrayStore([{name: values[start:stop] for name, values in arrays.items()} for start, stop in spans]),
     )
 
 

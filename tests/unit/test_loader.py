@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,16 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bss_ray.data.arrays import ArrayStore, shards_of_arrays
 from bss_ray.data.columns import Columns
-from bss_ray.data.shards import Feature, Shard, Shards
-from bss_ray.data.store import Arrays, Store
+from bss_ray.data.shards import Shards
+from bss_ray.data.store import Arrays
 from bss_ray.errors import ConfigError
 from bss_ray.load import loader as loader_module
-from bss_ray.load import rows as rows_module
 from bss_ray.load import transfer as transfer_module
 from bss_ray.load.loader import FILLER, Loader, RankBatch, Transform, share_runs
 from bss_ray.load.randomness import RowRandom
-from bss_ray.load.rows import RowReader
+from bss_ray.load.rows import Receive, RowReader
 from bss_ray.load.transfer import BufferRing, Recycled, Tensors, torch_dtype
 from bss_ray.sample.plan import Order, Plan
 
@@ -32,42 +33,33 @@ ROWS, BATCH = 203, 16  # 203 = 12 * 16 + 11
 CPU = torch.device("cpu")
 
 
-class MemoryStore(Store):
-    """Rows in this process; counts what was taken."""
+class CountingStore(ArrayStore):
+    """Counts the rows that were taken."""
 
     def __init__(self, arrays: Sequence[Arrays]) -> None:
-        self.arrays = arrays
+        super().__init__(arrays)
         self.taken = 0
-        self._lock = threading.Lock()
-
-    def read(self, shard: int) -> Arrays:
-        return self.arrays[shard]
+        self._counting = threading.Lock()
 
     def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
         super().take(shards, rows, out)
-        with self._lock:
+        with self._counting:
             self.taken += len(rows)
-
-    def only(self, shards: Sequence[int]) -> Store:
-        return MemoryStore([self.arrays[shard] for shard in shards])
 
 
 def make_shards(nodes: Sequence[str], rows: int = ROWS, width: int = 3) -> Shards:
     """A shard for each of `nodes`; column a is the row id, b twice that."""
-    edges = [rows * index // len(nodes) for index in range(len(nodes) + 1)]
-    ids = [np.arange(start, stop) for start, stop in itertools.pairwise(edges)]
-    arrays = [
-        {"a": np.repeat(i[:, None], width, axis=1).astype(np.float32), "b": i.astype(np.float32) * 2, "label": i % 5}
-        for i in ids
-    ]
-    return Shards(
-        columns=Columns(modalities=("a", "b")),
-        parts=tuple(Shard(int(i[0]), len(i), node) for i, node in zip(ids, nodes, strict=True)),
-        features={"a": Feature((width,), "float32"), "b": Feature((), "float32"), "label": Feature((), "int64")},
-        num_classes=5,
-        fingerprint="",
-        store=MemoryStore(arrays),
-    )
+    ids = np.arange(rows)
+    a = np.repeat(ids[:, None], width, axis=1).astype(np.float32)
+    arrays = {"a": a, "b": ids.astype(np.float32) * 2, "label": ids % 5}
+    return shards_of_arrays(arrays, Columns(modalities=("a", "b")), nodes=nodes)
+
+
+def counting(shards: Shards, kind: type[CountingStore] = CountingStore) -> tuple[Shards, CountingStore]:
+    """The shards over a store that counts."""
+    assert isinstance(shards.store, ArrayStore)
+    store = kind(shards.store.arrays)
+    return replace(shards, store=store), store
 
 
 def make_plan(rows: int = ROWS, batch_size: int = BATCH) -> tuple[Plan, Callable[[], Order]]:
@@ -89,18 +81,20 @@ def loader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("bss_ray")]
 
 
-@pytest.fixture
-def in_process_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
-    """What other nodes are asked for, answered in this process: (node, row ids)."""
-    asked: list[tuple[str, list[int]]] = []
+class Asked:
+    """Other nodes, in this process.
 
-    def pick(self: RowReader, node: str, row_ids: np.ndarray) -> Arrays:
-        asked.append((node, row_ids.tolist()))
-        return self._shards.gather(row_ids)
+    Attributes:
+        requests: node and row ids of what they were asked for.
+    """
 
-    monkeypatch.setattr(RowReader, "_ask", pick)
-    monkeypatch.setattr(rows_module, "wait_for", lambda reference, _what: reference)
-    return asked
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, list[int]]] = []
+
+    def __call__(self, node: str, shards: Shards, row_ids: np.ndarray) -> Receive:
+        self.requests.append((node, row_ids.tolist()))
+        assert {part.node for part in shards.parts} == {node}, "only what is asked for is described"
+        return lambda: shards.gather(row_ids)
 
 
 def read_all(
@@ -214,16 +208,14 @@ def shards_batch(shards: Shards) -> Tensors:
 
 
 @pytest.mark.parametrize("group", [1, 4])
-def test_rows_of_other_nodes_are_asked_for_there(
-    in_process_tasks: list[tuple[str, list[int]]], group: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_other_nodes_are_asked_for_there(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowReader, "group_size", lambda self, rows: group)
     shards = make_shards(["x", "y", "", "x", "z"])
     nodes = np.array(["x", "y", "", "x", "z"])
     plan, order = make_plan()
     for rank, node in enumerate("xxy"):
-        in_process_tasks.clear()
-        loader = Loader(shards, rank=rank, rank_nodes=["x", "x", "y"], device=CPU)
+        asked = Asked()
+        loader = Loader(shards, rank=rank, rank_nodes=["x", "x", "y"], device=CPU, ask=asked)
         assert loader.moved_share == 0
         ids = []
         for batch in loader.batches(plan, order()):
@@ -231,9 +223,9 @@ def test_rows_of_other_nodes_are_asked_for_there(
             ids += batch.tensors["row_id"].tolist()
         holders = nodes[shards.locate(np.array(ids))]
         far = [row for row, holder in zip(ids, holders, strict=True) if holder not in ("", node)]
-        assert sorted(row for _, rows in in_process_tasks for row in rows) == sorted(far)
-        assert all((nodes[shards.locate(np.array(rows))] == asked).all() for asked, rows in in_process_tasks)
-        assert len(in_process_tasks) <= 2 * -(-plan.batches // group)  # one a node and group
+        assert sorted(row for _, rows in asked.requests for row in rows) == sorted(far)
+        assert all((nodes[shards.locate(np.array(rows))] == other).all() for other, rows in asked.requests)
+        assert len(asked.requests) <= 2 * -(-plan.batches // group)  # one a node and group
         assert loader.moved_share == pytest.approx(len(far) / len(ids))
         assert 0 < loader.moved_share < 0.6
 
@@ -247,27 +239,25 @@ def test_nothing_moves_where_nodes_have_what_they_need() -> None:
         assert loader.read > 0
 
 
-def test_a_node_that_fails_reaches_the_loop(
-    in_process_tasks: list[tuple[str, list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lost(_reference: object, _what: str) -> Arrays:
+def test_a_node_that_fails_reaches_the_loop() -> None:
+    def receive() -> Arrays:
         raise RuntimeError("the node is gone")
 
-    monkeypatch.setattr(rows_module, "wait_for", lost)
     plan, order = make_plan()
+    loader = Loader(make_shards(["y"]), rank=0, rank_nodes=["x"], device=CPU, ask=lambda *_request: receive)
     with pytest.raises(RuntimeError, match="the node is gone"):
-        list(Loader(make_shards(["y"]), rank=0, rank_nodes=["x"], device=CPU).batches(plan, order()))
+        list(loader.batches(plan, order()))
 
 
 # ---- evaluation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank_nodes", [["x"], ["x", "y"], ["x", "x", "y"], ["w"] * 4])
-def test_evaluation_brings_each_row_once(rank_nodes: list[str], in_process_tasks: list[tuple[str, list[int]]]) -> None:
+def test_evaluation_brings_each_row_once(rank_nodes: list[str]) -> None:
     shards = make_shards(["x", "y", "", "x", "z"])
     parts = []
     for rank in range(len(rank_nodes)):
-        batches = list(Loader(shards, rank=rank, rank_nodes=rank_nodes, device=CPU).rows(10))
+        batches = list(Loader(shards, rank=rank, rank_nodes=rank_nodes, device=CPU, ask=Asked()).rows(10))
         for batch in batches:
             check_content(batch)
         assert all(len(batch["row_id"]) == 10 for batch in batches[:-1])
@@ -301,7 +291,7 @@ def test_runs_are_shared_out_level_and_at_home(shards: list[tuple[int, int]], ra
 # ---- the background ---------------------------------------------------------------------------
 
 
-def wait_until_idle(store: MemoryStore) -> int:
+def wait_until_idle(store: CountingStore) -> int:
     """Rows taken once nothing more is."""
     while True:
         before = store.taken
@@ -314,9 +304,7 @@ def wait_until_idle(store: MemoryStore) -> int:
 def test_back_pressure(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowReader, "group_size", lambda self, rows: group)
     monkeypatch.setattr(loader_module, "_AHEAD_BATCHES", 6)
-    shards = make_shards(["n"] * 2, rows=50 * BATCH)
-    store = shards.store
-    assert isinstance(store, MemoryStore)
+    shards, store = counting(make_shards(["n"] * 2, rows=50 * BATCH))
     plan, order = make_plan(shards.rows)
     batches = Loader(shards, rank=0, rank_nodes=["n"], device=CPU).batches(plan, order())
     for asked in range(1, 20):
@@ -329,9 +317,7 @@ def test_back_pressure(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_batches_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "_AHEAD_BYTES", 1000)
-    shards = make_shards(["n"], rows=20 * BATCH, width=100)
-    store = shards.store
-    assert isinstance(store, MemoryStore)
+    shards, store = counting(make_shards(["n"], rows=20 * BATCH, width=100))
     plan, order = make_plan(shards.rows)
     monkeypatch.setattr(RowReader, "group_size", lambda self, rows: 1)
     batches = Loader(shards, rank=0, rank_nodes=["n"], device=CPU).batches(plan, order())
@@ -340,7 +326,7 @@ def test_large_batches_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatc
     batches.close()
 
 
-class BrokenStore(MemoryStore):
+class BrokenStore(CountingStore):
     def take(self, shards: np.ndarray, rows: np.ndarray, out: Arrays) -> None:
         super().take(shards, rows, out)
         if self.taken > 5 * BATCH:
@@ -353,9 +339,7 @@ class BrokenStore(MemoryStore):
 def test_an_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowReader, "group_size", lambda self, rows: 1)
     monkeypatch.setattr(loader_module, "_THREADS", 1)
-    shards = make_shards(["n"] * 2)
-    assert isinstance(shards.store, MemoryStore)
-    object.__setattr__(shards, "store", BrokenStore(shards.store.arrays))
+    shards, _ = counting(make_shards(["n"] * 2), BrokenStore)
     plan, order = make_plan()
     batches = Loader(shards, rank=0, rank_nodes=["n"], device=CPU).batches(plan, order())
     # What came before the error is handed out first.
@@ -501,4 +485,4 @@ def test_pinned_buffers_have_the_columns_dtypes() -> None:
 
 def test_groups_are_bounded_by_bytes_and_batches() -> None:
     shards = make_shards(["n"], rows=2000, width=1024)
-    assert [RowReader(shards, "n", "").group_size(rows) for rows in (1, 256, 10_000)] == [64, 15, 1]
+    assert [RowReader(shards, "n").group_size(rows) for rows in (1, 256, 10_000)] == [64, 15, 1]

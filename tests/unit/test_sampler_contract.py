@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import bss_ray
+from bss_ray.data.arrays import shards_of_arrays
 from bss_ray.data.columns import Columns
-from bss_ray.data.shards import Feature, Shard, Shards
+from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError
 from bss_ray.load.loader import FILLER, Loader, RankBatch
 from bss_ray.sample.coordinator import Coordinator, LocalHolders
@@ -24,7 +25,6 @@ from bss_ray.schedule import Scheduler
 from bss_ray.testing import SamplerContract, Setup, SlicedSampler
 from bss_ray.testing.sampler import global_batches
 from tests.support import cut, saved
-from tests.unit.test_store_contract import MemoryStore
 
 
 class PermutationSampler(SlicedSampler):
@@ -196,16 +196,9 @@ class LoaderSampler(CoordinatorSampler):
 
 def _numbered_shards(rows: int) -> Shards:
     """Shards whose every value is the id of its row."""
-    spans, ids = cut(rows, 3), np.arange(rows)
+    ids = np.arange(rows)
     columns = {"a": ids[:, None].astype(np.float32), "b": ids.astype(np.int32), "label": ids}
-    return Shards(
-        columns=Columns(modalities=("a", "b")),
-        parts=tuple(Shard(first, count, "here") for first, count in spans),
-        features={name: Feature(values.shape[1:], values.dtype.str) for name, values in columns.items()},
-        num_classes=rows,
-        fingerprint="",
-        store=MemoryStore([{name: v[first : first + n] for name, v in columns.items()} for first, n in spans]),
-    )
+    return shards_of_arrays(columns, Columns(modalities=("a", "b")), nodes=["here"] * min(rows, 3))
 
 
 def _rows_of(part: RankBatch) -> np.ndarray:

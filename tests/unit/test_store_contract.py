@@ -1,4 +1,4 @@
-"""Two plain stores through the contract: what it asks is no more than `Store.take` gives."""
+"""The store of arrays, and two plain ones: what the contract asks is no more than `Store.take` gives."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bss_ray.data.arrays import ArrayStore
 from bss_ray.data.span import Span
 from bss_ray.data.store import Arrays, MappedStore, Store
 from bss_ray.testing import StoreContract
@@ -37,6 +38,11 @@ class MemoryStore(Store):
 class TestMemoryStore(StoreContract):
     def make(self, shards: Sequence[Arrays]) -> MemoryStore:
         return MemoryStore(shards)
+
+
+class TestArrayStore(StoreContract):
+    def make(self, shards: Sequence[Arrays]) -> ArrayStore:
+        return ArrayStore(shards)
 
 
 class FileStore(Store):
