@@ -94,6 +94,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"{hint}Choose from: {', '.join(names)}"
 
 
+def check_one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a setting that is none of its choices.
+
+    Raises:
+        ConfigError: names the nearest choice, and all of them.
+    """
+    if value not in choices:
+        raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop; the error's class where the message is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

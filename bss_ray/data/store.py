@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from bss_ray.data.span import Span
-from bss_ray.errors import ConfigError, nearest
+from bss_ray.errors import ConfigError, check_one_of
 from bss_ray.runtime.wait import wait_for
 
 Arrays = dict[str, np.ndarray]
@@ -47,8 +47,7 @@ class StoreConfig:
     max_gib: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"unknown store.kind {self.kind!r}; {nearest(self.kind, KINDS)}")
+        check_one_of("store.kind", self.kind, KINDS)
         if self.kind == "lance" and not self.folder:
             raise ConfigError(
                 "store.kind=lance needs a place: --store.folder with a folder or a URI (s3://bucket/rows)"

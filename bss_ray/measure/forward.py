@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bss_ray.errors import ConfigError, nearest
+from bss_ray.errors import ConfigError, check_one_of
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,8 +49,7 @@ def check_precision(precision: str) -> None:
     Raises:
         ConfigError: The precision is unknown; the error names the nearest.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"unknown precision {precision!r}; {nearest(precision, PRECISIONS)}")
+    check_one_of("precision", precision, PRECISIONS)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

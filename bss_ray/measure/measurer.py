@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bss_ray.errors import ConfigError, DataError, nearest
+from bss_ray.errors import ConfigError, DataError, check_one_of, nearest
 from bss_ray.measure.criteria import INFORMATIONS, SIMILARITIES, check_weights
 from bss_ray.measure.observation import TASKS, Observation, Outputs, RowLoss, check_labels, check_outputs
 from bss_ray.names import FEATURES, import_name
@@ -71,8 +71,8 @@ class Measurer:
     loss_function: str | RowLoss | None = None
 
     def __post_init__(self) -> None:
-        if self.task is not None and self.task not in TASKS:
-            raise ConfigError(f"unknown task {self.task!r}; {nearest(self.task, TASKS)}")
+        if self.task is not None:
+            check_one_of("task", self.task, TASKS)
         check_weights(self.fused_weight, self.unimodal_weight)
         # Looked up here and kept as functions: other processes do not know what was registered in this process.
         for kind, registry in (("similarity", SIMILARITIES), ("information", INFORMATIONS)):

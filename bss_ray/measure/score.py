@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from bss_ray.errors import ConfigError, WeightError, first_ids, nearest
+from bss_ray.errors import ConfigError, WeightError, check_one_of, first_ids
 from bss_ray.measure.normalise import NORMALISATIONS, NORMALISE, Norm, Normalise
 
 Accumulate = Literal["ema", "sum"]
@@ -23,16 +23,34 @@ UNPAIRED: dict[str, float] = {"neutral": 0.5, "lowest": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accumulation:
-    """How measures become scores.
+class ScoreRule:
+    """How the measures of all rows become scores.
 
     Args:
-        momentum: Weight mu in [0, 1) of the old score in the moving average; 0 is the released code.
-        accumulate: How updates are combined: `ema` (moving average), or `sum` (mean of all updates, as in the paper's
-            figure).
-        normalise: Normalisation over all rows: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
-        unpaired: How rows with fewer than two modalities, which have no similarity, count: as `neutral` (a normalised
-            similarity of 1/2), as `lowest` (0), or they are refused (`error`).
+        normalise: Normalisation of each measure over all rows: `minmax` (the paper's), or `rank`, which one outlier
+            cannot flatten.
+        unpaired: What happens to rows with fewer than two modalities, which have no similarity: they count as
+            `neutral` (a normalised similarity of 1/2) or as `lowest` (0), or are refused (`error`).
+
+    Raises:
+        ConfigError: A setting is unknown.
+    """
+
+    normalise: Normalise = "minmax"
+    unpaired: Unpaired = "neutral"
+
+    def __post_init__(self) -> None:
+        check_one_of("normalise", self.normalise, NORMALISE)
+        check_one_of("unpaired", self.unpaired, get_args(Unpaired))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulation(ScoreRule):
+    """How measures become scores, update after update.
+
+    Args:
+        momentum: Factor mu in [0, 1) of the score's moving average; 0 is the released code.
+        accumulate: Kind of average over the updates: `ema`, or `sum`, the mean of all updates (the paper's figure).
 
     Raises:
         ConfigError: A setting is unknown, out of its range, or without effect.
@@ -40,16 +58,12 @@ class Accumulation:
 
     momentum: float = 0.0
     accumulate: Accumulate = "ema"
-    normalise: Normalise = "minmax"
-    unpaired: Unpaired = "neutral"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must lie in [0, 1), 0 keeps no memory; received {self.momentum}")
-        for name, choices in (("accumulate", ACCUMULATE), ("normalise", NORMALISE), ("unpaired", get_args(Unpaired))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+        check_one_of("accumulate", self.accumulate, ACCUMULATE)
         if self.accumulate == "sum" and self.momentum:
             raise ConfigError(
                 f"momentum={self.momentum} has no effect with accumulate='sum'; leave it 0 or use accumulate='ema'"
@@ -76,21 +90,21 @@ def current_scores(
 
 
 def accumulate_scores(
-    previous: np.ndarray, current: np.ndarray, *, momentum: float, accumulate: Accumulate, updates: int
+    previous: np.ndarray, current: np.ndarray, accumulation: Accumulation, *, updates: int
 ) -> np.ndarray:
     """Scores after one more update.
 
     Args:
         previous: (n,) scores so far.
         current: (n,) scores of this update alone.
-        momentum: Weight mu of `ema`: mu * previous + (1 - mu) * current.
-        accumulate: `ema`, or `sum`: the sum of all updates over their number (the paper's figure).
+        accumulation: How both are combined: `ema` is mu * previous + (1 - mu) * current, `sum` the sum of all updates
+            over their number (the paper's figure).
         updates: Number of updates in `previous`, at least 1.
     """
     previous = previous.astype(np.float64)  # holders keep float32
-    if accumulate == "sum":
+    if accumulation.accumulate == "sum":
         return np.asarray((previous * updates + current) / (updates + 1))
-    return np.asarray(momentum * previous + (1 - momentum) * current)
+    return np.asarray(accumulation.momentum * previous + (1 - accumulation.momentum) * current)
 
 
 def balance_scores(
@@ -123,7 +137,7 @@ def balance_scores(
         WeightError: Lengths differ, or a measure is NaN or infinite.
         ConfigError: `momentum`, `accumulate`, `normalise` or `unpaired` is impossible.
     """
-    Accumulation(momentum=momentum, accumulate=accumulate, normalise=normalise, unpaired=unpaired)  # checks them
+    rule = Accumulation(momentum=momentum, accumulate=accumulate, normalise=normalise, unpaired=unpaired)
     similarity, information = np.asarray(similarity), np.asarray(information)
     lengths = {"similarity": len(similarity), "information": len(information)}
     if previous is not None:
@@ -140,5 +154,5 @@ def balance_scores(
     current = current_scores(similarity, information, (kind.of(similarity), kind.of(information)), unpaired)
     if previous is not None:
         previous = np.asarray(previous)
-        current = accumulate_scores(previous, current, momentum=momentum, accumulate=accumulate, updates=updates)
+        current = accumulate_scores(previous, current, rule, updates=updates)
     return current.astype(np.float32)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import ray.train
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import ConfigError, ResourceError, nearest
+from bss_ray.errors import ConfigError, ResourceError, check_one_of
 from bss_ray.placement.cluster import label_problem, read_nodes
 from bss_ray.placement.fit import check_fit, place
 from bss_ray.placement.packing import Node, ProcessGroup, fits
@@ -54,8 +54,7 @@ class Placement:
     resize_interval_s: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.ranks not in ("pack", "spread"):
-            raise ConfigError(f"unknown placement.ranks {self.ranks!r}; {nearest(self.ranks, ('pack', 'spread'))}")
+        check_one_of("placement.ranks", self.ranks, ("pack", "spread"))
         for name in ("cpus_per_rank", "spare_cpus", "resize_interval_s"):
             value = getattr(self, name)
             if value is not None and value < 0:

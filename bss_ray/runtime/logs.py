@@ -6,7 +6,7 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any, Literal, get_args
 
-from bss_ray.errors import ConfigError, nearest
+from bss_ray.errors import check_one_of
 
 # `auto`: rich on a terminal, plain elsewhere.
 LogFormat = Literal["auto", "rich", "plain", "json"]
@@ -18,9 +18,7 @@ def check_log_format(value: str) -> None:
     Raises:
         ConfigError: names the nearest.
     """
-    formats = get_args(LogFormat)
-    if value not in formats:
-        raise ConfigError(f"unknown log_format {value!r}; {nearest(value, formats)}")
+    check_one_of("log_format", value, get_args(LogFormat))
 
 
 def ray_logging(log_format: str) -> dict[str, Any]:

@@ -193,13 +193,7 @@ class Holder:
             similarity, information = pending.similarity[here], pending.information[here]
             current = current_scores(similarity, information, norms, accumulation.unpaired)
             if version > 1:
-                mixed = accumulate_scores(
-                    old.score[here],
-                    current,
-                    momentum=accumulation.momentum,
-                    accumulate=accumulation.accumulate,
-                    updates=version - 1,
-                )
+                mixed = accumulate_scores(old.score[here], current, accumulation, updates=version - 1)
                 current = np.where(old.last_measured[here] > 0, mixed, current)
             columns: dict[str, Any] = {
                 "score": current,

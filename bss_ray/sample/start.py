@@ -132,5 +132,5 @@ def coordinator_settings(
         "batch_size": batch_size,
         "tail": tail,
         "window_rows": window_rows,
-        "accumulation": scoring.accumulation,
+        "accumulation": scoring,
     }

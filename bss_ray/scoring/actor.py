@@ -58,7 +58,7 @@ class ScorerActor(Named):
         keep_freed_memory()
         self._log = RunLogger(role="scorer")
         device = "cuda" if scoring.gpus_per_scorer > 0 else "cpu"
-        self._scorer = Scorer(measurer, label, forward=scoring.forward, device=device)
+        self._scorer = Scorer(measurer, label, forward=scoring, device=device)
         self._holders = holders
         self._ref: Any = None
         self._job: ScoringJob | None = None

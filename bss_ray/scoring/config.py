@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from bss_ray.errors import ConfigError, nearest
+from bss_ray.errors import ConfigError, check_one_of
 from bss_ray.measure.forward import Forward
-from bss_ray.measure.normalise import Normalise
-from bss_ray.measure.score import Accumulate, Accumulation, Unpaired
+from bss_ray.measure.score import Accumulation
 
 Engine = Literal["auto", "actors", "workers", "online"]
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -18,7 +17,26 @@ BadRows = Literal["error", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class ScoringPass(Forward):
+    """How rows are forwarded and measured.
+
+    Args:
+        bad_rows: What happens to rows whose outputs are NaN or infinite: they are an `error`, or they are left out
+            (`keep`): a training run keeps the score that they had, `bss-ray score` writes them without measures.
+
+    Raises:
+        ConfigError: a setting is unknown or out of its range.
+    """
+
+    bad_rows: BadRows = "error"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("bad_rows", self.bad_rows, get_args(BadRows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Accumulation, ScoringPass):
     """How and where rows are scored.
 
     Args:
@@ -30,18 +48,9 @@ class Scoring:
         sweep_every: `online`: every so many updates the ranks forward all rows; 0 never.
         num_holders: actors that hold scores; the order of rows does not depend on it.
         num_scorers: `actors`: scorer actors, each with a model of its own.
-        momentum: mu in [0, 1) of the score's moving average; 0 is the released code.
-        accumulate: `ema`, or `sum` (the mean of all updates).
-        normalise: `minmax` (the paper's), or `rank`, which one outlier cannot flatten.
-        unpaired: rows with fewer than two modalities count as `neutral`, as `lowest`, or are an `error`.
-        bad_rows: rows whose outputs are NaN or infinite are an `error`, or `keep` their score.
         max_failed_updates: so many updates of the scores in a row may fail, because scorers are lost; the run goes on
             with the scores it has.
         restart_timeout_s: seconds to wait for a lost scorer while no other is left.
-        batch_size: rows of a scoring pass; halved, with a message, where they do not fit into memory.
-        precision: `fp32`, `bf16` or `fp16` (autocast) of scoring passes.
-        channels_last: memory layout of images and model in scoring passes.
-        compile: run scoring passes through `torch.compile`.
         cpus_per_holder: logical CPUs of a holder, which also works with so many threads, at least one. 0, because
             holders work while the ranks wait; give large data sets more (docs/scale.md).
         cpus_per_scorer: likewise of a scorer.
@@ -56,27 +65,16 @@ class Scoring:
     sweep_every: int = 0
     num_holders: int = 2
     num_scorers: int = 2
-    momentum: float = 0.0
-    accumulate: Accumulate = "ema"
-    normalise: Normalise = "minmax"
-    unpaired: Unpaired = "neutral"
-    bad_rows: BadRows = "error"
     max_failed_updates: int = 3
     restart_timeout_s: float = 60.0
-    batch_size: int = 256
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
     cpus_per_holder: float = 0.0
     cpus_per_scorer: float = 0.0
     gpus_per_scorer: float = 0.0
 
     def __post_init__(self) -> None:
-        _ = self.accumulation, self.forward  # they check their own settings
-        for name, choices in (("engine", ENGINES), ("bad_rows", get_args(BadRows))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ConfigError(f"unknown scoring {name} {value!r}; {nearest(value, choices)}")
+        super().__post_init__()
+        ScoringPass.__post_init__(self)  # which that of `Accumulation` does not call
+        check_one_of("scoring engine", self.engine, ENGINES)
         for name, least in (("num_holders", 1), ("num_scorers", 1), ("sweep_every", 0), ("max_failed_updates", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"scoring.{name} must be at least {least}; received {getattr(self, name)}")
@@ -106,23 +104,6 @@ class Scoring:
                 "accumulate='sum' is the mean of all updates of a row, and engine=online does not update all rows "
                 "alike. Use accumulate='ema' with a momentum, or another engine"
             )
-
-    @property
-    def accumulation(self) -> Accumulation:
-        """How measures become scores."""
-        return Accumulation(
-            momentum=self.momentum, accumulate=self.accumulate, normalise=self.normalise, unpaired=self.unpaired
-        )
-
-    @property
-    def forward(self) -> Forward:
-        """How the model is run over rows."""
-        return Forward(
-            batch_size=self.batch_size,
-            precision=self.precision,
-            channels_last=self.channels_last,
-            compile=self.compile,
-        )
 
 
 def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ranks_use_gpu: bool) -> tuple[Engine, str]:

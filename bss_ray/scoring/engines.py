@@ -226,7 +226,7 @@ class WorkersEngine(DeliveringEngine):
             self._scorer = Scorer(
                 context.measurer,
                 context.shards.columns.label,
-                forward=context.scoring.forward,
+                forward=context.scoring,
                 device=context.device,
                 model=model,
             )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import ConfigError, ModelOutputError, nearest
+from bss_ray.errors import ConfigError, ModelOutputError, check_one_of
 from bss_ray.measure.forward import PRECISIONS, autocast
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
@@ -98,8 +98,7 @@ class LoopConfig:
             ("lr_schedule", self.lr_schedule, get_args(LrSchedule)),
             ("precision", self.precision, ("auto", *PRECISIONS)),
         ):
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+            check_one_of(name, value, choices)
         for name in ("epochs", "eval_batch_size", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from bss_ray.errors import ConfigError, nearest
+from bss_ray.errors import ConfigError, check_one_of
 from bss_ray.runtime.logs import LogFormat
 from bss_ray.storage import hidden, is_uri
 from bss_ray.train.run import TrainConfig
@@ -128,8 +128,7 @@ class TuneConfig:
             ("log_format", self.log_format, get_args(LogFormat)),
             *(("logger", logger, LOGGERS) for logger in self.trackers),
         ):
-            if value not in choices:
-                raise ConfigError(f"unknown {name} {value!r}; {nearest(value, choices)}")
+            check_one_of(name, value, choices)
         for name, least in (("trials", 1), ("seeds", 1), ("compare_seeds", 0), ("max_concurrent", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

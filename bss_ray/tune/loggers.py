@@ -16,7 +16,7 @@ from unittest import mock
 
 import ray.tune
 
-from bss_ray.errors import ConfigError, nearest, optional_import
+from bss_ray.errors import check_one_of, optional_import
 
 
 def make_loggers(names: Sequence[str], *, study: str, folder: Path) -> list[ray.tune.Callback]:
@@ -35,8 +35,7 @@ def make_loggers(names: Sequence[str], *, study: str, folder: Path) -> list[ray.
     """
     makers: dict[str, Callable[[str, Path], ray.tune.Callback]] = {"mlflow": _mlflow, "wandb": _wandb}
     for name in names:
-        if name not in makers:
-            raise ConfigError(f"unknown logger {name!r}; {nearest(name, makers)}")
+        check_one_of("logger", name, makers)
     return [makers[name](study, folder) for name in names]
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from bss_ray.errors import ConfigError, Problem
-from bss_ray.measure.forward import Forward
 from bss_ray.measure.score import Accumulation
-from bss_ray.scoring.config import Scoring, choose_engine
+from bss_ray.scoring.config import Scoring, ScoringPass, choose_engine
 from bss_ray.scoring.pool import ScoringFailedError, ShardQueue, kept_rows_notice
 
 
@@ -20,7 +19,7 @@ class TestSettings:
         [
             ({"engine": "actor"}, "unknown scoring engine 'actor'; did you mean 'actors'"),
             ({"engine": "ranks"}, r"unknown scoring engine 'ranks'; .*Choose from: actors, auto, online, workers"),
-            ({"bad_rows": "skip"}, r"unknown scoring bad_rows 'skip'; .*Choose from: error, keep"),
+            ({"bad_rows": "skip"}, r"unknown bad_rows 'skip'; .*Choose from: error, keep"),
             ({"num_holders": 0}, "scoring.num_holders must be at least 1; received 0"),
             ({"num_scorers": 0}, "scoring.num_scorers must be at least 1; received 0"),
             ({"sweep_every": -1, "engine": "online"}, "scoring.sweep_every must be at least 0; received -1"),
@@ -82,8 +81,13 @@ class TestSettings:
             channels_last=True,
             compile=True,
         )
-        assert scoring.accumulation == Accumulation(momentum=0.4, normalise="rank", unpaired="lowest")
-        assert scoring.forward == Forward(batch_size=9, precision="bf16", channels_last=True, compile=True)
+        parts = (
+            Accumulation(momentum=0.4, normalise="rank", unpaired="lowest"),
+            ScoringPass(batch_size=9, precision="bf16", channels_last=True, compile=True),
+        )
+        for part in parts:
+            assert isinstance(scoring, type(part))
+            assert dataclasses.asdict(part).items() <= dataclasses.asdict(scoring).items()
 
     def test_settings_cannot_be_changed(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
