@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, ObjectStore
+from bss_ray.runtime.messages import EpochFinished
 from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.holder_actors import EVERY, ActorHolders
@@ -125,7 +126,7 @@ def rates(nodes: int, args: argparse.Namespace) -> tuple[float, float, float]:
             train_loop_config={"row_cost_s": args.row_cost_us * 1e-6, "epochs": args.repeats + 2},
             scaling_config=ray.train.ScalingConfig(num_workers=nodes, placement_strategy="SPREAD"),
             run_config=ray.train.RunConfig(name="run", storage_path=folder),
-            on_message=lambda message: epochs.append(message["row"]) if message["kind"] == "epoch" else None,
+            on_message=lambda message: epochs.append(message.row) if isinstance(message, EpochFinished) else None,
         ).fit()
     ray.shutdown()
     cluster.shutdown()

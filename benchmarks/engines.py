@@ -26,6 +26,7 @@ import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
 from bss_ray.models import LateFusion
+from bss_ray.runtime.messages import EpochFinished, Message
 from bss_ray.schedule import Scheduler
 
 SHAPES = {"audio": (1, 32, 32), "image": (1, 8, 8)}
@@ -82,9 +83,9 @@ def run(shards: Shards, case: str, epochs: int, workers: int) -> list[float]:
     scheduler, scoring = CASES[case]
     starts: list[float] = []
 
-    def on_message(message: dict[str, Any]) -> None:
-        if message["kind"] == "epoch":
-            starts.append(message["row"]["started"])
+    def on_message(message: Message) -> None:
+        if isinstance(message, EpochFinished):
+            starts.append(message.row["started"])
 
     with tempfile.TemporaryDirectory() as folder:
         bss_ray.BalancedTrainer(

@@ -40,6 +40,7 @@ import yaml
 from ray._private.internal_api import get_memory_info_reply
 
 from bss_ray.cli.tune import tune_parser
+from bss_ray.runtime.messages import Message, TrialChanged
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import TrainConfig
 from bss_ray.train.settings import instantiate, make, resolved
@@ -128,18 +129,18 @@ class Watched:
     most: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def on_message(self, message: dict[str, Any]) -> None:
-        if message["kind"] != "trial":
+    def on_message(self, message: Message) -> None:
+        if not isinstance(message, TrialChanged):
             return
         self.meter.phase = TRIALS
-        if message["state"] == "running":
-            if "epoch" in message:
-                self.training.add(message["number"])
+        if message.state == "running":
+            if message.epoch is not None:
+                self.training.add(message.number)
                 self.most = max(self.most, len(self.training))
             return
-        self.training.discard(message["number"])
-        if message["state"] == "fail":
-            self.failed.append(message["cause"])
+        self.training.discard(message.number)
+        if message.state == "fail":
+            self.failed.append(message.cause)
 
 
 def write_rows(folder: Path, mib: int) -> int:

@@ -32,6 +32,7 @@ import optuna
 import ray
 import ray.tune
 
+from bss_ray.runtime.messages import Message, TrialChanged
 from bss_ray.tune.config import Pruning, TuneConfig
 from bss_ray.tune.objective import Objective
 from bss_ray.tune.record import SearchRecord, TrialSpec, open_storage
@@ -128,8 +129,8 @@ def search(algorithm: str, planted: Planted, options: argparse.Namespace) -> Fou
     space = replace(find_space(config.space, {}), known_good=[])
     ends: list[float] = []
 
-    def on_message(message: dict[str, Any]) -> None:
-        if message["state"] != "running":
+    def on_message(message: Message) -> None:
+        if isinstance(message, TrialChanged) and message.state != "running":
             ends.append(time.perf_counter())
 
     started = time.perf_counter()

@@ -1,7 +1,6 @@
 """A small training run with an audit: which row ids each rank received in which global batch."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.names import CLOCKED
+from bss_ray.runtime.messages import OnMessage
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S
 from bss_ray.testing import Fault
 
@@ -179,7 +179,7 @@ def run(
     *,
     workers: int | tuple[int, int] = 2,
     scaling: dict[str, Any] | None = None,
-    on_message: Callable[[dict[str, Any]], None] | None = None,
+    on_message: OnMessage | None = None,
     scoring: bss_ray.Scoring | None = None,
     update_interval: int = 2,
     failures: int = 0,

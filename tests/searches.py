@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from bss_ray.runtime.messages import OnMessage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import TrainConfig
 from bss_ray.train.settings import training_config
@@ -22,7 +23,6 @@ from bss_ray.tune.tuner import tune
 from tests.runs import TwoHeads, make_columns, make_dataset
 
 EPOCHS = 4
-Message = dict[str, Any]
 
 
 def data(split: str) -> ray.data.Dataset:
@@ -104,7 +104,7 @@ def base(**settings: Any) -> dict[str, Any]:
 def search(
     folder: Path,
     space: Callable[[optuna.Trial], dict[str, Any]],
-    on_message: Callable[[Message], None] = lambda message: None,
+    on_message: OnMessage = lambda message: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Run a small search, one trial at a time unless it is said otherwise; returns the content of its `result.json`."""

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bss_ray.placement.cluster import Process, left_over, read_actors, read_nodes
 from bss_ray.placement.packing import Node
+from bss_ray.runtime.messages import NodeProcesses, PlacementMap
 
 _CONTROLLER = "TrainController"  # Ray Train's class
 _SHOWN = ("CPU", "GPU")
 
 
-def process_map_message(prefix: str, rank_nodes: Sequence[str], rank_takes: Mapping[str, float]) -> dict[str, Any]:
+def process_map_message(prefix: str, rank_nodes: Sequence[str], rank_takes: Mapping[str, float]) -> PlacementMap:
     """Where the processes of a run are at this moment; two looks at Ray's tables, and nobody is asked.
 
     Args:
         prefix: of the names of the run's actors.
         rank_nodes: id of the node of each rank.
         rank_takes: what a rank takes.
-
-    Returns:
-        `{"kind": "placement", "rows": [{"node", "processes": {what: count}, "left": {resource: (left, of)}}, ...],
-        "each": {what: {resource: amount}}}`.
     """
     actors = [actor for actor in read_actors() if actor.name.startswith(prefix) or actor.class_name == _CONTROLLER]
     there = [(_role(actor, prefix), actor.node, actor.takes) for actor in actors]
@@ -34,20 +30,20 @@ def describe(
     processes: Sequence[tuple[str, str, Mapping[str, float]]],
     nodes: Sequence[Node],
     left: Mapping[str, Mapping[str, float]],
-) -> dict[str, Any]:
+) -> PlacementMap:
     """The message of `process_map_message`, of processes (what, id of the node, what each takes)."""
     on: dict[str, Counter[str]] = defaultdict(Counter)
     for what, node, _ in processes:
         on[node][what] += 1
     rows = [
-        {"node": name, "processes": dict(on[node.id]), "left": _left(node, left.get(node.id, {}))}
+        NodeProcesses(name, dict(on[node.id]), _left(node, left.get(node.id, {})))
         for node, name in zip(nodes, _names(nodes), strict=True)
         if node.there
     ]
     if on[""]:
-        rows.append({"node": "starting", "processes": dict(on[""]), "left": {}})
+        rows.append(NodeProcesses("starting", dict(on[""]), {}))
     each = {what: {name: takes[name] for name in sorted(takes) if takes[name]} for what, _, takes in processes}
-    return {"kind": "placement", "rows": rows, "each": each}
+    return PlacementMap(rows, each)
 
 
 def _role(actor: Process, prefix: str) -> str:

@@ -14,14 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bss_ray.runtime.messages import (
+    BatchProgress,
+    EpochFinished,
+    FatalError,
+    Message,
+    NodeProcesses,
+    Notice,
+    PlacementMap,
+    RowsProgress,
+    ShardsProgress,
+    Status,
+)
 from bss_ray.storage import StoragePath
 
 # Messages of how far something is: one in so many seconds, and the last.
-_PROGRESS = {"batch", "shards", "rows"}
 _PROGRESS_S = 10.0
-
-# What is no figure, or is in other lines as well.
-_LEFT_OUT = ("kind", "row", "history", "text")
 
 
 class JsonLines:
@@ -55,27 +63,29 @@ class JsonLines:
         """What is being done now."""
         self._line("status", {"message": text})
 
-    def on_message(self, message: Mapping[str, Any]) -> None:
+    def on_message(self, message: Message) -> None:
         """A message of the run, job or search."""
-        kind = message["kind"]
-        if kind == "fatal" or (kind in _PROGRESS and not self._due(kind, message)):
-            return  # a fatal error ends the command: see `__exit__`
-        figures = {name: value for name, value in message.items() if name not in _LEFT_OUT}
-        figures |= message.get("row", {})
-        if "text" in message:
-            figures["message"] = message["text"]
-        self._line(kind, figures)
+        match message:
+            case FatalError():
+                return  # it ends the command: see `__exit__`
+            case BatchProgress(batch, batches):
+                due = self._due(message, last=batch + 1 == batches)
+            case ShardsProgress(done=done, of=of) | RowsProgress(done=done, of=of):
+                due = self._due(message, last=done == of)
+            case _:
+                due = True
+        if due:
+            self._line(message.kind, message.figures())
 
     def show(self, result: Mapping[str, Any], folder: object) -> None:
         """The end."""
         self._line("result", {**result, "folder": str(folder)})
 
-    def _due(self, kind: str, message: Mapping[str, Any]) -> bool:
-        last = message.get("done", message.get("batch", 0) + 1) == message.get("of", message.get("batches"))
+    def _due(self, message: Message, *, last: bool) -> bool:
         now = time.monotonic()
-        if not last and now - self._told.get(kind, -math.inf) < _PROGRESS_S:
+        if not last and now - self._told.get(message.kind, -math.inf) < _PROGRESS_S:
             return False
-        self._told[kind] = now
+        self._told[message.kind] = now
         return True
 
     def _line(self, event: str, figures: Mapping[str, Any], level: str = "INFO") -> None:
@@ -89,7 +99,9 @@ class JsonLines:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """JSON has no NaN, no infinity and no dataclasses."""
+    if isinstance(value, NodeProcesses):
+        value = vars(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -100,35 +112,35 @@ def _plain(value: Any) -> Any:
 _ORDER = ("ranks", "scorers", "holders", "coordinator", "controller")
 
 
-def placement_table(message: Mapping[str, Any]) -> Table:
+def placement_table(message: PlacementMap) -> Table:
     """A row for each node, a column for each kind of process."""
     kinds = _kinds(message)
-    table = Table("node", *(_with(kind, _amounts(message["each"][kind])) for kind in kinds), "left")
-    for row in message["rows"]:
-        counts = (str(row["processes"].get(kind, "")) for kind in kinds)
-        table.add_row(row["node"], *counts, _left(row["left"]))
+    table = Table("node", *(_with(kind, _amounts(message.each[kind])) for kind in kinds), "left")
+    for row in message.rows:
+        counts = (str(row.processes.get(kind, "")) for kind in kinds)
+        table.add_row(row.node, *counts, _left(row.left))
     return table
 
 
-def placement_lines(message: Mapping[str, Any]) -> list[str]:
+def placement_lines(message: PlacementMap) -> list[str]:
     """A line for each node."""
-    each = message["each"]
+    each = message.each
     lines = []
-    for row in message["rows"]:
+    for row in message.rows:
         here = [
             _with(
                 kind if number == 1 and kind[-1] == "r" else f"{number} {_plural(kind, number)}", _amounts(each[kind])
             )
             for kind in _kinds(message)
-            if (number := row["processes"].get(kind))
+            if (number := row.processes.get(kind))
         ]
-        left = f"; left {_left(row['left'])}" if row["left"] else ""
-        lines.append(f"{row['node']}: {', '.join(here) or 'nothing of this run'}{left}")
+        left = f"; left {_left(row.left)}" if row.left else ""
+        lines.append(f"{row.node}: {', '.join(here) or 'nothing of this run'}{left}")
     return lines
 
 
-def _kinds(message: Mapping[str, Any]) -> list[str]:
-    return sorted(message["each"], key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
+def _kinds(message: PlacementMap) -> list[str]:
+    return sorted(message.each, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
 
 
 def _plural(kind: str, number: int) -> str:
@@ -171,7 +183,7 @@ class Shown(Protocol):
         """What is being done now."""
         ...
 
-    def on_message(self, message: Mapping[str, Any]) -> None:
+    def on_message(self, message: Message) -> None:
         """A message of the run, job or search."""
         ...
 
@@ -242,29 +254,25 @@ class Display:
         else:
             self.say(f"[{time.monotonic() - self._started:5.1f} s] {text}")
 
-    def on_message(self, message: Mapping[str, Any]) -> None:
+    def on_message(self, message: Message) -> None:
         """A message of the run (see `BalancedTrainer`)."""
-        kind = message["kind"]
-        if kind == "status" and (self.console.is_terminal or message["text"] != "scoring"):
-            self.status(message["text"])
-        elif kind == "notice":
-            self.say(message["text"])
-        elif kind == "shards" and self.console.is_terminal:
-            text = f"building shards ({message['split']})"
-            self._progress.update(self._task, description=text, completed=message["done"], total=message["of"])
-        elif kind == "batch" and self.console.is_terminal:
-            text = f"epoch {message['epoch']}"
-            self._progress.update(
-                self._task, description=text, completed=message["batch"] + 1, total=message["batches"]
-            )
-        elif kind == "epoch":
-            self._epoch(message["row"])
-        elif kind == "placement":
-            self._placement(message)
+        match message:
+            case Status(text) if self.console.is_terminal or text != "scoring":
+                self.status(text)
+            case Notice(text):
+                self.say(text)
+            case ShardsProgress(split, done, of) if self.console.is_terminal:
+                self._progress.update(self._task, description=f"building shards ({split})", completed=done, total=of)
+            case BatchProgress(batch, batches, epoch=epoch) if self.console.is_terminal:
+                self._progress.update(self._task, description=f"epoch {epoch}", completed=batch + 1, total=batches)
+            case EpochFinished(row):
+                self._epoch(row)
+            case PlacementMap():
+                self._placement(message)
 
-    def _placement(self, message: Mapping[str, Any]) -> None:
+    def _placement(self, message: PlacementMap) -> None:
         """What runs where, again only when it has changed."""
-        where = [(row["node"], row["processes"]) for row in message["rows"]]
+        where = [(row.node, row.processes) for row in message.rows]
         if where == self._where:
             return
         self._where = where

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bss_ray.errors import optional_import
 from bss_ray.report.console import Display
+from bss_ray.runtime.messages import Message, RowsProgress
 from bss_ray.storage import StoragePath
 
 # Off a terminal a line of progress comes so often.
@@ -36,17 +37,17 @@ class ScoreDisplay(Display):
         """The end of a job."""
         print_summary(self.console, result, folder)
 
-    def on_message(self, message: Mapping[str, Any]) -> None:
+    def on_message(self, message: Message) -> None:
         """A message of the job (see `bss_ray.score.job.score`)."""
-        if message["kind"] != "rows":
+        if not isinstance(message, RowsProgress):
             super().on_message(message)
             return
-        text = progress_text(message["done"], message["of"], message["rows_per_second"])
+        text = progress_text(message.done, message.of, message.rows_per_second)
         if self.console.is_terminal:
-            self._progress.update(self._task, description=text, completed=message["done"], total=message["of"])
-        elif time.monotonic() - self._last_line >= _LINE_S or message["done"] == message["of"]:
+            self._progress.update(self._task, description=text, completed=message.done, total=message.of)
+        elif time.monotonic() - self._last_line >= _LINE_S or message.done == message.of:
             self._last_line = time.monotonic()
-            self.status(f"{message['done']} of {message['of']} rows, {text}")
+            self.status(f"{message.done} of {message.of} rows, {text}")
 
 
 def progress_text(done: int, rows: int, speed: float) -> str:

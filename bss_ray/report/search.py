@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bss_ray.runtime.messages import ComparisonProgress, Message, Notice, Status, TrialChanged
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.insight import show
 
@@ -30,9 +32,9 @@ class SearchDisplay:
     def __init__(self, config: TuneConfig, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._config = config
-        self._metrics: list[str] = []
+        self._metrics: Sequence[str] = ()
         self._status = ""
-        self._trials: dict[int, dict[str, Any]] = {}
+        self._trials: dict[int, TrialChanged] = {}
         self._started = time.monotonic()
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=4, transient=True)
 
@@ -57,47 +59,48 @@ class SearchDisplay:
         if not self.console.is_terminal:
             self.say(f"[{time.monotonic() - self._started:5.1f} s] {text}")
 
-    def on_message(self, message: Mapping[str, Any]) -> None:
+    def on_message(self, message: Message) -> None:
         """A message of the search (see `bss_ray.tune.tuner.tune`)."""
-        if message["kind"] == "status":
-            self.status(message["text"])
-        elif message["kind"] == "notice":
-            self.say(message["text"])
-        elif message["kind"] == "comparison":
-            self.status(f"comparing the best with uniform sampling: {message['done']} of {message['of']} runs")
-        elif message["kind"] == "trial":
-            self._trial(message)
+        match message:
+            case Status(text):
+                self.status(text)
+            case Notice(text):
+                self.say(text)
+            case ComparisonProgress(done, of):
+                self.status(f"comparing the best with uniform sampling: {done} of {of} runs")
+            case TrialChanged():
+                self._trial(message)
 
-    def _trial(self, message: Mapping[str, Any]) -> None:
-        self._metrics = message["metrics"]
-        known = self._trials.setdefault(message["number"], {"epoch": 0, "values": None})
-        known.update({name: value for name, value in message.items() if value is not None})
-        if message["state"] == "running":
+    def _trial(self, trial: TrialChanged) -> None:
+        self._metrics = trial.metrics
+        before = self._trials.get(trial.number, trial)
+        epoch = before.epoch if trial.epoch is None else trial.epoch
+        trial = replace(trial, epoch=epoch, values=before.values if trial.values is None else trial.values)
+        self._trials[trial.number] = trial
+        if trial.state == "running":
             self.status("searching")
         elif not self.console.is_terminal:
-            self.say(
-                f"trial {message['number']:3d} {_STATES[message['state']]:7s} {self._shown(known)}  {_knobs(known)}"
-            )
+            self.say(f"trial {trial.number:3d} {_STATES[trial.state]:7s} {self._shown(trial)}  {_knobs(trial)}")
 
-    def _shown(self, trial: Mapping[str, Any]) -> str:
-        if trial["state"] == "fail":
-            return str(trial["cause"])
-        return " ".join(show(name, value) for name, value in zip(self._metrics, trial["values"] or [], strict=False))
+    def _shown(self, trial: TrialChanged) -> str:
+        if trial.state == "fail":
+            return trial.cause
+        return " ".join(show(name, value) for name, value in zip(self._metrics, trial.values or (), strict=False))
 
     def _table(self) -> Group:
         """Running trials, then the finished ones, the last first."""
         trials = list(self._trials.values())  # drawn in a thread, while others come
-        running = [trial for trial in trials if trial["state"] == "running"]
-        others = [trial for trial in reversed(trials) if trial["state"] != "running"]
+        running = [trial for trial in trials if trial.state == "running"]
+        others = [trial for trial in reversed(trials) if trial.state != "running"]
         epochs = self._config.train.loop.epochs * self._config.seeds
-        states = [trial["state"] for trial in trials]
+        states = [trial.state for trial in trials]
         counts = ", ".join(f"{states.count(state)} {word}" for state, word in _STATES.items())
         seconds = time.monotonic() - self._started
         head = Text(f"{self._status}  {counts} of {self._config.trials} trials, {seconds:.0f} s")
         table = Table("trial", "state", "epochs", ", ".join(self._metrics), "knobs", box=None, pad_edge=False)
         for trial in [*running, *others][:_ROWS]:
-            done = f"{trial['epoch']}/{epochs}" if trial["epoch"] else ""
-            table.add_row(str(trial["number"]), _STATES[trial["state"]], done, self._shown(trial), _knobs(trial))
+            done = f"{trial.epoch}/{epochs}" if trial.epoch else ""
+            table.add_row(str(trial.number), _STATES[trial.state], done, self._shown(trial), _knobs(trial))
         return Group(head, table) if trials else Group(head)
 
     def show(self, result: Mapping[str, Any], folder: Path) -> None:
@@ -109,8 +112,7 @@ class SearchDisplay:
         self.console.print(study_table(study, result["comparison"], folder))
 
 
-def _knobs(trial: Mapping[str, Any]) -> str:
+def _knobs(trial: TrialChanged) -> str:
     return " ".join(
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in trial["params"].items()
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in trial.params.items()
     )

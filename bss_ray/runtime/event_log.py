@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+
+from bss_ray.runtime.messages import Message, OnMessage
 
 
 class EventLog:
@@ -18,15 +18,15 @@ class EventLog:
         listener: is told each message, too.
     """
 
-    def __init__(self, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, listener: OnMessage | None = None) -> None:
         self._listener = listener
         self._id = uuid.uuid4().hex
-        self._messages: list[dict[str, Any]] = []
+        self._messages: list[Message] = []
         self._heard = time.monotonic()
         self._stopping = False
         self._lock = threading.Lock()
 
-    def post(self, message: dict[str, Any]) -> None:
+    def post(self, message: Message) -> None:
         """Put a message on the board."""
         with self._lock:
             self._messages.append(message)
@@ -34,7 +34,7 @@ class EventLog:
                 self._listener(message)
             self._heard = time.monotonic()
 
-    def read(self, board: str, start: int) -> tuple[str, list[dict[str, Any]]]:
+    def read(self, board: str, start: int) -> tuple[str, list[Message]]:
         """What is new to a reader.
 
         Args:

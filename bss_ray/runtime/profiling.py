@@ -6,13 +6,13 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bss_ray.runtime.messages import OnMessage, ProfileRecorded
 from bss_ray.runtime.wait import WaitError, wait_for
 from bss_ray.storage import StoragePath
 
@@ -21,15 +21,10 @@ STEP, SCORING = "step-rank0.json", "scoring.json"
 # Operators that a summary names.
 _ROWS = 15
 
-Post = Callable[[dict[str, Any]], object]
-
 
 @contextlib.contextmanager
-def recorded(file: str, post: Post) -> Iterator[None]:
+def recorded(file: str, post: OnMessage) -> Iterator[None]:
     """Profile what is done inside, and put it on the board unless that fails.
-
-    The message is `{"kind": "profile", "file", "trace": [reference to bytes], "summary"}`: a trace may have many
-    megabytes, so it stays in the object store until the driver takes it.
 
     Args:
         file: name of the trace.
@@ -44,7 +39,7 @@ def recorded(file: str, post: Post) -> Iterator[None]:
         yield
     order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     summary = profiler.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=60)
-    post({"kind": "profile", "file": file, "trace": [ray.put(_chrome_trace(profiler))], "summary": summary})
+    post(ProfileRecorded(file, ray.put(_chrome_trace(profiler)), summary))
 
 
 def _chrome_trace(profiler: profile) -> bytes:
@@ -71,7 +66,7 @@ class Profiler:
         post: puts a message on the board.
     """
 
-    def __init__(self, wanted: bool, post: Post) -> None:
+    def __init__(self, wanted: bool, post: OnMessage) -> None:
         self._left = {STEP, SCORING} if wanted else set()
         self._post = post
         self._steps = 0
@@ -115,17 +110,17 @@ class ProfileFolder:
         self._began = time.time()
         self._summaries: dict[str, str] = {}
 
-    def take(self, message: Mapping[str, Any]) -> str:
+    def take(self, message: ProfileRecorded) -> str:
         """Write a trace that a process has recorded; returns what to tell the user."""
         import ray
 
-        file = message["file"]
+        file = message.file
         try:
-            trace: bytes = wait_for(message["trace"][0], f"the trace {file}")
+            trace: bytes = wait_for(message.trace, f"the trace {file}")
         except (ray.exceptions.RayError, WaitError) as error:
             return f"Warning: profile/{file} is lost with the process that recorded it: {type(error).__name__}"
         self._write(file, trace.decode())
-        self._summaries[file] = message["summary"]
+        self._summaries[file] = message.summary
         return f"wrote profile/{file}"
 
     def finish(self) -> None:

@@ -5,10 +5,11 @@ They are recorded where all messages of a run come together: on the coordinator'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from ray.util.metrics import Counter, Gauge
+
+from bss_ray.runtime.messages import Message
 
 
 class Figure(NamedTuple):
@@ -64,9 +65,9 @@ class RunMetrics:
     def __init__(self, run: str) -> None:
         self._metrics = {name: _metric(name, figure).set_default_tags({"run": run}) for name, figure in FIGURES.items()}
 
-    def take(self, message: Mapping[str, Any]) -> None:
+    def take(self, message: Message) -> None:
         """Record what is in a message on the board."""
-        values = {**message, **message.get("row", {})}
+        values = message.figures()
         for name, figure in FIGURES.items():
             value = values.get(figure.key)
             if value is not None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from bss_ray.data.shards import Feature
 from bss_ray.data.sources import files_key, load_splits, parquet_paths
 from bss_ray.errors import CheckpointError, DataError, StorageError
 from bss_ray.measure.snapshot import pack_model
+from bss_ray.runtime.messages import Notice, OnMessage, RowsProgress, ShardsProgress, Status
 from bss_ray.runtime.wait import set_wait_limit, wait_for
 from bss_ray.score.config import Job
 from bss_ray.score.measure_files import find_measure_files, missing_rows
@@ -30,9 +31,6 @@ from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import roc_areas
-
-Message = dict[str, Any]
-OnMessage = Callable[[Message], None]
 
 SUMMARY_FILE = "summary.json"
 
@@ -69,8 +67,7 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     Args:
         job: All settings, and the weights.
         folder: Folder that is claimed for these settings.
-        on_message: called with what happens: `{"kind": "status" | "notice", "text"}`, `{"kind": "shards", "split",
-            "done", "of"}`, `{"kind": "rows", "done", "of", "rows_per_second"}`.
+        on_message: Function that is called with each `Status`, `Notice`, `ShardsProgress` and `RowsProgress`.
 
     Returns:
         The content of `summary.json`.
@@ -82,13 +79,13 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     set_wait_limit(job.config.wait_limit_s)
     room = job.config.pool.on_cluster()
     check_storage(folder.path)
-    on_message({"kind": "status", "text": f"looking at the {job.config.split} rows of {job.data}"})
+    on_message(Status(f"looking at the {job.config.split} rows of {job.data}"))
     source = open_source(job, room, on_message)
     _claim_plan(folder.path / "plan.json", job, source)
     measures = folder.path / "measures"
     measures.mkdir()
     figures = _measure(job, source, measures, room, on_message)
-    on_message({"kind": "status", "text": "scoring: second pass, over the measures"})
+    on_message(Status("scoring: second pass, over the measures"))
     settings = NormalisePass(measures, job.columns, job.config.normalise, job.config.unpaired, job.config.bad_rows)
     found = score_rows(settings, folder.path / "scores.parquet")
     result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
@@ -158,14 +155,14 @@ def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
     dataset = load_splits(job.data, mispaired=config.mispaired or 0.0, seed=config.seed or 0)[config.split]
     if dataset is None:
         raise DataError(f"{job.data} has no split {config.split!r}. Choose another --split, or name its files: --data")
-    on_message({"kind": "status", "text": f"building shards of the {config.split} rows"})
+    on_message(Status(f"building shards of the {config.split} rows"))
     shards = build_split(
         config.split,
         dataset,
         columns,
         min_shards=_SHARDS_PER_ACTOR * room.max_actors,
-        on_progress=lambda done, of: on_message({"kind": "shards", "split": config.split, "done": done, "of": of}),
-        on_notice=lambda text: on_message({"kind": "notice", "text": text}),
+        on_progress=lambda done, of: on_message(ShardsProgress(config.split, done, of)),
+        on_notice=lambda text: on_message(Notice(text)),
     )
     return Source(shard_tasks(shards), shards.features, shards.fingerprint)
 
@@ -208,13 +205,13 @@ def _measure(job: Job, source: Source, folder: StoragePath, room: PoolSize, on_m
     already = sum(piece.rows for piece in done)
     if already:
         text = f"{already} of {source.rows} rows are measured already"
-        on_message({"kind": "notice", "text": text})
+        on_message(Notice(text))
     model = job.model(dict(source.features))  # also if nothing is missing: the weights must fit
     progress = _Progress(already, source.rows, on_message)
     if runs:
         snapshot = ray.put(pack_model(model))  # alive until all rows are measured
         task = MeasurePass(job.measuring, source.features, folder, job.config.piece_rows)
-        on_message({"kind": "status", "text": f"measuring with {_actors(room)}"})
+        on_message(Status(f"measuring with {_actors(room)}"))
         for report in measure_rows(source.units, runs, snapshot, task, room):
             progress.add(report)
     return progress.finish()
@@ -245,10 +242,9 @@ class _Progress:
         self._bad_ids += report.bad_ids
         for text in report.notices:
             if text not in self._said:
-                self._on_message({"kind": "notice", "text": text})
+                self._on_message(Notice(text))
                 self._said.add(text)
-        message = {"kind": "rows", "done": self._done, "of": self._rows, "rows_per_second": self._speed}
-        self._on_message(message)
+        self._on_message(RowsProgress(self._done, self._rows, self._speed))
 
     @property
     def _speed(self) -> float:
@@ -262,7 +258,7 @@ class _Progress:
         """Figures of the pass, and a word on rows without measures."""
         if self._bad_rows:
             text = kept_notice(self._bad_rows, sorted(self._bad_ids))
-            self._on_message({"kind": "notice", "text": text})
+            self._on_message(Notice(text))
         seconds = time.monotonic() - self._started
         return {
             "measured_rows": self._done - self._already,

@@ -13,6 +13,7 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.runtime.logs import RunLogger
 from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.runtime.messages import Message
 from bss_ray.runtime.profiling import SCORING, recorded
 from bss_ray.runtime.wait import set_wait_limit, wait_for
 from bss_ray.sample.holder_actors import ActorHolders, Named
@@ -85,7 +86,7 @@ class ScorerActor(Named):
         self._log.at(epoch=job.epoch, version=job.version).info("measured shard %d: %d rows", shard, len(found.rows))
         return ShardReport(len(found.rows), found.problems, found.notices)
 
-    def _post(self, message: dict[str, Any]) -> None:
+    def _post(self, message: Message) -> None:
         """Put a message on the run's board."""
         ray.get_actor(self._holders.prefix + "coordinator").board.remote("post", message)
 

@@ -16,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -176,7 +176,7 @@ class RunFolder:
 
     # ---- metrics ------------------------------------------------------------------------------
 
-    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write all epochs to `metrics.csv`: whole, so that it always agrees with the checkpoints."""
         names = list(dict.fromkeys(name for row in history for name in row))
         text = io.StringIO(newline="")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import ray
 
 from bss_ray.placement.process_map import process_map_message
 from bss_ray.runtime.logs import RunLogger
+from bss_ray.runtime.messages import BatchProgress, Message, Notice
 from bss_ray.sample.holder_actors import ActorHolders
 from bss_ray.sample.plan import Plan
 from bss_ray.train.backend import SamplerContext
@@ -34,16 +35,17 @@ class Reporter:
         self._warned: set[str] = set()
         self._posted, self._new_rows = 0.0, 0
 
-    def post(self, message: Mapping[str, Any]) -> None:
+    def post(self, message: Message) -> None:
         """Put a message on the board."""
         if self._rank == 0:
-            position = self._position()
-            where = {"epoch": position.epoch, "version": position.version, "rank": 0}
-            self._context.coordinator.board.remote("post", {**where, **message})
+            at = self._position()
+            epoch = at.epoch if message.epoch is None else message.epoch
+            message = replace(message, epoch=epoch, version=at.version, rank=0)
+            self._context.coordinator.board.remote("post", message)
 
     def notice(self, text: str) -> None:
         """Something that the user should read."""
-        self.post({"kind": "notice", "text": text})
+        self.post(Notice(text))
 
     def warn(self, warnings: Mapping[str, str]) -> None:
         """Tell the user of each kind of trouble once, not in every epoch."""
@@ -73,15 +75,7 @@ class Reporter:
             return
         stalled = round(waited_s / max(spent_s, 1e-9), 4)
         rows, self._new_rows, self._posted = self._new_rows, 0, now
-        self.post(
-            {
-                "kind": "batch",
-                "batch": batch,
-                "batches": plan.batches,
-                "new_rows": rows,
-                "loader_stall_share": stalled,
-            }
-        )
+        self.post(BatchProgress(batch, plan.batches, rows, stalled))
 
     def placement(self, rank_nodes: Sequence[str]) -> None:
         """What runs where, if there is more than this process."""

@@ -26,6 +26,15 @@ from bss_ray.measure.forward import to_tensors
 from bss_ray.measure.measurer import Measurer
 from bss_ray.placement.resources import Placement, check_resources, settle_engine
 from bss_ray.runtime.logs import LogFormat, check_log_format
+from bss_ray.runtime.messages import (
+    EpochFinished,
+    Message,
+    Notice,
+    OnMessage,
+    ProfileRecorded,
+    ShardsProgress,
+    Status,
+)
 from bss_ray.runtime.profiling import ProfileFolder
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, wait_for
 from bss_ray.sample.plan import Tail
@@ -38,7 +47,6 @@ from bss_ray.train.folder import Events, RunFolder
 from bss_ray.train.initial import read_weights
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
 from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
-from bss_ray.train.supervise import Message, OnMessage
 from bss_ray.train.trainer import BalancedTrainer
 
 
@@ -221,7 +229,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
         )
         outcome = trainer.fit()
 
-    on_message({"kind": "status", "text": "testing the chosen epoch"})
+    on_message(Status("testing the chosen epoch"))
     last = SavedCheckpoint(outcome.checkpoint)
     history = last.manifest().history
     folder.write_metrics(history)
@@ -318,7 +326,7 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
     shards: dict[str, Shards | None] = dict.fromkeys(datasets)
     for split, dataset in datasets.items():  # train comes first
         if dataset is not None:
-            on_message({"kind": "status", "text": f"reading {split} rows"})
+            on_message(Status(f"reading {split} rows"))
             shards[split] = build_split(
                 split,
                 dataset,
@@ -329,14 +337,14 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
                 store=config.store,
                 source_key=None if (path := paths[split]) is None else files_key(path),
                 on_progress=_shards_made(split, on_message),
-                on_notice=lambda text: on_message({"kind": "notice", "text": text}),
+                on_notice=lambda text: on_message(Notice(text)),
             )
     return shards
 
 
 def _shards_made(split: str, on_message: OnMessage) -> Callable[[int, int], None]:
     """Tells how many shards of a split are made."""
-    return lambda done, of: on_message({"kind": "shards", "split": split, "done": done, "of": of})
+    return lambda done, of: on_message(ShardsProgress(split, done, of))
 
 
 @contextlib.contextmanager
@@ -345,14 +353,14 @@ def _recording(folder: RunFolder, profile: ProfileFolder, on_message: OnMessage)
     with Events(folder.path / "tensorboard") as events:
 
         def record(message: Message) -> None:
-            if message["kind"] == "profile":
-                message = {"kind": "notice", "text": profile.take(message)}
-            if message["kind"] == "epoch":
+            if isinstance(message, ProfileRecorded):
+                message = Notice(profile.take(message))
+            if isinstance(message, EpochFinished):
                 try:
-                    events.add(message["row"])
-                    folder.write_metrics(message["history"])
+                    events.add(message.row)
+                    folder.write_metrics(message.history)
                 except StorageError as error:  # the next epoch writes all of it again, and so does the end
-                    on_message({"kind": "notice", "text": f"the metrics of this epoch are not written: {error}"})
+                    on_message(Notice(f"the metrics of this epoch are not written: {error}"))
             on_message(message)
 
         yield record

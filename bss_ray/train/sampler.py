@@ -25,6 +25,7 @@ from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
+from bss_ray.runtime.messages import AttemptStarted, EpochFinished, Status
 from bss_ray.runtime.profiling import Profiler
 from bss_ray.runtime.wait import wait_for
 from bss_ray.sample.coordinator import Review
@@ -81,7 +82,7 @@ class Sampler:
         self._stateful: dict[str, Stateful] = {}
         self._stops = StopPoll(self._ranks, self._stopping, self._taken_away)
         self._preempted = False
-        self._say.post({"kind": "begin", "batch": self._position.batch, "restarts": int(self.resumed)})
+        self._say.post(AttemptStarted(self._position.batch, restarts=int(self.resumed)))
         self._say.placement(nodes)
         self._say.log("goes on from a checkpoint" if self.resumed else "begins")
 
@@ -348,7 +349,7 @@ class Sampler:
         following = Position(epoch + 1, 0, self._position.version)
         self._save(row, following, Sums(), model, stateful)
         self._position = following
-        self._say.post({"kind": "epoch", "epoch": epoch, "row": row, "history": self._history})
+        self._say.post(EpochFinished(row, self._history, epoch=epoch))
         return row
 
     def _save_unfinished(
@@ -395,7 +396,7 @@ class Sampler:
         """New scores after `epoch`, if they are due; errors as of `ScoreUpdates.after`."""
         started = time.perf_counter()
         if self._context.scheduler.scores_due_after(epoch):
-            self._say.post({"kind": "status", "text": "scoring"})
+            self._say.post(Status("scoring"))
         version = self._updates.after(epoch, self._position.version, model)
         self._position = replace(self._position, version=version)
         self._seconds["scoring"] += time.perf_counter() - started

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import ray
 
-from bss_ray.errors import BssRayError
+from bss_ray.runtime.messages import FatalError, Notice, OnMessage
 from bss_ray.runtime.ranks import RankGroup
 from bss_ray.runtime.wait import InThread, wait_limit, wait_timeout_error
 
@@ -66,8 +66,6 @@ class StopPoll:
 
 
 T = TypeVar("T")
-Message = dict[str, Any]
-OnMessage = Callable[[Message], None]
 
 _POLL_S = 0.25
 # An answer of the board takes a millisecond. One that does not come is asked for again.
@@ -101,11 +99,11 @@ class EventReader:
             self._seen += 1
             self._on_message(message)
 
-    def fatal_error(self) -> BssRayError | None:
+    def fatal_error(self) -> BaseException | None:
         """The first user error that a rank has met."""
         answer = self._ask("read", "", 0)
         messages = [] if answer is None else answer[1]
-        return next((message["error"] for message in messages if message["kind"] == "fatal"), None)
+        return next((message.error for message in messages if isinstance(message, FatalError)), None)
 
     def stopping(self) -> bool:
         """Whether the ranks have been asked to stop."""
@@ -113,7 +111,7 @@ class EventReader:
 
     def notice(self, text: str) -> None:
         """Something that the user should read."""
-        self._on_message({"kind": "notice", "text": text})
+        self._on_message(Notice(text))
 
     def ask_to_stop(self) -> None:
         """Have the ranks save a checkpoint and end; to be repeated, for the board may be a new one."""

@@ -31,6 +31,7 @@ from bss_ray.placement.resources import (
     settle_engine,
 )
 from bss_ray.runtime.memory import ONE_ARENA, keep_freed_memory
+from bss_ray.runtime.messages import FatalError, Message, Notice, OnMessage, ShardsProgress, Status
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit, unwrap_ray_error, wait_for
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.sample.holder_actors import SavedScores, StartedHolders
@@ -45,7 +46,7 @@ from bss_ray.train.backend import RayTrainBackend, SamplerContext, TrainBackend
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.rank_trainer import AwaitLostShards, RankTrainer, remove_orphaned_placement_groups
 from bss_ray.train.sampler import Sampler, set_sampler
-from bss_ray.train.supervise import EventReader, Message, OnMessage, Stopped, heartbeat, supervise, watch
+from bss_ray.train.supervise import EventReader, Stopped, heartbeat, supervise, watch
 
 
 class BalancedTrainer:
@@ -78,8 +79,8 @@ class BalancedTrainer:
             error.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
         profile: record a training step and a scoring pass; they come as messages (see `bss_ray.runtime.profiling`).
-        on_message: called in the driver with each message of the run: `{"kind": "shards" | "status" | "notice" |
-            "placement" | "begin" | "batch" | "epoch" | "profile", ...}`; for progress displays. None logs the notices.
+        on_message: called in the driver with each message of the run, for progress displays; the classes of messages
+            are in `bss_ray.runtime.messages`. None logs the notices.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -166,10 +167,10 @@ class BalancedTrainer:
         self.train_shards = train
 
         if self._scoring.engine == "auto":
-            self._on_message({"kind": "notice", "text": f"scoring engine: {scoring.engine}; {why}"})
+            self._on_message(Notice(f"scoring engine: {scoring.engine}; {why}"))
         if request.notice:
-            self._on_message({"kind": "notice", "text": request.notice})
-        self._on_message({"kind": "status", "text": "starting holders and ranks"})
+            self._on_message(Notice(request.notice))
+        self._on_message(Status("starting holders and ranks"))
         context, actors = self._start_actors(train, validation, scoring, request)
         board = EventReader(context.coordinator, self._on_message)
         try:
@@ -291,8 +292,8 @@ class BalancedTrainer:
             num_classes=self._num_classes,
             min_shards=max(self._scoring.num_holders, self._scoring.num_scorers),
             store=self._store,
-            on_notice=lambda text: self._on_message({"kind": "notice", "text": text}),
-            on_progress=lambda done, of: self._on_message({"kind": "shards", "split": split, "done": done, "of": of}),
+            on_notice=lambda text: self._on_message(Notice(text)),
+            on_progress=lambda done, of: self._on_message(ShardsProgress(split, done, of)),
         )
 
 
@@ -303,8 +304,8 @@ def _with_one_arena(run_config: ray.train.RunConfig) -> ray.train.RunConfig:
 
 def _log_notice(message: Message) -> None:
     """What the user should read, where nobody shows messages."""
-    if message["kind"] == "notice":
-        logging.getLogger("bss_ray").warning(message["text"])
+    if isinstance(message, Notice):
+        logging.getLogger("bss_ray").warning(message.text)
 
 
 def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:
@@ -321,7 +322,7 @@ def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: A
     except Stopped:
         return None
     except BssRayError as error:
-        posted = context.coordinator.board.remote("post", {"kind": "fatal", "error": unwrap_ray_error(error)})
+        posted = context.coordinator.board.remote("post", FatalError(unwrap_ray_error(error)))
         wait_for(posted, "the coordinator's board")
         raise
     finally:

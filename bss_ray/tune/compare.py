@@ -11,12 +11,12 @@ from typing import Any
 import ray
 import ray.train
 
+from bss_ray.runtime.messages import ComparisonProgress, OnMessage
 from bss_ray.runtime.wait import unwrap_ray_error
 from bss_ray.storage import StoragePath
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.run import TrainConfig, best_row, test_model
 from bss_ray.train.settings import overlay, training_config
-from bss_ray.train.supervise import OnMessage
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.nested import free_nested
 from bss_ray.tune.trial import Row, TrialSetup, WarmStart, train_once
@@ -63,13 +63,13 @@ def compare(
         while waiting and len(working) < seats:
             name, tree, seed, path = waiting.pop(0)
             working[task.remote(tree, seed, shared)] = (name, seed, path)
-        on_message({"kind": "comparison", "done": len(found), "of": len(runs)})
+        on_message(ComparisonProgress(len(found), len(runs)))
         (done,), _ = ray.wait(list(working))
         name, seed, path = working.pop(done)
         found[name, seed] = _result(done)
         path.parent.mkdir(exist_ok=True)
         StoragePath.of(path).write_text(json.dumps(found[name, seed]))
-    on_message({"kind": "comparison", "done": len(found), "of": len(runs)})
+    on_message(ComparisonProgress(len(found), len(runs)))
     return {
         "metric": setup.objective.choose_by,
         "seeds": seeds,

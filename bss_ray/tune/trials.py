@@ -20,9 +20,9 @@ from ray.tune.search import Searcher
 
 from bss_ray.errors import ConfigError, ResourceError, first_line
 from bss_ray.placement.resources import check_resources, resources_per_rank
+from bss_ray.runtime.messages import OnMessage, TrialChanged
 from bss_ray.runtime.wait import unwrap_ray_error
 from bss_ray.scoring.config import Scoring
-from bss_ray.train.supervise import OnMessage
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.record import SearchRecord, TrialSpec
 from bss_ray.tune.trial import BurnIns, scoring_here
@@ -243,17 +243,12 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         self._burn_ins.release(trial.trial_id)
         self._tell(number, "fail")
 
-    def _tell(self, number: int, state: str, **more: Any) -> None:
+    def _tell(
+        self, number: int, state: str, *, epoch: int | None = None, values: Sequence[float] | None = None
+    ) -> None:
         trial = self._record.trial(number)
-        message = {
-            "kind": "trial",
-            "number": number,
-            "state": state,
-            "params": trial.params,
-            "metrics": self._record.metrics,
-            "cause": trial.user_attrs.get("cause", ""),
-        }
-        self._on_message({**message, **more})
+        cause = trial.user_attrs.get("cause", "")
+        self._on_message(TrialChanged(number, state, trial.params, self._record.metrics, cause, values, epoch=epoch))
 
 
 class PruneStopper(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]

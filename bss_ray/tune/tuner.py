@@ -16,10 +16,10 @@ import ray.tune
 import yaml
 
 from bss_ray.errors import ConfigError, SearchError
+from bss_ray.runtime.messages import Notice, OnMessage
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.run import columns_of, load_shards, train_scaling
-from bss_ray.train.supervise import OnMessage
 from bss_ray.tune.compare import compare
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.loggers import make_loggers
@@ -42,7 +42,8 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         config: All settings.
         space: Search space, over the settings that all trials share.
         folder: Folder that is claimed for this configuration.
-        on_message: called with what happens: `{"kind": "status" | "notice" | "trial" | "comparison", ...}`.
+        on_message: Function that is called with each `Status`, `Notice`, `ShardsProgress`, `TrialChanged` and
+            `ComparisonProgress`.
 
     Returns:
         The content of `result.json`.
@@ -84,7 +85,7 @@ def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int
     ranks = setup.scaling.num_workers
     at_a_time = f"{seats} trials" if seats > 1 else "one trial"
     where = "in its own process" if ranks == 1 else f"with {ranks} ranks"
-    on_message({"kind": "notice", "text": f"{at_a_time} at a time, each {where}"})
+    on_message(Notice(f"{at_a_time} at a time, each {where}"))
     callbacks = make_loggers(config.trackers, study=config.name, folder=setup.folder)
     if ranks > 1:
         callbacks.append(FreeNested())

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from bss_ray import Scoring
 from bss_ray.errors import ResourceError
 from bss_ray.placement.resources import check_resources
+from bss_ray.runtime.messages import Message, PlacementMap
 from bss_ray.testing import Fault, Hang
 from tests.runs import Faults, Outcome, make_shards, run
 
@@ -74,7 +75,7 @@ def test_a_node_comes_and_another_goes(cluster: Cluster, tmp_path: Path, monkeyp
     joins, leaves = (
         Fault(Hang(3600), marker=tmp_path / name, epoch=epoch, batch=7) for name, epoch in (("joins", 0), ("leaves", 1))
     )
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     with ThreadPoolExecutor(1) as other_thread:
         running = other_thread.submit(
             run,
@@ -109,10 +110,10 @@ def test_a_node_comes_and_another_goes(cluster: Cluster, tmp_path: Path, monkeyp
     assert elastic.metrics["weight"] == pytest.approx(undisturbed.metrics["weight"], rel=1e-4)
 
     # What ran where: one rank, two, one again; and the scorers have left the lost node.
-    placed = [message for message in messages if message["kind"] == "placement"]
-    ranks = [sum(row["processes"].get("ranks", 0) for row in message["rows"]) for message in placed]
+    placed = [message for message in messages if isinstance(message, PlacementMap)]
+    ranks = [sum(row.processes.get("ranks", 0) for row in message.rows) for message in placed]
     assert [number for number, _ in itertools.groupby(ranks)] == [1, 2, 1]
-    scorers = [{row["node"]: row["processes"].get("scorers", 0) for row in message["rows"]} for message in placed]
+    scorers = [{row.node: row.processes.get("scorers", 0) for row in message.rows} for message in placed]
     assert sum(scorers[0].values()) == sum(scorers[-1].values()) == 2
     lost = f"/{first.node_id[:6]}"
     assert any(name.endswith(lost) and count == 2 for name, count in scorers[0].items())

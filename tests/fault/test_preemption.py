@@ -18,6 +18,7 @@ import ray.train
 from ray.cluster_utils import Cluster
 
 from bss_ray import Scoring
+from bss_ray.runtime.messages import Notice
 from bss_ray.testing import Fault
 from bss_ray.train.checkpoint import SavedCheckpoint
 from tests.runs import ROWS, make_shards, run
@@ -78,7 +79,7 @@ def test_a_taken_node_is_saved_for_and_no_failure(two_workers: Cluster, tmp_path
         failures=0,  # without the notice this run would end with one
         epochs=EPOCHS,
         fault=Slowly(fault),
-        on_message=lambda message: notices.append(message.get("text", "")),
+        on_message=lambda message: notices.append(message.text if isinstance(message, Notice) else ""),
     )
     assert fault.happened()
     saved = re.search(r"about to be taken away: saved at epoch (\d+), batch (\d+)", "\n".join(notices))

@@ -21,6 +21,7 @@ import bss_ray
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ScoringError
 from bss_ray.measure.snapshot import pack_model
+from bss_ray.runtime.messages import EpochFinished, Message, Notice
 from bss_ray.sample.coordinator import Publication
 from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
 from bss_ray.scoring.actor import ScoringJob
@@ -177,7 +178,7 @@ def train_loop(after: int) -> None:
 
 
 def test_a_run_goes_on_with_the_last_whole_version_and_fails_after_a_while(shards: Shards, tmp_path: Path) -> None:
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     scoring = bss_ray.Scoring(engine="actors", restart_timeout_s=1, max_failed_updates=2)
     trainer = bss_ray.BalancedTrainer(
         train_loop,
@@ -192,7 +193,7 @@ def test_a_run_goes_on_with_the_last_whole_version_and_fails_after_a_while(shard
     )
     with pytest.raises(ScoringError, match=r"3 times in a row, and scoring.max_failed_updates=2: no scorer is left"):
         trainer.fit()
-    rows = [message["row"] for message in messages if message["kind"] == "epoch"]
+    rows = [message.row for message in messages if isinstance(message, EpochFinished)]
     assert [row["score_version"] for row in rows] == [0, 1, 1]
-    texts = [message["text"] for message in messages if message["kind"] == "notice"]
+    texts = [message.text for message in messages if isinstance(message, Notice)]
     assert sum("goes on with score version 1 (failure" in text for text in texts) == 2

@@ -17,6 +17,7 @@ import torch
 import bss_ray
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError
+from bss_ray.runtime.messages import EpochFinished, Message, Notice, ProfileRecorded
 from bss_ray.runtime.profiling import SCORING, STEP, ProfileFolder
 from bss_ray.sample.state import ScoreBlock
 from bss_ray.scoring.engines import ActorsEngine, OnlineEngine, WorkersEngine
@@ -37,9 +38,9 @@ def shards(ray_session: None) -> Shards:
 
 def fit(
     folder: Path, shards: Shards, loop: Any, scoring: bss_ray.Scoring, *, workers: int = 0, **settings: Any
-) -> list[dict[str, Any]]:
+) -> list[Message]:
     """Run a loop; 0 workers: in this process, beside real actors. Returns the run's messages."""
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     settings = {"scheduler": bss_ray.Learning(temperature=0.3), **settings}
     bss_ray.BalancedTrainer(
         loop,
@@ -55,8 +56,8 @@ def fit(
     return messages
 
 
-def notices(messages: list[dict[str, Any]]) -> list[str]:
-    return [message["text"] for message in messages if message["kind"] == "notice"]
+def notices(messages: list[Message]) -> list[str]:
+    return [message.text for message in messages if isinstance(message, Notice)]
 
 
 def state_of(sampler: Sampler, version: int) -> ScoreBlock:
@@ -173,7 +174,7 @@ def test_online_rows_that_were_not_seen_keep_score_and_age(shards: Shards, tmp_p
     scheduler = bss_ray.Learning(temperature=0.3, fraction=0.5)
     scoring = bss_ray.Scoring(engine="online", sweep_every=3)
     messages = fit(tmp_path, shards, online_loop, scoring, train_loop_config=config, scheduler=scheduler)
-    rows = [message["row"] for message in messages if message["kind"] == "epoch"]
+    rows = [message.row for message in messages if isinstance(message, EpochFinished)]
     assert len(states) == len(rows) == 5
     assert [row["unscored_rows"] for row in rows] == [ROWS, 0, 0, 0, 0]
     # Half of the rows are measured for version 2, all for version 3.
@@ -195,16 +196,16 @@ def test_a_rank_profiles_its_step_and_its_pass(engine: Any, files: list[str], sh
     config = {"epochs": 3, "after": lambda *_: None}
     scoring = bss_ray.Scoring(engine=engine)
     messages = fit(tmp_path, shards, online_loop, scoring, train_loop_config=config, profile=True)
-    found = {message["file"]: message for message in messages if message["kind"] == "profile"}
+    found = {message.file: message for message in messages if isinstance(message, ProfileRecorded)}
     assert sorted(found) == sorted(files)
     for message in found.values():
-        events = json.loads(ray.get(message["trace"][0]))["traceEvents"]
+        events = json.loads(ray.get(message.trace))["traceEvents"]
         operators = [event["name"] for event in events if event.get("cat") == "cpu_op"]
         assert "aten::linear" in operators
-        assert "aten::" in message["summary"]
+        assert "aten::" in message.summary
     folder = ProfileFolder(StoragePath.of(str(tmp_path)))
     for message in found.values():
-        assert folder.take(message) == f"wrote profile/{message['file']}"
+        assert folder.take(message) == f"wrote profile/{message.file}"
     folder.finish()
     summary = (tmp_path / "profile" / "summary.txt").read_text()
     assert ("no scoring pass: scoring.engine=online makes none" in summary) == (engine == "online")

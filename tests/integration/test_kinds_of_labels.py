@@ -12,6 +12,7 @@ import ray.train
 import bss_ray
 from bss_ray.data.build import build_shards
 from bss_ray.data.shards import Shards
+from bss_ray.runtime.messages import EpochFinished
 from bss_ray.sample.state import ScoreBlock
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, default_loop
 
@@ -72,7 +73,7 @@ def test_training(task: Any, engine: Any, criteria: tuple[str, str], tmp_path: P
         train_loop_config=LoopArgs(loop=LoopConfig(epochs=5, lr=0.01), model=ModelSpec(), seed=0),
         scaling_config=ray.train.ScalingConfig(num_workers=0),
         run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)),
-        on_message=lambda m: losses.append(m["row"]["train_loss"]) if m["kind"] == "epoch" else None,
+        on_message=lambda m: losses.append(m.row["train_loss"]) if isinstance(m, EpochFinished) else None,
     ).fit()
     assert losses[-1] < 0.8 * losses[0]
     assert result.metrics["unscored_rows"] == 0

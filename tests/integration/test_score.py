@@ -16,6 +16,7 @@ import torch
 from bss_ray.data.build import build_shards
 from bss_ray.errors import CheckpointError, DataError, ModelOutputError, ResourceError
 from bss_ray.measure.measurer import Measurer
+from bss_ray.runtime.messages import Message, Notice, RowsProgress
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.score.config import MAY_CHANGE, ModelSpec, ScoreConfig, resolve
 from bss_ray.score.dataset import score_dataset
@@ -75,12 +76,12 @@ def config_of(tmp_path: Path, data: Path, **settings: Any) -> ScoreConfig:
     return ScoreConfig(data=str(data), columns=COLUMNS, model=SPEC, **given)
 
 
-def run_job(config: ScoreConfig, model: torch.nn.Module) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
+def run_job(config: ScoreConfig, model: torch.nn.Module) -> tuple[dict[str, Any], Path, list[Message]]:
     """Summary, folder and messages of a job."""
     job = resolve(config, Weights(model.state_dict(), "w.pt"))
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     folder.claim(job.to_yaml())
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     return score(job, folder, messages.append), folder.local, messages
 
 
@@ -147,8 +148,8 @@ def test_a_job_numbers_rows_as_training_does_and_scores_them_alike(
     assert set(summary["score_roc_area"]) == {"flag"}
     assert summary == json.loads((folder / SUMMARY_FILE).read_text())
     assert not (folder / "measures").exists(), "all of it is in the scores"
-    rows = [message for message in messages if message["kind"] == "rows"]
-    assert rows[-1]["done"] == rows[-1]["of"] == ROWS
+    rows = [message for message in messages if isinstance(message, RowsProgress)]
+    assert rows[-1].done == rows[-1].of == ROWS
 
 
 def test_bad_rows_are_named_or_kept_and_a_job_goes_on_with_the_other_policy(
@@ -179,7 +180,7 @@ def test_bad_rows_are_named_or_kept_and_a_job_goes_on_with_the_other_policy(
     assert (summary["bad_rows"], summary["measured_earlier"]) == (2, 224)
     found = as_arrays(pq.read_table(folder / "scores.parquet"))
     np.testing.assert_allclose(found["score"], kept["score"], **CLOSE)
-    assert any("written without measures" in message.get("text", "") for message in messages)
+    assert any(isinstance(message, Notice) and "written without measures" in message.text for message in messages)
 
 
 def test_wrong_rows_are_named_by_row_id(columns: dict[str, Any], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -12,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray._private.state import actors
 
 from bss_ray.errors import ConfigError, ResourceError, SearchError
+from bss_ray.runtime.messages import Message, TrialChanged
 from bss_ray.train.run import TrainConfig, load_shards
 from bss_ray.train.settings import instantiate, make, overlay, train_parser, training_config
 from bss_ray.tune.config import Population, Pruning, TuneConfig
@@ -36,7 +36,7 @@ def living() -> set[str]:
 
 def test_failed_trials_are_failed_with_their_cause_and_the_search_goes_on(tmp_path: Path) -> None:
     before = living()
-    told: list[dict[str, Any]] = []
+    told: list[Message] = []
     result = search(tmp_path, troubles, told.append, trials=5)
     trials = trials_of(tmp_path)
     complete, fail = TrialState.COMPLETE, TrialState.FAIL
@@ -47,8 +47,9 @@ def test_failed_trials_are_failed_with_their_cause_and_the_search_goes_on(tmp_pa
     assert causes[2] == "its process died: it was killed, or it crashed"
     assert result["trials"] == {"complete": 2, "pruned": 0, "fail": 3}
     # A trial that fails is told with its cause; one that runs with its epochs.
-    assert [message["cause"] for message in told if message.get("state") == "fail"] == causes
-    assert {message["epoch"] for message in told if message.get("number") == 4 and "epoch" in message} == {1, 2, 3, 4}
+    changes = [message for message in told if isinstance(message, TrialChanged)]
+    assert [change.cause for change in changes if change.state == "fail"] == causes
+    assert {change.epoch for change in changes if change.number == 4} == {None, 1, 2, 3, 4}
     assert living() <= before, "a search leaves nothing behind"
 
 

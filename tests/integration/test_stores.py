@@ -26,6 +26,7 @@ from bss_ray.data.lance import LanceStore
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import ObjectStore, StoreConfig
 from bss_ray.errors import DataError, StorageError
+from bss_ray.runtime.messages import Message, ShardsProgress, Status
 from bss_ray.train.run import TrainConfig, load_shards
 from tests.runs import COLUMNS, make_columns, make_dataset
 
@@ -416,10 +417,10 @@ def test_the_command_keeps_rows_on_disk_and_finds_them_again(tmp_path: Path) -> 
     pq.write_table(pa.table(table), rows)
     config = TrainConfig(data=str(rows), validation=str(rows), columns=COLUMNS, store=disk(tmp_path / "cache"))
     seen = []
-    for kinds in ({"status", "shards"}, {"status"}):  # the second finds both splits: no shard is made
-        told: list[dict[str, Any]] = []
+    for kinds in ({Status, ShardsProgress}, {Status}):  # the second finds both splits: no shard is made
+        told: list[Message] = []
         shards = load_shards(config, told.append)
-        assert {message["kind"] for message in told} == kinds
+        assert {type(message) for message in told} == kinds
         seen.append([path.stat().st_mtime_ns for path in sorted(files_in(tmp_path / "cache"))])
     assert shards["train"].rows == shards["validation"].rows == len(columns["label"])
     assert len(list((tmp_path / "cache" / "keys").iterdir())) == 2

@@ -16,25 +16,24 @@ import pytest
 from bss_ray.errors import ConfigError
 from bss_ray.report.console import Display, JsonLines, open_display
 from bss_ray.runtime.logs import RunLogger
+from bss_ray.runtime.messages import AttemptStarted, BatchProgress, EpochFinished, Message, Notice, Status
 from bss_ray.score.config import ScoreConfig
 from bss_ray.train.run import TrainConfig
 from bss_ray.tune.config import TuneConfig
 
-ROW = {"epoch": 3, "rows": 10, "effective_sample_size": 8.5, "train_loss": 0.5, "score_version": 2}
+ROW: dict[str, Any] = {"epoch": 3, "rows": 10, "effective_sample_size": 8.5, "train_loss": 0.5, "score_version": 2}
 ROW |= {f"seconds_{name}": 1.0 for name in ("scoring", "planning", "training")}
 PLACE = {"epoch": 3, "version": 2, "rank": 0}
-MESSAGES: list[dict[str, Any]] = [
-    {"kind": "status", "text": "reading train rows"},
-    {"kind": "begin", **PLACE, "batch": 0, "restarts": 1},
-    {"kind": "batch", **PLACE, "batch": 0, "batches": 40, "new_rows": 10},
-    {"kind": "batch", **PLACE, "batch": 1, "batches": 40, "new_rows": 10},
-    {"kind": "batch", **PLACE, "batch": 39, "batches": 40, "new_rows": 10},
-    {"kind": "notice", **PLACE, "text": "Warning: peaked"},
-    {"kind": "epoch", **PLACE, "row": ROW, "history": [ROW]},
+MESSAGES: list[Message] = [
+    Status("reading train rows"),
+    AttemptStarted(0, restarts=1, **PLACE),
+    *(BatchProgress(batch, 40, 10, 0.25, **PLACE) for batch in (0, 1, 39)),
+    Notice("Warning: peaked", **PLACE),
+    EpochFinished(ROW, [ROW], **PLACE),
 ]
 
 
-def lines_of(run: str = "mine", messages: list[dict[str, Any]] = MESSAGES) -> list[dict[str, Any]]:
+def lines_of(run: str = "mine", messages: list[Message] = MESSAGES) -> list[dict[str, Any]]:
     out = io.StringIO()
     with JsonLines(run, out) as display:
         for message in messages:
@@ -67,7 +66,7 @@ def test_progress_is_told_now_and_then_and_at_its_end() -> None:
 
 def test_numbers_that_json_does_not_have_are_null() -> None:
     row = {**ROW, "train_loss": math.nan, "deep": {"list": [math.inf, 1.0]}}
-    line = lines_of(messages=[{"kind": "epoch", **PLACE, "row": row, "history": []}])[0]
+    line = lines_of(messages=[EpochFinished(row, [], **PLACE)])[0]
     assert line["train_loss"] is None
     assert line["deep"] == {"list": [None, 1.0]}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -307,7 +307,7 @@ def test_what_runs_where_as_lines_of_a_log() -> None:
         "starting: 1 scorer (0.5 GPU)",
     ]
     one_host = [Node(id=f"{name}bcdefgh", address="10.0.0.1", resources={}) for name in "ab"]
-    assert [row["node"] for row in describe([], one_host, {})["rows"]] == ["10.0.0.1/abcdef", "10.0.0.1/bbcdef"]
+    assert [row.node for row in describe([], one_host, {}).rows] == ["10.0.0.1/abcdef", "10.0.0.1/bbcdef"]
 
 
 def test_what_runs_where_is_shown_again_when_it_has_changed() -> None:
@@ -315,7 +315,7 @@ def test_what_runs_where_is_shown_again_when_it_has_changed() -> None:
         console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
         display = Display(console)
         seen = []
-        for message in (WHERE, {**WHERE}, {**WHERE, "rows": WHERE["rows"][:1]}):
+        for message in (WHERE, replace(WHERE), replace(WHERE, rows=WHERE.rows[:1])):
             display.on_message(message)
             seen.append(console.file.getvalue().count("10.0.0.1 (head)"))  # type: ignore[attr-defined]
         assert seen == [1, 1, 2]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bss_ray.data.columns import Columns
 from bss_ray.report.scores import ScoreDisplay, print_summary, progress_text, sparkline, write_scores_report
+from bss_ray.runtime.messages import RowsProgress
 from bss_ray.score.measuring import Norms, check_pairs, with_row_ids, with_scores
 from bss_ray.score.summary import Summary
 from bss_ray.storage import StoragePath
@@ -169,9 +170,9 @@ def test_a_line_of_bars() -> None:
 def test_progress_off_a_terminal_is_lines() -> None:
     out = io.StringIO()
     display = ScoreDisplay(Console(file=out, width=120))
-    display.on_message({"kind": "rows", "done": 1, "of": 4, "rows_per_second": 2.0})
+    display.on_message(RowsProgress(1, 4, 2.0))
     assert out.getvalue() == "", "not for every piece"
-    display.on_message({"kind": "rows", "done": 4, "of": 4, "rows_per_second": 2.0})
+    display.on_message(RowsProgress(4, 4, 2.0))
     assert "4 of 4 rows, measuring, 2 rows/s" in out.getvalue()
     assert progress_text(1000, 73_000, 10.0) == "measuring, 10 rows/s, 2 h 0 min left"
     assert progress_text(0, 75, 1.0) == "measuring, 1 rows/s, 1 min 15 s left"

@@ -7,17 +7,17 @@ import pytest
 from rich.console import Console
 
 from bss_ray.report.search import SearchDisplay
+from bss_ray.runtime.messages import Notice, Status, TrialChanged
 from bss_ray.tune.config import TuneConfig
 
 
-def trial(number: int, state: str, **more: Any) -> dict[str, Any]:
-    told = {"kind": "trial", "number": number, "state": state, "params": {"temperature": 0.25}, "cause": ""}
-    return {**told, "metrics": ["val_accuracy_fused"], **more}
+def trial(number: int, state: str, **more: Any) -> TrialChanged:
+    return TrialChanged(number, state, {"temperature": 0.25}, ["val_accuracy_fused"], **more)
 
 
 MESSAGES = [
-    {"kind": "status", "text": "reading train rows"},
-    {"kind": "notice", "text": "2 trials at a time"},
+    Status("reading train rows"),
+    Notice("2 trials at a time"),
     trial(0, "running"),
     trial(0, "running", epoch=3, values=[0.9]),
     trial(1, "running", epoch=1, values=[0.5]),

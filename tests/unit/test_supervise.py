@@ -14,6 +14,7 @@ import ray
 from bss_ray.errors import ConfigError
 from bss_ray.runtime import wait
 from bss_ray.runtime.event_log import EventLog
+from bss_ray.runtime.messages import FatalError, Notice
 from bss_ray.train import supervise as module
 from bss_ray.train.supervise import EventReader, supervise
 
@@ -48,18 +49,18 @@ def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
 
 def test_messages_are_handed_on_once_also_of_a_new_board(coordinator: Coordinator) -> None:
     seen: list[Any] = []
-    reader = EventReader(coordinator, lambda message: seen.append(message["n"]))
+    reader = EventReader(coordinator, lambda message: seen.append(message))
     for n in range(3):
-        coordinator.its_board.post({"n": n})
+        coordinator.its_board.post(Notice(str(n)))
         reader.look()
     coordinator.lost = True
     reader.look()  # in trouble: nothing is read, and nothing forgotten
     coordinator.lost = False
     reader.look()
     coordinator.its_board = EventLog()  # restarted
-    coordinator.its_board.post({"n": 3})
+    coordinator.its_board.post(Notice("3"))
     reader.look()
-    assert seen == [0, 1, 2, 3]
+    assert seen == [Notice(text) for text in "0123"]
 
 
 def test_the_result_the_last_messages_and_errors_come_through(coordinator: Coordinator) -> None:
@@ -67,11 +68,11 @@ def test_the_result_the_last_messages_and_errors_come_through(coordinator: Coord
     reader = EventReader(coordinator, seen.append)
 
     def fit() -> str:
-        coordinator.its_board.post({"kind": "fatal", "error": ConfigError("no")})
+        coordinator.its_board.post(FatalError(ConfigError("no")))
         return "result"
 
     assert supervise(fit, reader) == ("result", False)
-    assert [message["kind"] for message in seen] == ["fatal"]
+    assert [type(message) for message in seen] == [FatalError]
     assert str(reader.fatal_error()) == "no"
     with pytest.raises(KeyError, match="inside"):
         supervise(lambda: {}["inside"], reader)
@@ -100,7 +101,7 @@ def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: 
         return "saved"
 
     assert supervise(fit, EventReader(coordinator, notices.append)) == ("saved", True)
-    assert "stopping" in notices[0]["text"]
+    assert "stopping" in notices[0].text
 
     end = threading.Event()
 
