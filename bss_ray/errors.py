@@ -15,7 +15,8 @@ and the remedy. Errors that only a bug can cause are an `assert`.
     ├── SearchError (RuntimeError)      a search without any complete trial
     ├── SubmitError (RuntimeError)      a cluster that does not accept a job
     ├── StorageError (OSError)          a folder that cannot be written or read
-    └── MissingDependencyError (ImportError)   an optional package that is not installed
+    ├── MissingDependencyError (ImportError)   an optional package that is not installed
+    └── RayVersionError (ImportError)   a version of Ray that lacks what bss_ray needs
 
 All of them have one message as their only argument, so they survive pickling between processes.
 """
@@ -84,6 +85,10 @@ class StorageError(BssRayError, OSError):
 
 class MissingDependencyError(BssRayError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class RayVersionError(BssRayError, ImportError):
+    """The installed version of Ray lacks something that is not public, and that bss_ray needs."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

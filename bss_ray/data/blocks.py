@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray.data
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import DataError, nearest
+from bss_ray.runtime.ray_internals import ref_bundles
 from bss_ray.runtime.wait import call_with_timeout, iterate_with_timeout
 
 
 class Block(NamedTuple):
     """Rows of a block: `rows` from its row `offset` on are rows `first_row` and following of the dataset."""
 
-    ref: Any
+    ref: ray.ObjectRef
     first_row: int
     rows: int
     offset: int
@@ -83,19 +84,13 @@ def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
 def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
     """Execute the dataset and yield its blocks that have rows, as they are made; in order, if it preserves order."""
     first_row = 0
-    for bundle in iterate_with_timeout(_bundles_of(dataset), "the data set's next rows"):
+    for bundle in iterate_with_timeout(ref_bundles(dataset), "the data set's next rows"):
         for entry, cut in zip(bundle.blocks, bundle.slices, strict=True):
             all_rows, size = entry.metadata.num_rows, entry.metadata.size_bytes or 0
             offset, rows = (0, all_rows) if cut is None else (cut.start_offset, cut.num_rows)
             if rows:
                 yield Block(entry.ref, first_row, rows, offset, size * rows // all_rows)
                 first_row += rows
-
-
-def _bundles_of(dataset: ray.data.Dataset) -> Iterator[Any]:
-    """The blocks as a generator, because the call itself waits for the first bundle."""
-    # The only use of Ray Data's developer API: it gives references to blocks without moving the blocks.
-    yield from dataset.iter_internal_ref_bundles()
 
 
 def take_until(blocks: Iterator[Block], limit: float) -> tuple[deque[Block], bool]:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from ray.data.block import Block, BlockAccessor
+from ray.data.block import Block
 
 from bss_ray.data.shards import Feature
 from bss_ray.errors import DataError
+from bss_ray.runtime.ray_internals import block_accessor
 
 # Types of values that stand for a missing object: None, or NaN as pandas writes it.
 _NULL_KINDS = (type(None), float, np.floating)
@@ -51,7 +52,7 @@ def read_column(blocks: Sequence[Block], name: str) -> np.ndarray:
     Raises:
         DataError: rows of more than one shape.
     """
-    return _join([_to_numpy(BlockAccessor.for_block(block).to_numpy(name), name) for block in blocks], name)
+    return _join([_to_numpy(block_accessor(block).to_numpy(name), name) for block in blocks], name)
 
 
 def read_partial(blocks: Sequence[Block], name: str) -> Partial:
@@ -68,13 +69,13 @@ def read_partial(blocks: Sequence[Block], name: str) -> Partial:
 
 def _split_nulls(block: Block, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The values (k, ...) of the rows that have one, and a mask (n,) of these rows."""
-    present = np.ones(BlockAccessor.for_block(block).num_rows(), dtype=bool)
+    present = np.ones(block_accessor(block).num_rows(), dtype=bool)
     if isinstance(block, pa.Table) and block.column(name).null_count:
         # Nulls are removed before the array is made: Arrow makes no array of a tensor column with nulls.
         valid = block.column(name).is_valid()
         present = valid.to_numpy()
         block = block.select([name]).filter(valid)
-    values = BlockAccessor.for_block(block).to_numpy(name)
+    values = block_accessor(block).to_numpy(name)
     if values.dtype.kind == "O" and any(issubclass(kind, _NULL_KINDS) for kind in set(map(type, values))):
         there = np.array([not _is_null(value) for value in values], dtype=bool)
         present[present] = there

@@ -186,7 +186,6 @@ class ObjectStore(MappedStore):
         return ObjectStore([self._refs[shard] for shard in shards])
 
     def copies(self) -> dict[int, set[str]]:
-        import ray  # the other stores need none
+        from bss_ray.runtime.ray_internals import object_nodes  # the other stores need no Ray
 
-        found = ray.experimental.get_object_locations(list(self._refs))
-        return {shard: set(found[ref]["node_ids"]) for shard, ref in enumerate(self._refs) if ref in found}
+        return {shard: nodes for shard, nodes in enumerate(object_nodes(self._refs)) if nodes is not None}

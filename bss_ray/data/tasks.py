@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.data.block import Block, BlockAccessor
+from ray.data.block import Block
 
 from bss_ray.data.blocks import Cut
 from bss_ray.data.checks import check_input, check_labels, check_presence, count_outputs, store_labels
@@ -22,6 +22,7 @@ from bss_ray.data.shards import Feature, Writer
 from bss_ray.data.store import Arrays
 from bss_ray.errors import BssRayError, DataError, Problem
 from bss_ray.names import presence_column
+from bss_ray.runtime.ray_internals import block_accessor
 from bss_ray.runtime.wait import wait_limit, wait_timeout_error
 
 OnProgress = Callable[[int, int], None]
@@ -169,9 +170,7 @@ def _make_shard(
     *blocks: Any,
 ) -> tuple[Report, Any, np.ndarray]:
     """Make one shard: returns its report, the result of its writer, and a hash of each row's id."""
-    parts = [
-        BlockAccessor.for_block(block).slice(start, stop) for (start, stop), block in zip(slices, blocks, strict=True)
-    ]
+    parts = [block_accessor(block).slice(start, stop) for (start, stop), block in zip(slices, blocks, strict=True)]
     try:
         report, arrays = _read_rows(parts, columns, num_classes, shapes, first_row)
     except DataError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from bss_ray.placement.cluster import Process, left_over, read_actors, read_nodes
+from bss_ray.placement.cluster import read_nodes
 from bss_ray.placement.packing import Node
 from bss_ray.runtime.messages import NodeProcesses, PlacementMap
+from bss_ray.runtime.ray_internals import CONTROLLER, Actor, actors, free_resources
 
-_CONTROLLER = "TrainController"  # Ray Train's class
 _SHOWN = ("CPU", "GPU")
 
 
@@ -21,9 +21,9 @@ def process_map_message(prefix: str, rank_nodes: Sequence[str], rank_takes: Mapp
         rank_nodes: id of the node of each rank.
         rank_takes: what a rank takes.
     """
-    actors = [actor for actor in read_actors() if actor.name.startswith(prefix) or actor.class_name == _CONTROLLER]
-    there = [(_role(actor, prefix), actor.node, actor.takes) for actor in actors]
-    return describe([*(("ranks", node, rank_takes) for node in rank_nodes), *there], read_nodes(), left_over())
+    own = [actor for actor in actors() if actor.name.startswith(prefix) or actor.class_name == CONTROLLER]
+    there = [(_role(actor, prefix), actor.node, actor.takes) for actor in own]
+    return describe([*(("ranks", node, rank_takes) for node in rank_nodes), *there], read_nodes(), free_resources())
 
 
 def describe(
@@ -46,8 +46,8 @@ def describe(
     return PlacementMap(rows, each)
 
 
-def _role(actor: Process, prefix: str) -> str:
-    if actor.class_name == _CONTROLLER:
+def _role(actor: Actor, prefix: str) -> str:
+    if actor.class_name == CONTROLLER:
         return "controller"
     role = actor.name.removeprefix(prefix)
     return role if role == "coordinator" else role.rpartition("-")[0] + "s"

@@ -11,9 +11,10 @@ import ray.train
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError, ResourceError, check_one_of
-from bss_ray.placement.cluster import label_problem, read_nodes
+from bss_ray.placement.cluster import read_nodes
 from bss_ray.placement.fit import check_fit, place
 from bss_ray.placement.packing import Node, ProcessGroup, fits
+from bss_ray.runtime.ray_internals import label_problem, train_parts
 from bss_ray.scoring.config import Scoring, choose_engine
 
 RANKS, SCORERS, HOLDERS, SPARE = "ranks", "scorers", "holders", "spare CPUs"
@@ -119,7 +120,9 @@ def check_resources(
 
     Raises:
         ResourceError: names the processes, the resource or label, what is asked for, what there is, and the remedy.
+        RayVersionError: the installed Ray lacks what a run needs.
     """
+    train_parts()  # what Ray no longer has is an error here, and not in the middle of a run
     nodes = read_nodes()
     groups = groups_of(scaling, scoring, spare_cpus or 0)
     if spare_cpus is None and len(nodes) > 1:

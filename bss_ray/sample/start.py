@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.measure.measurer import Measurer
+from bss_ray.runtime.ray_internals import near
 from bss_ray.runtime.wait import wait_limit
 from bss_ray.sample.coordinator_actor import CoordinatorActor
 from bss_ray.sample.holder import WINDOW_ROWS
@@ -87,10 +87,8 @@ def _near(nodes: Sequence[str], index: int) -> dict[str, Any]:
     node = nodes[index] if nodes else ""
     if not node:
         return {}
-    # Without the spilling it would wait for ever for a node that others have filled.
-    strategy = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
     # A byte: Ray starts an actor that asks for no resource at all anywhere, whatever its strategy says.
-    return {"scheduling_strategy": strategy, "memory": 1}
+    return {"scheduling_strategy": near(node), "memory": 1}
 
 
 def scorer_names(holders: ActorHolders, scoring: Scoring) -> list[str]:

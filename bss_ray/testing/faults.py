@@ -85,9 +85,9 @@ class KillController:
     """Kill -9 Ray Train's controller; the ranks, which it has started, end with it."""
 
     def __call__(self) -> None:
-        from ray.train.v2._internal.execution.context import get_train_context
+        from bss_ray.runtime.ray_internals import train_parts
 
-        _kill_actor(get_train_context().controller_actor, "the controller")
+        _kill_actor(train_parts().controller(), "the controller")
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,21 @@ def _actor_of_this_run(role: str) -> Any:
     """The actor by its role. Others of that role may live beside it: of another run, or one that is ending."""
     import ray
 
+    from bss_ray.runtime.ray_internals import run_in_actor
     from bss_ray.train.sampler import get_sampler
 
     coordinator = get_sampler()._context.coordinator
-    name: str = ray.get(coordinator.__ray_call__.remote(_own_name))
+    name: str = ray.get(run_in_actor(coordinator, _own_name))
     return ray.get_actor(name.removesuffix("coordinator") + role)
 
 
 def _kill_actor(actor: Any, role: str) -> None:
     import ray  # a fault of a plain process does not need Ray
 
+    from bss_ray.runtime.ray_internals import run_in_actor
+
     try:
-        ray.get(actor.__ray_call__.remote(_kill))
+        ray.get(run_in_actor(actor, _kill))
     except ray.exceptions.RayActorError:
         return
     raise AssertionError(f"{role} answered, although it was killed")

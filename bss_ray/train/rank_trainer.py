@@ -6,37 +6,19 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
-from ray._private.state import state as ray_state
-from ray.core.generated import gcs_pb2
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-from ray.train.v2.api.callback import RayTrainCallback
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
 from bss_ray.placement.cluster import read_nodes
 from bss_ray.placement.packing import Node, ProcessGroup, most
-
-
-class PlannedScaling(ElasticScalingPolicy):  # type: ignore[misc]
-    """Ray Train's policy, with fewer ranks where all that it counts would not stand at the same time."""
-
-    def __init__(self, scaling: ray.train.ScalingConfig, groups: Sequence[ProcessGroup]) -> None:
-        super().__init__(scaling)
-        self._groups = groups
-
-    def _count_possible_workers(self, reserved_resources: Any) -> int:
-        counted: int = super()._count_possible_workers(reserved_resources)
-        return seats_of_ranks(read_nodes(), self._groups, counted, at_least=self.scaling_config.min_workers)
+from bss_ray.runtime.ray_internals import orphaned_placement_groups, train_parts
 
 
 def seats_of_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counted: int, *, at_least: int) -> int:
@@ -60,10 +42,8 @@ def seats_of_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counte
 _POLL_S = 0.5
 
 
-class AwaitLostShards(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
+class AwaitLostShards:
     """Runs in Ray Train's controller, before it reserves anything for the ranks.
-
-    Ray Train has no public hook there: it is a developer API, and used here alone.
 
     Args:
         shards: of all splits.
@@ -75,7 +55,7 @@ class AwaitLostShards(WorkerGroupCallback):  # type: ignore[misc]  # Ray is unty
         self._limit_s = limit_s
         self._in_memory: list[set[int]] | None = None
 
-    def before_worker_group_start(self, _context: Any) -> None:
+    def __call__(self) -> None:
         """The first time note which shards are where a node can take them along; later wait for these."""
         copies = [store.copies() for store in self._stores]
         if self._in_memory is None:
@@ -115,22 +95,12 @@ def _answer() -> None:
     """That a process can be run there is all there is to know."""
 
 
-CONTROLLER = "TrainController"  # Ray Train's class
-
-
 def free_lost_groups() -> int:
     """Remove the placement groups of this job that have lost their Ray Train controller; how many there were."""
-    tables, freed = ray_state._connect_and_get_accessor(), 0
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    for entry in tables.get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
-        if group.creator_job_id != job.binary() or group.state == group.REMOVED or not group.creator_actor_dead:
-            continue
-        creator = tables.get_actor_info(ray.ActorID(group.creator_actor_id))
-        if creator is not None and gcs_pb2.ActorTableData.FromString(creator).class_name == CONTROLLER:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            freed += 1
-    return freed
+    orphaned = orphaned_placement_groups()
+    for group in orphaned:
+        remove_placement_group(group)
+    return len(orphaned)
 
 
 def remove_orphaned_placement_groups(limit_s: float = 10.0) -> None:
@@ -140,30 +110,44 @@ def remove_orphaned_placement_groups(limit_s: float = 10.0) -> None:
         time.sleep(0.1)
 
 
-class RankTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray ships no types
-    """Elastic ranks that leave room for the run's other processes, no detached actor, and a limit to every wait.
+def fit_ranks(
+    train_loop: Callable[[], object],
+    *,
+    groups: Sequence[ProcessGroup],
+    shards: Sequence[Shards],
+    wait_limit_s: float,
+    scaling_config: ray.train.ScalingConfig,
+    run_config: ray.train.RunConfig,
+) -> ray.train.Result:
+    """Have Ray Train run the ranks: elastic ones leave room for the run's other processes, and every wait has a limit.
 
     Args:
-        groups: all processes of the run; the last are the ranks.
-        wait_limit_s: longest time that processes wait for each other.
-        **settings: of `TorchTrainer`.
+        train_loop: Runs in each rank.
+        groups: All processes of the run; the last are the ranks.
+        shards: Shards of all splits.
+        wait_limit_s: Longest time that processes wait for each other.
+        scaling_config: Ranks and their resources.
+        run_config: Name and storage of the run.
     """
-
-    def __init__(self, *args: Any, groups: Sequence[ProcessGroup], wait_limit_s: float, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._groups, self._wait_limit_s = groups, wait_limit_s
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        # In its place: `free_lost_groups`, which says why.
-        made = super()._create_default_callbacks()
-        return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-    def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
-        # A selector for each rank makes several kinds of ranks, of which Ray starts the first ones.
-        if self.scaling_config.elasticity_enabled and not isinstance(self.scaling_config.label_selector, list):
-            settings["scaling_policy"] = PlannedScaling(self.scaling_config, self._groups)
-        with _limited_waits(self._wait_limit_s):
-            return super()._initialize_and_run_controller(**settings)
+    parts = train_parts()
+    policy = None
+    # A selector for each rank makes several kinds of ranks, of which Ray starts the first ones.
+    if scaling_config.elasticity_enabled and not isinstance(scaling_config.label_selector, list):
+        policy = parts.scaling_policy(
+            scaling_config,
+            lambda counted: seats_of_ranks(read_nodes(), groups, counted, at_least=scaling_config.min_workers),
+        )
+    before = parts.before_start(AwaitLostShards(shards, wait_limit_s))
+    trainer = parts.trainer(
+        train_loop,
+        policy=policy,
+        torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(wait_limit_s))),
+        scaling_config=scaling_config,
+        run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), before]),
+    )
+    # Without ranks of their own the loop runs in this process, whose environment stays what it is.
+    with _limited_waits(wait_limit_s) if scaling_config.num_workers else contextlib.nullcontext():
+        return trainer.fit()
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.backend import RayTrainBackend, SamplerContext, TrainBackend
 from bss_ray.train.initial import ScoresFile
-from bss_ray.train.rank_trainer import AwaitLostShards, RankTrainer, remove_orphaned_placement_groups
+from bss_ray.train.rank_trainer import fit_ranks, remove_orphaned_placement_groups
 from bss_ray.train.sampler import Sampler, set_sampler
 from bss_ray.train.supervise import EventReader, Stopped, heartbeat, supervise, watch
 
@@ -204,20 +204,14 @@ class BalancedTrainer:
         return result
 
     def _fit_once(self, context: SamplerContext, groups: Sequence[ProcessGroup]) -> ray.train.Result:
-        return RankTrainer(
+        return fit_ranks(
             functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
             groups=groups,
+            shards=[split for split in (context.train, context.validation) if split is not None],
             wait_limit_s=self._wait_limit_s,
-            torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(self._wait_limit_s))),
             scaling_config=self._scaling_config,
-            run_config=self._with_lost_shards(_with_one_arena(self._run_config), context),
-        ).fit()
-
-    def _with_lost_shards(self, run_config: ray.train.RunConfig, context: SamplerContext) -> ray.train.RunConfig:
-        """Ranks start again when the shards of a lost node are there again."""
-        shards = [split for split in (context.train, context.validation) if split is not None]
-        wait = AwaitLostShards(shards, self._wait_limit_s)
-        return replace(run_config, callbacks=[*(run_config.callbacks or []), wait])
+            run_config=_with_one_arena(self._run_config),
+        )
 
     def _fit_again(self, fit: Callable[[], ray.train.Result], board: EventReader) -> ray.train.Result:
         """Also after the loss of Ray Train's controller, which Ray does not restart: the same name goes on."""

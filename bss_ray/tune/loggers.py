@@ -17,6 +17,7 @@ from unittest import mock
 import ray.tune
 
 from bss_ray.errors import check_one_of, optional_import
+from bss_ray.runtime.ray_internals import wandb_callback
 
 
 def make_loggers(names: Sequence[str], *, study: str, folder: Path) -> list[ray.tune.Callback]:
@@ -60,16 +61,8 @@ def _mlflow(study: str, folder: Path) -> ray.tune.Callback:
 
 def _wandb(study: str, folder: Path) -> ray.tune.Callback:
     wandb = optional_import("wandb", extra="wandb", needed_for="the logger wandb")
-    from ray.air.integrations.wandb import WandbLoggerCallback
 
-    class Process(WandbLoggerCallback._logger_actor_cls):  # type: ignore[misc]  # Ray ships no types
-        def run(self) -> None:
-            super().run()
-            wandb.teardown()  # waits until the run is written; Ray kills this process as soon as `run` returns
-
-    class WandB(WandbLoggerCallback):  # type: ignore[misc]
-        _logger_actor_cls = Process
-
+    class WandB(wandb_callback(wandb.teardown)):  # type: ignore[misc]  # teardown waits until the run is written
         def setup(self, *args: Any, **kwargs: Any) -> None:
             with mock.patch.dict(os.environ, WANDB_MODE="offline"):  # so that Ray does not insist on a key
                 super().setup(*args, **kwargs)

@@ -17,11 +17,10 @@ from typing import Any
 import ray
 import ray.train
 import ray.tune
-from ray._private.state import state as ray_state
-from ray.core.generated import gcs_pb2
-from ray.train.v2.api.callback import UserCallback
+from ray.train import UserCallback
 
-from bss_ray.train.rank_trainer import CONTROLLER, free_lost_groups
+from bss_ray.runtime.ray_internals import CONTROLLER, actors
+from bss_ray.train.rank_trainer import free_lost_groups
 from bss_ray.train.trainer import BalancedTrainer
 
 MakeTrainer = Callable[[list[UserCallback]], BalancedTrainer]
@@ -128,10 +127,9 @@ def free_nested() -> bool:
         Whether no run of another process of this job is left.
     """
     free_lost_groups()
-    context, tables = ray.get_runtime_context(), ray_state._connect_and_get_accessor()
-    job, own = ray.JobID.from_hex(context.get_job_id()), bytes.fromhex(context.get_worker_id())
-    actors = map(gcs_pb2.ActorTableData.FromString, tables.get_actor_table(job, "ALIVE"))
-    return all(actor.class_name != CONTROLLER or actor.owner_address.worker_id == own for actor in actors)
+    own = ray.get_runtime_context().get_worker_id()
+    controllers = [actor for actor in actors() if actor.class_name == CONTROLLER and actor.alive]
+    return all(controller.owner == own for controller in controllers)
 
 
 class FreeNested(ray.tune.Callback):  # type: ignore[misc]

@@ -66,17 +66,17 @@ def test_ranks_start_when_all_shards_are_there_again(alive: set[str]) -> None:
     there, lost, half = {0: {"x"}, 1: {"y"}, 2: set[str]()}, {0: {"x"}, 1: {"y"}}, {0: {"x"}, 1: set[str]()}
     store = Copies(there, lost, lost, half, {0: {"x"}, 1: {"z"}})
     wait = AwaitLostShards([shards_on("xy-", store)], limit_s=60)
-    wait.before_worker_group_start(None)
+    wait()
     assert len(store.answers) == 4, "the first start only notes what there is"
     alive.remove("y")
-    wait.before_worker_group_start(None)
+    wait()
     assert store.answers == [{0: {"x"}, 1: {"z"}}]
 
 
 def test_ranks_start_all_the_same_after_the_limit(alive: set[str], caplog: pytest.LogCaptureFixture) -> None:
     store = Copies({0: {"y"}})
     wait = AwaitLostShards([shards_on("y", store)], limit_s=0.02)
-    wait.before_worker_group_start(None)
+    wait()
     alive.remove("y")
-    wait.before_worker_group_start(None)
+    wait()
     assert "1 shards were lost with their node" in caplog.text

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from bss_ray.data.shards import Shard
 from bss_ray.errors import ConfigError, ResourceError
-from bss_ray.placement import cluster
 from bss_ray.placement.cluster import read_nodes
 from bss_ray.placement.fit import check_fit, deal, place
 from bss_ray.placement.packing import Node, ProcessGroup, fits, matches, most
 from bss_ray.placement.process_map import describe
 from bss_ray.placement.resources import Placement, ResourceRequest, check_resources
 from bss_ray.report.console import Display, placement_lines
+from bss_ray.runtime import ray_internals
 from bss_ray.scoring.config import Scoring
 from bss_ray.train.rank_trainer import seats_of_ranks
 from bss_ray.train.settings import training_config
@@ -290,8 +290,10 @@ def test_nodes_of_an_autoscaler(two_nodes: None, monkeypatch: pytest.MonkeyPatch
     assert check_resources(scaling, Scoring(), wait_for_nodes=True).notice.startswith(
         "waiting for nodes: the run needs 3"
     )
-    group = autoscaler_pb2.NodeGroupConfig(name="gpu", resources={"CPU": 2, "GPU": 1}, max_count=3)
-    monkeypatch.setattr(cluster, "_autoscaler_groups", lambda: [group])
+    config = autoscaler_pb2.ClusterConfig()
+    config.node_group_configs.add(name="gpu", resources={"CPU": 2, "GPU": 1}, max_count=3)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray_internals._state, "get_cluster_config", lambda: config)
     assert [(node.there, node.head) for node in read_nodes()] == [(True, True), (True, False)] + [(False, False)] * 2
     request = check_resources(scaling, Scoring())
     assert request.notice == ""
