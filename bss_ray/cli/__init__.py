@@ -1,4 +1,4 @@
-"""The command line: `bss-ray COMMAND`. What a command does is in the `command` module of its package.
+"""The command line: `bss-ray COMMAND`. Each command has a module in this package.
 
 Settings come from YAML files (`--config`), dotted options (`--scheduler.temperature 0.25`) and classes
 by import path (`--model.class_path my.Model`), see `bss_ray.train.settings`.
@@ -15,7 +15,7 @@ from bss_ray.cli.ray_start import STOPPED
 from bss_ray.errors import BssRayError
 from bss_ray.names import import_name
 
-# Where each command's function of its arguments is, imported when it is asked for; it returns the exit code.
+# Import path of each command's function of its arguments, which returns the exit code; imported when it is called.
 COMMANDS: dict[str, str] = {
     "train": "bss_ray.cli.train:train_command",
     "score": "bss_ray.cli.score:score_command",
@@ -64,11 +64,11 @@ def _underscored(word: str) -> str:
 _USAGE = """usage: bss-ray COMMAND [options]
 
   train    train a multi-modal model with balance-aware sampling; without options, a demo
-  score    score the rows of any data set with a model and its weights; without options, the demo's
+  score    score the rows of any dataset with a model and its weights; without options, the demo's
   tune     search the sampler's settings, and compare the best with uniform sampling; without options, a demo
-  report   write report.html of a search, run or job again, and print the most important of it
-  submit   run one of the first three on a Ray cluster that is there already, and follow it
+  report   write report.html of a search, run or job again, and print the most important results
+  submit   run one of the first three on an existing Ray cluster, and follow it
 
 bss-ray COMMAND --help shows a command's options. Settings come from YAML (--config FILE) and dotted
-options (--scheduler.temperature 0.25); --print_config prints all of them. A run that was stopped goes
-on when the same command is given again."""
+options (--scheduler.temperature 0.25); --print_config prints all of them. The same command resumes a
+stopped run."""

@@ -11,17 +11,17 @@ from typing import Any, NoReturn
 
 from bss_ray.runtime.logs import ray_logging
 
-STOPPED = 130  # what shells expect after ctrl-C
+STOPPED = 130  # exit code that shells expect after Ctrl-C
 
 
 def start_ray(config: Any, display: Any) -> None:
-    """Connect to the cluster that is named, or start Ray here, quietly."""
-    # Reports are barriers that take one poll of the controller; epochs here can be a second long.
+    """Connect to the given cluster, or start Ray on this machine, without its output."""
+    # Each report is a barrier that waits for one poll of the controller, and epochs can be as short as a second.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # The project's modules in the current folder must be found by all processes.
+    # All processes must find the user's modules in the current folder.
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    if not sys.stdout.isatty():  # Ray colours what it prints of its own also in a log
+    if not sys.stdout.isatty():  # otherwise Ray colours its own output even in a log
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if not config.verbose:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -49,5 +49,5 @@ def start_ray(config: Any, display: Any) -> None:
 
 
 def _stop(_signal: int, _frame: Any) -> NoReturn:
-    """What `ray job stop`, Slurm and Kubernetes send is ctrl-C. Ray's own handler would end the process at once."""
+    """Treat SIGTERM of `ray job stop`, Slurm and Kubernetes as Ctrl-C; Ray's handler would end the process at once."""
     raise KeyboardInterrupt

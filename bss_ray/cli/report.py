@@ -14,8 +14,8 @@ from bss_ray.storage import StoragePath
 from bss_ray.train.settings import Parser
 
 _DESCRIPTION = (
-    "Write report.html of a search (also while it is going on), a training run or a scoring job, and print the most "
-    "important of it: for a search the best configurations with intervals, the comparison with uniform sampling, and "
+    "Write report.html of a search (also while it is running), a training run or a scoring job, and print the most "
+    "important results: for a search the best configurations with intervals, the comparison with uniform sampling, and "
     "what the trials say about each knob."
 )
 

@@ -17,9 +17,9 @@ from bss_ray.storage import StoragePath
 from bss_ray.train.settings import Parser, add_model_arguments, instantiate, make
 
 _DESCRIPTION = (
-    "Score all rows of a data set with a model and its weights: how balanced is each between its modalities? Rows are "
-    "read by tasks and measured by a pool of actors; measures go to files, piece by piece, so that the same command "
-    "goes on after a stop. A second pass normalises them over all rows. It leaves scores.parquet, summary.json and "
+    "Score all rows of a dataset with a model and its weights: how balanced is each row between its modalities? Tasks "
+    "read the rows and a pool of actors measures them. Measures go to files, part by part, so that the same command "
+    "resumes after a stop. A second pass normalises them over all rows. It leaves scores.parquet, summary.json and "
     "report.html in the job's folder; `bss-ray train --initial_scores` takes the scores. Without arguments: the "
     "training rows of the run `demo`, with the weights of its chosen epoch."
 )
@@ -52,7 +52,7 @@ def score_command(argv: Sequence[str]) -> int:
     folder = RunFolder(config.storage_path, config.name, may_change=MAY_CHANGE, result_file=SUMMARY_FILE)
     resumed = folder.claim(job.to_yaml())
     with open_display(config.log_format, config.name, ScoreDisplay) as display:
-        display.say(f"job {folder.path}{' (goes on)' if resumed else ''}: {job.config.split} rows of {job.data}")
+        display.say(f"job {folder.path}{' (resumed)' if resumed else ''}: {job.config.split} rows of {job.data}")
         display.say(f"weights: {job.weights.source}")
         summary = folder.result()
         if summary is None:
@@ -64,7 +64,7 @@ def score_command(argv: Sequence[str]) -> int:
                 forget_beginning(folder.path)
                 raise
             except KeyboardInterrupt:
-                display.say("stopped. The same command goes on; rows that are measured are not measured again")
+                display.say("stopped. The same command resumes the job; measured rows are not measured again")
                 return STOPPED
         else:
             display.say("this job is complete. Choose another --name for a new one")
@@ -76,17 +76,17 @@ def _start_ray(config: Any, display: Any) -> None:
     if config.verbose:
         start_ray(config, display)
         return
-    # Ray's core writes a line of level error for every pool of actors, and one to say that it will not.
+    # Ray's core writes a line of level error for every pool of actors, and a line that it will not write more.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with _without_stderr():
         start_ray(config, display)
-    # Errors of rows and model arrive as exceptions; Ray Data would print them, with its own traceback, before.
+    # Errors of rows and model are raised here; Ray Data would print them with its own traceback first.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """What this process's C++ code writes there goes nowhere; exceptions pass."""
+    """Discard what the C++ code of this process writes to the stream; exceptions pass."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

@@ -1,4 +1,4 @@
-"""`bss-ray submit`: a command of this project as a job on a Ray cluster that somebody else started."""
+"""`bss-ray submit`: a command of this project as a job on an existing Ray cluster."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 COMMANDS = ("train", "score", "tune")
 
-# Beside what .gitignore names and what Ray itself leaves out (.git, .venv, venv, __pycache__).
+# Excluded in addition to the files in .gitignore and those that Ray excludes (.git, .venv, venv, __pycache__).
 EXCLUDED = ("/runs/", "/mlruns/", "/wandb/", ".*_cache/", "*.egg-info/", ".hypothesis/")
 
 _DESCRIPTION = """Run a command on a Ray cluster and follow its log; the exit code is that of the command.
 
 The working folder is sent to the cluster, so that YAML files and modules in it are found there, and so is the code
-of this project: the cluster needs what it depends on (or --install). Runs must be in a folder that all nodes share:
---storage_path.
+of this project. The cluster needs the packages that the code depends on (or --install).
+Runs must be in a folder that all nodes share: --storage_path.
 
-Ctrl-C stops following, not the job. `ray job stop ID` stops it: the command may write a checkpoint first, and goes on
-there when it is submitted again. A token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+Ctrl-C stops following, not the job. `ray job stop ID` stops it: the command may write a checkpoint first, and resumes
+from it when it is submitted again. A token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
 
 
 def submit_parser() -> argparse.ArgumentParser:
@@ -74,7 +74,7 @@ def submit_parser() -> argparse.ArgumentParser:
 
 
 def submit_command(argv: Sequence[str]) -> int:
-    """`bss-ray submit`; returns the exit code: that of the job, or 130 where it was stopped or is followed no more."""
+    """`bss-ray submit`; returns the exit code of the job, or 130 if it was stopped or is no longer followed."""
     options = submit_parser().parse_args(list(argv))
     working_dir = Path(options.working_dir).resolve()
     settings = given_settings(options.arguments, working_dir)
@@ -87,7 +87,7 @@ def submit_command(argv: Sequence[str]) -> int:
             submission_id=options.id or submission_id(options.command, settings.get("name")),
             runtime_env=environment,
         )
-    except (OSError, RuntimeError, ValueError) as error:  # a used id, a folder that is too large
+    except (OSError, RuntimeError, ValueError) as error:  # e.g. the id is used, or the folder is too large
         raise SubmitError(f"the cluster did not take the job: {error}") from error
     print(_next_steps(job, client.get_address()), flush=True)
     return 0 if options.no_wait else follow(client, job)
@@ -97,10 +97,10 @@ def submit_command(argv: Sequence[str]) -> int:
 
 
 def given_settings(arguments: Sequence[str], working_dir: Path) -> dict[str, Any]:
-    """The run's name and storage path, as the command's options or its `--config` files say; later ones win.
+    """Name and storage path of the run, from the command's options and `--config` files; later values win.
 
     Raises:
-        ConfigError: a relative `--config` is not in the folder that is sent.
+        ConfigError: A relative `--config` is not in the folder that is sent.
     """
     settings: dict[str, Any] = {}
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -125,7 +125,7 @@ def check_storage_path(path: str | None) -> None:
     """Refuse a run folder inside the job's copy of the working folder, which Ray deletes some time after the job.
 
     Raises:
-        ConfigError: the path is relative, or is not given, which means `runs`.
+        ConfigError: The path is relative, or is not given, which means `runs`.
     """
     if path is None or not (urlsplit(path).scheme or path.startswith(("/", "~"))):
         given = "the default runs" if path is None else path
@@ -136,10 +136,10 @@ def check_storage_path(path: str | None) -> None:
 
 
 def runtime_env(working_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Ray's runtime environment of the job: files, code, environment and, if asked for, packages.
+    """Ray's runtime environment of the job: files, code, environment and, with `--install`, packages.
 
     Raises:
-        ConfigError: the folder does not exist, or `--env` is not NAME=VALUE.
+        ConfigError: The folder does not exist, or `--env` is not NAME=VALUE.
     """
     if not working_dir.is_dir():
         raise ConfigError(f"--working_dir {working_dir} is no folder")
@@ -166,21 +166,21 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def requirements() -> list[str]:
-    """What this project depends on, in the versions of this environment; without Ray, which a cluster has."""
+    """The dependencies of this project in the versions of this environment, without Ray, which a cluster has."""
     found = importlib.metadata.requires("bss_ray") or []
     plain = [text for text in found if "extra ==" not in text] + ["optuna", "plotly"]
     names = {re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in plain} - {"ray"}
-    # A local version (2.13.0+cpu) is not on PyPI, and the nodes may want another build.
+    # A local version (2.13.0+cpu) is not on PyPI, and the nodes may need another build.
     return sorted(f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names)
 
 
 def entrypoint(command: str, arguments: Sequence[str]) -> str:
-    """The shell command of the job: a module, as a cluster that has the code from us alone has no `bss-ray`."""
+    """The shell command of the job; it runs a module, because a cluster that gets the code by us has no `bss-ray`."""
     return shlex.join(["python", "-m", "bss_ray.cli", command, *arguments])
 
 
 def submission_id(command: str, name: Any) -> str:
-    """A name for the job that says what it is: train-mine-20260131-120000."""
+    """A descriptive name of the job: train-mine-20260131-120000."""
     words = [command, *([] if name is None else [re.sub(r"[^\w.-]", "-", str(name))]), time.strftime("%Y%m%d-%H%M%S")]
     return "-".join(words)
 
@@ -189,16 +189,16 @@ def submission_id(command: str, name: Any) -> str:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """The client of the cluster's job server, which has answered.
+    """A client of the cluster's job server, which has answered.
 
     Raises:
-        ConfigError: no address.
-        SubmitError: nobody answers there, or the token is wrong or missing.
+        ConfigError: There is no address.
+        SubmitError: No server answers at the address, or the token is wrong or missing.
     """
     if not address:
         raise ConfigError("name the cluster: --address http://HEAD:8265, or RAY_ADDRESS")
     if _token_is_there():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # set before Ray is imported, which reads it once
     submission = optional_import("ray.job_submission", extra="jobs", needed_for="bss-ray submit")
     from ray.exceptions import AuthenticationError, RayError
 
@@ -226,27 +226,27 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     """Print a job's log until it ends.
 
     Returns:
-        The exit code of its command; 130 where the job was stopped, or ctrl-C ended the following.
+        The exit code of the job's command; 130 if the job was stopped, or Ctrl-C stopped following it.
     """
     try:
         asyncio.run(_print_log(client, job))
         details = _ended(client, job)
     except KeyboardInterrupt:
-        print(f"\n{job} goes on without being followed", file=sys.stderr)
+        print(f"\n{job} continues without being followed", file=sys.stderr)
         return STOPPED
     except (OSError, RuntimeError) as error:
         raise SubmitError(
-            f"the connection to {client.get_address()} was lost ({first_line(error)}); {job} may well go on. Ask "
+            f"the connection to {client.get_address()} was lost ({first_line(error)}); {job} may still be running. Ask "
             f"`ray job status {job}`, follow it with `ray job logs --follow {job}`"
         ) from error
     print(f"{job}: {details.status.lower()}", file=sys.stderr)
     if details.status == "STOPPED":
         return STOPPED
     code: int | None = details.driver_exit_code
-    if code is None:  # the command did not even start
+    if code is None:  # the command did not start
         print(details.message, file=sys.stderr)
         return 1
-    return code if code >= 0 else 128 - code  # -N: signal N ended it; a shell says 128 + N
+    return code if code >= 0 else 128 - code  # -N: signal N ended it; a shell returns 128 + N
 
 
 async def _print_log(client: JobSubmissionClient, job: str) -> None:
@@ -255,7 +255,7 @@ async def _print_log(client: JobSubmissionClient, job: str) -> None:
 
 
 def _ended(client: JobSubmissionClient, job: str) -> JobDetails:
-    """The log ends a moment before the job's state says so."""
+    """Wait for the job's state, which changes a moment after the end of the log."""
     while not (details := client.get_job_info(job)).status.is_terminal():
         time.sleep(0.5)
     return details

@@ -26,7 +26,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     with open_display(config.log_format, config.name, Display) as display:
         display.say(
-            f"run {folder.path}{' (goes on)' if resumed else ''}: {type(config.scheduler).__name__}, {config.data}"
+            f"run {folder.path}{' (resumed)' if resumed else ''}: {type(config.scheduler).__name__}, {config.data}"
         )
         result = folder.result()
         if result is None:
@@ -38,7 +38,7 @@ def train_command(argv: Sequence[str]) -> int:
                 folder.release()
                 raise
             except KeyboardInterrupt:
-                display.say("stopped. The same command goes on from the last checkpoint")
+                display.say("stopped. The same command resumes from the last checkpoint")
                 return STOPPED
         else:
             display.say("this run is complete. Choose another --name for a new one")

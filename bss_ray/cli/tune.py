@@ -20,17 +20,17 @@ _DESCRIPTION = (
     "data in the object store and start from shared burn-ins; Optuna chooses their settings, and each is judged on "
     "validation, never on test. At the end the best trial is trained against uniform sampling with several new seeds. "
     "It leaves best.yaml (for bss-ray train --config), result.json, report.html and the Optuna study in the search's "
-    "folder. The same command goes on after a stop or a kill; a larger --trials searches on. Without arguments: BSS-L "
-    "on AV-Digits, in a few minutes on two cores."
+    "folder. The same command resumes after a stop or a kill; a larger --trials extends the search. Without arguments: "
+    "BSS-L on AV-Digits, in a few minutes on two cores."
 )
 
-# Of the trial's own run: the search says where, and who looks on.
+# Settings that the search makes for each trial's run: its place and its output.
 _OF_THE_SEARCH = (
     *("name", "storage_path", "ray_address", "log_format", "profile", "verbose"),
     *("max_failures", "max_preemptions", "wait_limit_s"),
 )
 
-# What may differ between two commands of one search.
+# Settings that may differ between two commands of one search.
 MAY_CHANGE = frozenset(
     {
         "trials",
@@ -85,7 +85,7 @@ def tune_command(argv: Sequence[str]) -> int:
     from bss_ray.tune.tuner import tune
 
     with open_display(config.log_format, config.name, lambda console: SearchDisplay(config, console)) as display:
-        display.say(f"search {folder.path}{' (goes on)' if resumed else ''}: {config.space}, {config.train.data}")
+        display.say(f"search {folder.path}{' (resumed)' if resumed else ''}: {config.space}, {config.train.data}")
         result = folder.result()
         if result is None or _wants_more(config, result):
             try:
@@ -96,7 +96,7 @@ def tune_command(argv: Sequence[str]) -> int:
                     folder.release()
                 raise
             except KeyboardInterrupt:
-                display.say("stopped. The same command goes on: finished trials are kept, running ones start again")
+                display.say("stopped. The same command resumes the search: it keeps finished trials")
                 return STOPPED
             _write_report(config, folder.local, result, display)
         else:
@@ -111,7 +111,7 @@ def _wants_more(config: Any, result: dict[str, Any]) -> bool:
 
 
 def _start_ray(config: Any, display: Any) -> None:
-    # Tune's own notes, on trials and on how it is used, are not for those who use this command.
+    # Ray Tune's own notes on trials and on its use are not for users of this command.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_RESULT_BUFFER_LENGTH", "1")

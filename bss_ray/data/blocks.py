@@ -64,7 +64,7 @@ def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, Non
 
 def _schema_of(dataset: ray.data.Dataset) -> ray.data.Schema | None:
     """Schema of the first rows, which Ray Data may have to make."""
-    schema: ray.data.Schema | None = call_with_timeout(dataset.schema, "the data set's first rows")
+    schema: ray.data.Schema | None = call_with_timeout(dataset.schema, "the dataset's first rows")
     return schema
 
 
@@ -75,16 +75,16 @@ def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
         DataError: The dataset lacks a column, or has no rows.
     """
     if schema is None:
-        raise DataError("the data set has no rows and no columns. Check the path, or the filter that left none")
+        raise DataError("the dataset has no rows and no columns. Check the path, or the filter that left none")
     for name in columns.all:
         if name not in schema.names:
-            raise DataError(f"the data set has no column {name!r}; {nearest(name, schema.names)}")
+            raise DataError(f"the dataset has no column {name!r}; {nearest(name, schema.names)}")
 
 
 def blocks_of(dataset: ray.data.Dataset) -> Generator[Block, None, None]:
     """Execute the dataset and yield its blocks that have rows, as they are made; in order, if it preserves order."""
     first_row = 0
-    for bundle in iterate_with_timeout(ref_bundles(dataset), "the data set's next rows"):
+    for bundle in iterate_with_timeout(ref_bundles(dataset), "the dataset's next rows"):
         for entry, cut in zip(bundle.blocks, bundle.slices, strict=True):
             all_rows, size = entry.metadata.num_rows, entry.metadata.size_bytes or 0
             offset, rows = (0, all_rows) if cut is None else (cut.start_offset, cut.num_rows)

@@ -86,7 +86,7 @@ def build_shards(
     limit = {"object": math.inf, "auto": memory}.get(config.kind, min(min_shards * SHARD_BYTES, memory))
     held, complete = take_until(blocks, limit)
     if complete and not held:
-        raise DataError("the data set has no rows. Check the path, or the filter that left none")
+        raise DataError("the dataset has no rows. Check the path, or the filter that left none")
     if config.kind == "auto" and complete:
         writer = ObjectWriter()
     elif config.kind == "auto":

@@ -160,7 +160,7 @@ def map_shard(path: Path, entry: FileEntry) -> Arrays:
     Raises:
         StorageError: The file does not exist, or is not what was written.
     """
-    remedy = f"It is only a copy: remove the folder {path.parent} and run again, then it is made anew"
+    remedy = f"It is only a copy: remove the folder {path.parent} and run again, then it is made again"
     try:
         size = path.stat().st_size
         if size != entry.size:
@@ -170,7 +170,7 @@ def map_shard(path: Path, entry: FileEntry) -> Arrays:
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise StorageError(f"{path} is damaged: {error}. {remedy}") from error
     except FileNotFoundError:
-        raise StorageError(f"{path} is not there any more. Run again, then it is made anew") from None
+        raise StorageError(f"{path} does not exist any more. Run again, then it is made again") from None
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def _map(path: Path, entry: FileEntry) -> Arrays:
     try:
         cache.hold(path.parent)
     except FileNotFoundError:
-        raise StorageError(f"{path.parent} is not there any more. Run again, then it is made anew") from None
+        raise StorageError(f"{path.parent} does not exist any more. Run again, then it is made again") from None
     return cache.map_shard(path, entry)
 
 
@@ -156,8 +156,8 @@ def _get(ref: Any) -> Any:
         raise  # an error of this project, not a lost node
     except ray.exceptions.RayError as error:
         raise StorageError(
-            f"a node is gone, and with it the shards on its disk ({error}). Run again: they are made anew, and "
-            "training goes on from the last checkpoint"
+            f"a node is gone, and with it the shards on its disk ({error}). Run again: they are made again, and "
+            "training resumes from the last checkpoint"
         ) from error
     if isinstance(result, BssRayError):
         raise result
@@ -228,7 +228,7 @@ class DiskWriter(Writer):
             if len(sound) == len(files):
                 return from_manifest(manifest, DiskStore(sound), [file.node for file in sound]), told
             missing = len(files) - len(sound)
-            told.append(f"{missing} of {len(files)} files of the stored data set are missing: it is made anew")
+            told.append(f"{missing} of {len(files)} files of the stored dataset are missing: it is made again")
         return None, told
 
 

@@ -51,7 +51,7 @@ def _storage(doing: str) -> Iterator[None]:
 
 @functools.cache  # opening reads the version's manifest, so it is done once per process
 def _open(uri: str, version: int) -> Any:
-    with _storage(f"open version {version} of the Lance data set {uri}"):
+    with _storage(f"open version {version} of the Lance dataset {uri}"):
         return _lance().dataset(uri, version=version)
 
 
@@ -124,7 +124,7 @@ class LanceWriter(Writer):
 
         batch = to_batch({name: _text_as_objects(values) for name, values in arrays.items()})
         table = pa.Table.from_batches([batch])
-        with _storage(f"write to the Lance data set {self.uri}"):
+        with _storage(f"write to the Lance dataset {self.uri}"):
             # "overwrite" requires no agreement with the schema of other versions; it commits nothing.
             fragments = write_fragments(table, self.uri, schema=table.schema, mode="overwrite")
         return Fragments([json.dumps(fragment.to_json()) for fragment in fragments], batch.schema, batch.num_rows)
@@ -151,7 +151,7 @@ class LanceWriter(Writer):
             version = _tag(data, name_of(manifest), version)
         if key is not None:
             _tag(data, key, version, move=True)
-        with _storage(f"remove old versions of the Lance data set {self.uri}"):
+        with _storage(f"remove old versions of the Lance dataset {self.uri}"):
             data.cleanup_old_versions(_KEEP, error_if_tagged_old_versions=False)
         return _shards(self.uri, version)
 
@@ -165,7 +165,7 @@ class LanceWriter(Writer):
     def _commit(self, schema: pa.Schema, fragments: list[Any]) -> int:
         """Make a new version of these fragments; simultaneous calls get different numbers."""
         lance = _lance()
-        with _storage(f"write to the Lance data set {self.uri}"):
+        with _storage(f"write to the Lance dataset {self.uri}"):
             made = lance.LanceDataset.commit(self.uri, lance.LanceOperation.Overwrite(schema, fragments))
         return int(made.version)
 
@@ -179,7 +179,7 @@ def _shards(uri: str, version: int) -> Shards:
 
 def _tagged(data: Any, tag: str) -> int | None:
     """The version with this tag, if there is one."""
-    with _storage(f"read the tags of the Lance data set {data.uri}"):
+    with _storage(f"read the tags of the Lance dataset {data.uri}"):
         found = data.tags.list().get(tag)
     return None if found is None else int(found["version"])
 

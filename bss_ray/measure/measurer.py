@@ -184,7 +184,7 @@ class Measurer:
         criterion, name = self._criterion(kind), getattr(self, kind)
         if getattr(criterion, "needs_model", False) and (rows.model is None or rows.batch is None):
             raise ConfigError(
-                f"{kind}={name!r} looks at the model itself, not at its outputs alone: use the scoring engine 'actors' "
+                f"{kind}={name!r} needs the model itself and not only its outputs: use the scoring engine 'actors' "
                 f"or 'workers', or another {kind}"
             )
         values = criterion(rows)

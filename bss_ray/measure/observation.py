@@ -184,7 +184,7 @@ class Observation:
         if self.features is None or head not in self.features:
             found = "no 'features'" if self.features is None else f"features of {sorted(self.features)}"
             raise ModelOutputError(
-                f"this criterion looks at the features of {head!r}: the model must return outputs['features'] = "
+                f"this criterion needs the features of {head!r}: the model must return outputs['features'] = "
                 f"{{modality: (B, D), ..., 'fused': (B, D)}}, the inputs of its heads; it returns {found}"
             )
         return self.features[head].float().flatten(1)
@@ -208,7 +208,7 @@ def check_outputs(outputs: Outputs, labels: Tensor) -> None:
         )
     if len(modalities_of(outputs)) < 2:
         raise ModelOutputError(
-            "balance is measured between modalities: a model must return the logits of at least two beside "
+            "balance is measured between modalities: a model must return the logits of at least two in addition to "
             f"'fused'; received the keys {sorted(outputs)}"
         )
     features = outputs.get(FEATURES)

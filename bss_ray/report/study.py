@@ -177,7 +177,7 @@ def _summary(study: Study, folder: Path) -> Parts:
     ]
     parts = [_list(facts)]
     if (folder / "best.yaml").exists():
-        parts.append("<p>The best settings are in <a href='best.yaml'>best.yaml</a>, beside this file.</p>")
+        parts.append("<p>The best settings are in <a href='best.yaml'>best.yaml</a>, next to this file.</p>")
     return parts
 
 

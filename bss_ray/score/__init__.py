@@ -1,1 +1,1 @@
-"""Scoring on its own: any data set, any model and checkpoint, in one pass over the rows and one over their measures."""
+"""Scoring without training: any dataset, model and checkpoint, in a pass over the rows and one over their measures."""

@@ -1,4 +1,4 @@
-"""What comes out of the actors of `score_dataset`: blocks of measures, and in each a report on its rows."""
+"""The results of the actors of `score_dataset`: blocks of measures, each with a report on its rows."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from bss_ray.runtime.wait import wait_for
 from bss_ray.score.measuring import Measured, Norms, check_pairs, kept_notice
 from bss_ray.scoring.config import BadRows
 
-# What an actor has to say of a block; in the block's first row, since an actor does not know which rows it has, and
+# Column of an actor's report on a block, in the block's first row: an actor does not know the ids of its rows, and
 # the driver does not see what an actor returns.
 REPORT = "__report"
 
-# Blocks that a task looks at.
+# Most blocks that one task reads.
 _GROUP = 64
 
-# Bad rows that are named.
+# Most bad rows that are named.
 _NAMED = 5
 
 
 def with_report(found: Measured, rows: int) -> pa.Table:
-    """The measures of a block of so many rows, and what is to be said of them. Row ids count from its first row."""
+    """The measures of a block, and the report on them. Row ids in it count from the block's first row."""
     text = None
     if found.problems or found.notices:
         problems = [[problem.rule, problem.count, problem.first_ids] for problem in found.problems]
@@ -40,7 +40,7 @@ def with_report(found: Measured, rows: int) -> pa.Table:
 
 @dataclass
 class Look:
-    """What is in some blocks.
+    """Summary of some blocks.
 
     Attributes:
         norms: Norms of the blocks' measures.
@@ -55,7 +55,7 @@ class Look:
     notices: list[str] = field(default_factory=list)
 
     def add(self, table: pa.Table, first_row: int, normalise: Normalise, unpaired: Unpaired) -> None:
-        """Look at one more block."""
+        """Add one more block."""
         sound = True
         for place, text in enumerate(table[REPORT].to_pylist()):
             if text is not None:
@@ -65,7 +65,7 @@ class Look:
             self.norms.append(Norms.of(table, normalise))
 
     def _read(self, said: dict[str, Any], first_row: int) -> bool:
-        """Take a report in; whether the data are sound."""
+        """Add a report; returns whether the data break no rule."""
         sound: bool = said["sound_data"]
         target = self.output_problems if sound else self.data_problems
         target += [Problem(rule, count, [first_row + row for row in ids]) for rule, count, ids in said["problems"]]
@@ -74,10 +74,10 @@ class Look:
 
 
 class Collector:
-    """Takes in the blocks of the first pass, and raises for the first problem while others are still measured.
+    """Collects the blocks of the first pass, and raises for the first problem while other blocks are still measured.
 
-    One task at a time looks at the blocks that have come meanwhile: more of them would take CPUs from the measuring,
-    for starting processes alone.
+    One task at a time reads the blocks that have arrived: more tasks would take CPUs from the measuring, just for
+    starting processes.
     """
 
     def __init__(self, bad_rows: BadRows, normalise: Normalise, unpaired: Unpaired) -> None:
@@ -92,26 +92,26 @@ class Collector:
 
     @property
     def norms(self) -> Norms:
-        """Over all rows."""
+        """Norms over all rows."""
         return Norms.union(self._norms)
 
     def add(self, ref: Any, first_row: int) -> None:
-        """The next block.
+        """Add the next block.
 
         Raises:
-            BssRayError: rows of a block before it break a rule.
+            BssRayError: Rows of an earlier block break a rule.
         """
         self.blocks.append((ref, first_row))
         self._advance(wait=False)
 
     def finish(self) -> None:
-        """All blocks are there.
+        """Finish after the last block.
 
         Raises:
-            BssRayError: rows break a rule, or there are none.
+            BssRayError: Rows break a rule, or there are no rows.
         """
         if not self.blocks:
-            raise DataError("the data set has no rows. Check the path, or the filter that left none")
+            raise DataError("the dataset has no rows. Check the path, or the filter that left none")
         while self._running is not None or self._begun < len(self.blocks):
             self._advance(wait=True)
         if self._kept:
@@ -125,11 +125,11 @@ class Collector:
             group = self.blocks[self._begun : self._begun + _GROUP]
             self._begun += len(group)
             first_rows = [first_row for _, first_row in group]
-            # No CPU: Ray Data may hold all of them.
+            # No CPU, because Ray Data may hold all CPUs.
             self._running = _look.options(num_cpus=0).remote(first_rows, *self._settings, *(ref for ref, _ in group))
 
     def _judge(self, look: Look) -> None:
-        """Raise for what is an error, and remember what is not."""
+        """Raise for problems that are errors, and remember the others."""
         for notice in look.notices:
             self._say(notice)
         raise_first_problem(look.data_problems, DataError)
@@ -141,7 +141,7 @@ class Collector:
         self._norms += look.norms
 
     def _say(self, notice: str) -> None:
-        """Once."""
+        """Log each notice once."""
         if notice not in self._said:
             logging.getLogger("bss_ray").warning(notice)
             self._said.add(notice)

@@ -1,4 +1,4 @@
-"""The settings of `bss-ray score`, and what a checkpoint's run fills in."""
+"""The settings of `bss-ray score`, and those that are filled in from a checkpoint's run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from bss_ray.score.pool import PoolConfig
 from bss_ray.scoring.config import BadRows
 from bss_ray.storage import absolute
 from bss_ray.train.initial import Weights
-from bss_ray.train.loop import ModelSpec as ModelSpec  # for the command, too
+from bss_ray.train.loop import ModelSpec as ModelSpec  # also for the command
 
 Split = Literal["train", "validation", "test"]
 
-# What may differ between two commands of one job: how and where it works. A batch size and the like change no more
-# than the rounding of floats. A job that has met bad rows may go on with another policy: pieces with such rows are
-# not kept under `error`.
+# Settings that may differ between two commands of one job: how and where it works. A batch size or a precision
+# changes only the rounding of floats. A job that has met bad rows may resume with another policy, because measure
+# files with such rows are not kept under `error`.
 MAY_CHANGE = frozenset(
     {
         "bad_rows",
@@ -126,7 +126,7 @@ class ScoreConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.pool, self.forward  # they check their own settings
+        _ = self.pool, self.forward  # these classes check their settings
         check_log_format(self.log_format)
         Accumulation(normalise=self.normalise, unpaired=self.unpaired)
         if self.split not in get_args(Split):
@@ -142,7 +142,7 @@ class ScoreConfig:
 
     @property
     def pool(self) -> PoolConfig:
-        """Actors that score."""
+        """The pool of scoring actors."""
         return PoolConfig(
             min_actors=self.min_actors,
             max_actors=self.max_actors,
@@ -152,7 +152,7 @@ class ScoreConfig:
 
     @property
     def forward(self) -> Forward:
-        """How the model runs."""
+        """Settings of the forward pass."""
         return Forward(
             batch_size=self.batch_size,
             precision=self.precision,
@@ -163,7 +163,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job with all its settings, the model's weights among them.
+    """A job with all its settings and the weights of its model.
 
     Attributes:
         config: Settings as given; null settings are filled in from the checkpoint's run or by defaults.
@@ -181,7 +181,7 @@ class Job:
 
     @property
     def data(self) -> str:
-        """Where the rows are."""
+        """Source of the rows."""
         assert self.config.data is not None
         return self.config.data
 
@@ -200,8 +200,8 @@ class Job:
         """The model with its weights, for rows of these shapes.
 
         Raises:
-            CheckpointError: the weights do not fit it, or do not tell the number of classes.
-            ConfigError: it cannot be built.
+            CheckpointError: The weights do not fit the model, or do not tell the number of classes.
+            ConfigError: The model cannot be built.
         """
         spec, source = self.config.model or ModelSpec(), self.weights.source
         shapes = {name: features[name].shape for name in self.columns.modalities}
@@ -214,15 +214,15 @@ class Job:
         return model
 
     def to_yaml(self) -> str:
-        """All settings, as `--config` reads them."""
+        """All settings in the form that `--config` reads."""
         return yaml.safe_dump(_plain(dataclasses.asdict(self.config)), sort_keys=False)
 
 
 def resolve(config: ScoreConfig, weights: Weights) -> Job:
-    """Fill in what was not given: from the run that made the weights, or the defaults.
+    """Fill in the settings that were not given, from the run that made the weights or by defaults.
 
     Raises:
-        DataError: nobody says which columns to read.
+        DataError: No setting says which columns to read.
     """
     known = weights.settings
     data = config.data or known.get("data") or AV_DIGITS
@@ -233,7 +233,7 @@ def resolve(config: ScoreConfig, weights: Weights) -> Job:
     if columns is None:
         raise DataError(f"name the columns of {data}: --columns.modalities '[audio, image]' --columns.label label")
     filled = {
-        # An absolute path: the same command from another folder is another one.
+        # An absolute path: the same command from another folder reads other files.
         "checkpoint": absolute(weights.source),
         "data": data,
         "columns": columns,
@@ -247,13 +247,13 @@ def resolve(config: ScoreConfig, weights: Weights) -> Job:
 
 
 def _asks_classes(spec: ModelSpec) -> bool:
-    """Whether the model is told the number of classes, and not by its own settings."""
+    """Whether the model gets the number of classes from the data and not from its own settings."""
     kind = import_name(spec.class_path)
     return "num_classes" in inspect.signature(kind).parameters and "num_classes" not in spec.init_args
 
 
 def _made(kind: type[Any], settings: Any) -> Any:
-    """An instance from a run's settings, as far as this version knows them; None without settings."""
+    """An instance from the settings of a run that this version knows; None without settings."""
     if not settings:
         return None
     names = {one.name for one in dataclasses.fields(kind)}
@@ -261,12 +261,12 @@ def _made(kind: type[Any], settings: Any) -> Any:
 
 
 def _first(*values: Any) -> Any:
-    """The first that is not None."""
+    """The first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
 def _plain(tree: Any) -> Any:
-    """Only what YAML can write: lists for tuples."""
+    """The value in types that YAML can write: lists for tuples."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}
     return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree

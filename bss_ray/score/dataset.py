@@ -1,4 +1,4 @@
-"""`score_dataset`: a Ray Dataset in, one with scores out."""
+"""`score_dataset`: from a Ray Dataset to a Ray Dataset of scores."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def score_dataset(
 ) -> ray.data.Dataset:
     """Score all rows of a Ray Dataset with a model, in a pool of actors.
 
-    Two passes: actors forward the rows, unaugmented and in eval mode; then both measures are normalised over all rows,
-    exactly, and the scores made. For the same weights they are those of a training run over the same rows, up to float
-    rounding. The first pass runs when this is called; only its measures are kept, some tens of bytes a row.
+    In the first pass actors forward the rows, unaugmented and in eval mode. In the second pass both measures are
+    normalised exactly over all rows, and the scores are computed. For the same weights they equal the scores of a
+    training run over the same rows, up to rounding. The first pass runs inside the call; only its measures are kept,
+    some tens of bytes a row.
 
         scores = bss_ray.score_dataset(rows, model, columns=bss_ray.Columns(modalities=("audio", "image")))
         scores.write_parquet("scores")
@@ -79,15 +80,16 @@ def score_dataset(
         num_gpus: Share of a GPU of an actor; None takes 1 if the cluster has GPUs.
 
     Returns:
-        A data set in the order of the rows: `row_id` (position, int64), id, label and extra columns that hold one value
-        a row, `similarity`, `information`, `loss_<modality>` and `score` (float32). Null: a similarity without two
-        modalities, the loss of a modality that is not there, and all measures of rows whose outputs are not finite.
+        A dataset in the order of the rows: `row_id` (position, int64), id, label and extra columns that hold one
+        value a row, `similarity`, `information`, `loss_<modality>` and `score` (float32). Null are the similarity of a
+        row with fewer than two modalities, the loss of a modality that a row lacks, and all measures of rows whose
+        outputs are not finite.
 
     Raises:
-        DataError: a column is missing, or rows break a rule of `Columns`; names row ids.
-        ModelOutputError: what the model returns cannot be measured; names row ids.
-        ResourceError: the cluster can never run the actors.
-        ConfigError: a setting is unknown or out of its range.
+        DataError: A column is missing, or rows break a rule of `Columns`; the error names row ids.
+        ModelOutputError: Outputs of the model cannot be measured; the error names row ids.
+        ResourceError: The cluster can never run the actors.
+        ConfigError: A setting is unknown or out of its range.
     """
     Accumulation(normalise=normalise, unpaired=unpaired)  # checks them
     measuring = Measuring(
@@ -100,7 +102,7 @@ def score_dataset(
     pool = PoolConfig(min_actors=actors[0], max_actors=actors[1], cpus=num_cpus, gpus=num_gpus)
     check_columns(dataset.schema(), columns)
     room = pool.on_cluster()
-    snapshot = ray.put(pack_model(model))  # alive until all rows are measured
+    snapshot = ray.put(pack_model(model))  # kept alive until all rows are measured
     measured = dataset.select_columns(list(columns.all)).map_batches(
         _MeasureBlock,
         batch_size=None,
@@ -126,7 +128,7 @@ class _MeasureBlock:
         self._measurer = RowMeasurer(snapshot_of(snapshot), measuring, prepare_actor())
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Measures of a block's rows, and a report: row ids in it count from the block's first row."""
+        """Measures of the rows of a block, and a report whose row ids count from the block's first row."""
         if len(block) == 0:
             return pa.table({})
         rows = read_rows([block], self._measuring.columns, 0, {}, finite=self._measuring.bad_rows == "error")
@@ -139,5 +141,5 @@ class _MeasureBlock:
 
 @ray.remote(name="bss_ray.score_block")
 def _score(table: pa.Table, first_row: int, norms: Norms, unpaired: Unpaired) -> pa.Table:
-    """A block of scores."""
+    """The scores of a block."""
     return with_scores(with_row_ids(table.drop_columns([REPORT]), first_row), norms, unpaired)

@@ -1,4 +1,4 @@
-"""One whole job, as `bss-ray score` does it: measure what is missing, score all rows, write the folder."""
+"""One whole job of `bss-ray score`: measure missing rows, score all rows, write the folder."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from bss_ray.train.run import roc_areas
 
 SUMMARY_FILE = "summary.json"
 
-# The area under a ROC curve is made of all rows at once, here.
+# Most rows for the area under a ROC curve, which this process computes from all rows at once.
 _MOST_ROC_ROWS = 1 << 23
 
-# Shards that an actor gets on average, so that none waits long for the others at the end.
+# Shards for each actor on average, so that no actor waits long for the others at the end.
 _SHARDS_PER_ACTOR = 4
 
 
@@ -57,12 +57,12 @@ class Source:
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
         return self.units[-1].first_row + self.units[-1].rows
 
 
 def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
-    """Score all rows, and write the folder. Ray must be running. A job that was stopped goes on.
+    """Score all rows, and write the folder. Ray must be running. A stopped job is resumed.
 
     Args:
         job: All settings, and the weights.
@@ -73,8 +73,8 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
         The content of `summary.json`.
 
     Raises:
-        BssRayError: a setting, the weights, the data or the model is to blame; what is done stays.
-        WaitError: nothing new came for `wait_limit_s`; what is done stays.
+        BssRayError: A setting, the weights, the data or the model is wrong; finished files stay.
+        WaitError: There was no new result for `wait_limit_s`; finished files stay.
     """
     set_wait_limit(job.config.wait_limit_s)
     room = job.config.pool.on_cluster()
@@ -90,13 +90,13 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     found = score_rows(settings, folder.path / "scores.parquet")
     result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
     folder.write_result(result)
-    with contextlib.suppress(StorageError):  # the result is there
-        measures.remove()  # all of it is in the scores, too
+    with contextlib.suppress(StorageError):  # the job is complete
+        measures.remove()  # the scores have everything that is in them
     return result
 
 
 def _about(job: Job) -> dict[str, Any]:
-    """What was scored, and with what."""
+    """The scored data and the weights, for the summary."""
     return {
         "data": job.data,
         "split": job.config.split,
@@ -107,7 +107,7 @@ def _about(job: Job) -> dict[str, Any]:
 
 
 def _roc_areas(job: Job, folder: StoragePath, found: Mapping[str, Any]) -> dict[str, float]:
-    """How well the score finds rows that a boolean extra column marks."""
+    """Area under the ROC curve of the score for the rows that a boolean extra column marks."""
     if found["bad_rows"] or found["rows"] > _MOST_ROC_ROWS:
         return {}
     path = folder / "scores.parquet"
@@ -118,7 +118,7 @@ def _roc_areas(job: Job, folder: StoragePath, found: Mapping[str, Any]) -> dict[
 
 
 def _varies(path: StoragePath, name: str) -> bool:
-    """Whether a column is boolean, and both values occur."""
+    """Whether a column is boolean and has both values."""
     with path.glob("*.parquet")[0].open_parquet() as part:
         if name not in part.schema_arrow.names:
             return False
@@ -127,13 +127,13 @@ def _varies(path: StoragePath, name: str) -> bool:
 
 
 def forget_beginning(path: StoragePath) -> None:
-    """Take back the claim of a job that has failed before anything was measured, so that its name is free again."""
+    """Remove the claim of a job that has failed before any row was measured, so that its name is free again."""
     measures = path / "measures"
     if find_measure_files(measures) or (path / SUMMARY_FILE).exists():
         return
     for name in ("measures", "plan.json", "config.yaml"):
         (path / name).remove()
-    if not path.glob():  # else something of another's is in it
+    if not path.glob():  # otherwise the folder has files of others
         path.remove()
 
 
@@ -141,10 +141,10 @@ def forget_beginning(path: StoragePath) -> None:
 
 
 def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
-    """The rows of the job: Parquet is read in place, anything else becomes shards first.
+    """The rows of the job: Parquet is read in place, other sources are made into shards first.
 
     Raises:
-        DataError: there is no such split, or its rows break a rule.
+        DataError: The split does not exist, or its rows break a rule.
     """
     config, columns = job.config, job.columns
     path = parquet_paths(job.data)[config.split]
@@ -169,15 +169,15 @@ def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
 
 @ray.remote(name="bss_ray.look_at_rows")
 def _known_features(units: Sequence[ReadTask], columns: Columns) -> dict[str, Feature]:
-    """A task: the nodes that read the rows look at them, not the driver."""
+    """Runs as a task: the nodes that read the files list them, not the driver."""
     return known_features(units, columns)
 
 
 def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
-    """Write down which rows and weights this job is of, or compare them with what is there.
+    """Write which rows and weights this job is about, or compare them with an earlier command's.
 
     Raises:
-        CheckpointError: they are others; names both.
+        CheckpointError: Rows or weights differ; the error names both values.
     """
     plan = {"rows": source.rows, "data": source.key, "weights": job.weights.digest}
     if not path.exists():
@@ -199,14 +199,14 @@ def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
 
 
 def _measure(job: Job, source: Source, folder: StoragePath, room: PoolSize, on_message: OnMessage) -> dict[str, Any]:
-    """Measure the rows that no piece holds; figures of it."""
+    """Measure the rows that no measure file has; returns figures of the pass."""
     done = find_measure_files(folder)
     runs = missing_rows(done, source.rows)
     already = sum(piece.rows for piece in done)
     if already:
         text = f"{already} of {source.rows} rows are measured already"
         on_message(Notice(text))
-    model = job.model(dict(source.features))  # also if nothing is missing: the weights must fit
+    model = job.model(dict(source.features))  # also if no row is missing, because the weights must fit
     progress = _Progress(already, source.rows, on_message)
     if runs:
         snapshot = ray.put(pack_model(model))  # alive until all rows are measured
@@ -223,19 +223,19 @@ def _actors(room: PoolSize) -> str:
 
 
 class _Progress:
-    """Counts rows and time, and passes notices on, each once."""
+    """Counts rows and time, and passes on each notice once."""
 
     def __init__(self, already: int, rows: int, on_message: OnMessage) -> None:
         self._already = self._done = already
         self._rows = rows
         self._on_message = on_message
         self._started = time.monotonic()
-        self._warm: tuple[float, int] | None = None  # when the first piece was there, and rows done then
+        self._warm: tuple[float, int] | None = None  # time of the first measure file, and rows done by then
         self._said: set[str] = set()
         self._bad_rows, self._bad_ids = 0, list[int]()
 
     def add(self, report: MeasureFileReport) -> None:
-        """A piece is done."""
+        """Add a finished measure file."""
         self._done += report.piece.rows
         self._warm = self._warm or (time.monotonic(), self._done)
         self._bad_rows += report.bad_rows
@@ -248,14 +248,14 @@ class _Progress:
 
     @property
     def _speed(self) -> float:
-        """Rows a second of this command; without the start of its actors, where there is more than one piece."""
+        """Rows a second of this command; without the start of its actors if there is more than one measure file."""
         since, before = self._started, self._already
         if self._warm is not None and self._warm[1] < self._done:
             since, before = self._warm
         return (self._done - before) / max(time.monotonic() - since, 1e-9)
 
     def finish(self) -> dict[str, Any]:
-        """Figures of the pass, and a word on rows without measures."""
+        """Figures of the pass, and a notice of rows without measures."""
         if self._bad_rows:
             text = kept_notice(self._bad_rows, sorted(self._bad_ids))
             self._on_message(Notice(text))

@@ -1,4 +1,4 @@
-"""What an actor of the scoring pool does with rows: forward them, measure them, make a small table of it."""
+"""The work of an actor of the scoring pool: forward rows, measure them, and make a small table of the measures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bss_ray.scoring.scorer import RowMeasures, Scorer
 SIMILARITY, INFORMATION, SCORE = "similarity", "information", "score"
 
 BAD_OUTPUTS = (
-    "logits must be finite: NaN or infinite measures. Look at these rows' inputs and at the weights, or have such rows "
+    "logits must be finite: NaN or infinite measures. Check these rows' inputs and the weights, or have such rows "
     "written without a score: bad_rows=keep"
 )
 
@@ -45,7 +45,7 @@ class Measuring:
         num_classes: Number of values that a head returns; None asks the model.
 
     Raises:
-        ConfigError: unknown `bad_rows`, or a measurer that was made for another kind of label.
+        ConfigError: `bad_rows` is unknown, or the measurer was made for another kind of labels.
     """
 
     columns: Columns
@@ -101,17 +101,17 @@ class RowMeasurer:
         self._scorer.load(snapshot)
 
     def measure(self, arrays: Mapping[str, np.ndarray], first_row: int) -> Measured:
-        """Measure consecutive rows, the columns of `read_rows`.
+        """Measure consecutive rows with the columns of `read_rows`.
 
         Raises:
-            ModelOutputError: the outputs break the contract.
+            ModelOutputError: The outputs break the contract.
         """
         columns = self._measuring.columns
         inputs = {name: arrays[name] for name in (*columns.inputs, *_presence(arrays, columns))}
         label = inputs[columns.label]
         if self._num_classes is None:
             self._num_classes = self._ask_model(inputs)
-        # A label beyond the heads would be an index error in the loss, on a GPU the end of the process.
+        # A label beyond the heads would be an index error in the loss, which on a GPU ends the process.
         everywhere = np.ones(len(label), dtype=bool)
         problems = check_labels(label, everywhere, columns, first_row, self._num_classes)
         if problems:
@@ -122,7 +122,7 @@ class RowMeasurer:
         return Measured(_table(arrays, columns, measures), problems, notices=notices)
 
     def _ask_model(self, inputs: Mapping[str, np.ndarray]) -> int:
-        """How many values the heads return, by the first row."""
+        """Number of values that the heads return, for the first row."""
         row = {name: np.array(values[:1]) for name, values in inputs.items()}
         batch = to_tensors({**row, "row_id": np.array([-1])}, self._device)
         model = self._scorer.model
@@ -133,7 +133,7 @@ class RowMeasurer:
 
 
 def prepare_actor() -> torch.device:
-    """Settings of an actor's process; the device that Ray gave it."""
+    """Set up the process of an actor; returns the device that Ray gave it."""
     keep_freed_memory()
     return torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
@@ -143,7 +143,7 @@ def _presence(arrays: Mapping[str, np.ndarray], columns: Columns) -> list[str]:
 
 
 def _table(arrays: Mapping[str, np.ndarray], columns: Columns, measures: RowMeasures) -> pa.Table:
-    """What is kept of rows."""
+    """The table of the rows' measures and columns."""
     bad = np.isnan(measures.information)
     table = {name: to_arrow(arrays[name]) for name in carried_columns(columns) if arrays[name].ndim == 1}
     table[SIMILARITY] = _with_nulls(measures.similarity, bad | np.isnan(measures.similarity))
@@ -155,7 +155,7 @@ def _table(arrays: Mapping[str, np.ndarray], columns: Columns, measures: RowMeas
 
 
 def carried_columns(columns: Columns) -> tuple[str, ...]:
-    """Columns of a data set that go with the measures."""
+    """Columns of a dataset that are kept with the measures."""
     return (*(() if columns.id is None else (columns.id,)), columns.label, *columns.extra)
 
 
@@ -164,12 +164,12 @@ def _with_nulls(values: np.ndarray, missing: np.ndarray) -> pa.Array:
 
 
 def to_arrow(values: np.ndarray) -> pa.Array:
-    """A column (n,) as Arrow; Ray Data hands on text as Python objects."""
+    """A column (n,) as Arrow array; Ray Data passes on text as Python objects."""
     return pa.array(values.tolist() if values.dtype.kind == "O" else values, from_pandas=True)
 
 
 def kept_notice(count: int, ids: list[int]) -> str:
-    """What to say of rows without a score."""
+    """The notice of rows without a score."""
     return (
         f"Warning: the model's outputs are NaN or infinite for {count} {'row' if count == 1 else 'rows'} (first row "
         f"ids {', '.join(map(str, ids[:5]))}): they are written without measures and score, as bad_rows=keep says"
@@ -177,7 +177,7 @@ def kept_notice(count: int, ids: list[int]) -> str:
 
 
 def snapshot_of(reference: Any) -> ModelSnapshot:
-    """The model behind a reference; Ray Data hands constructors' references on as they are."""
+    """The model behind a reference; Ray Data passes references to constructors unresolved."""
     snapshot: ModelSnapshot = ray.get(reference)
     return snapshot
 
@@ -202,34 +202,34 @@ class Norms:
 
     @staticmethod
     def of(table: pa.Table, normalise: Normalise) -> Norms:
-        """Norms of a part."""
+        """Norms of some rows."""
         kind = NORMALISATIONS[normalise]
         return Norms(*(kind.of(column(table, name)) for name in (SIMILARITY, INFORMATION)))
 
     @staticmethod
     def union(parts: Sequence[Norms]) -> Norms:
-        """Norms over all parts, exactly; at least one."""
+        """Exact norms over all parts; there must be at least one part."""
         return Norms(join([part.similarity for part in parts]), join([part.information for part in parts]))
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:
-    """A measure (n,) float32; NaN where it is null."""
+    """A measure (n,) float32; NaN for nulls."""
     values: np.ndarray = table[name].to_numpy(zero_copy_only=False).astype(np.float32)
     return values
 
 
 def no_similarity(table: pa.Table) -> np.ndarray:
-    """(n,) rows with sound outputs and fewer than two modalities."""
+    """(n,) true for rows with finite outputs and fewer than two modalities."""
     return np.asarray(np.isnan(column(table, SIMILARITY)) & ~np.isnan(column(table, INFORMATION)))
 
 
 def check_pairs(table: pa.Table, first_row: int, unpaired: Unpaired) -> list[Problem]:
-    """Rows without a similarity, where they are an error."""
+    """Problem of the rows without a similarity, if they are an error."""
     return find_problem(_NO_PAIR, no_similarity(table), first_row) if unpaired == "error" else []
 
 
 def with_scores(table: pa.Table, norms: Norms, unpaired: Unpaired) -> pa.Table:
-    """The table and a column of scores: the bits of `balance_scores`; null where there is no information."""
+    """The table with a column of scores: the same bits as `balance_scores`; null if there is no information."""
     similarity, information = column(table, SIMILARITY), column(table, INFORMATION)
     scores = current_scores(similarity, information, (norms.similarity, norms.information), unpaired)
     missing = np.isnan(information)
@@ -237,6 +237,6 @@ def with_scores(table: pa.Table, norms: Norms, unpaired: Unpaired) -> pa.Table:
 
 
 def with_row_ids(table: pa.Table, first_row: int) -> pa.Table:
-    """The table with the row ids in front."""
+    """The table with the row ids as first column."""
     ids = np.arange(first_row, first_row + len(table), dtype=np.int64)
     return table.add_column(0, "row_id", pa.array(ids))

@@ -1,4 +1,4 @@
-"""The two passes of a job: measure the rows into files, then norms over all rows, scores, and a summary."""
+"""The two passes of a job: measure the rows into files; then norms over all rows, scores, and a summary."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ from bss_ray.score.summary import Summary
 from bss_ray.scoring.config import BadRows
 from bss_ray.storage import StoragePath
 
-# Rows that so many actors have died of are not given to another. Ray Data would go on for ever.
+# Rows that have killed this number of actors are not given to another. Ray Data would retry them forever.
 _MAX_DEATHS = 3
 
-# Bad rows of a piece that are named.
+# Most bad rows of a measure file that are named.
 _NAMED = 5
 
 Batch = dict[str, np.ndarray]
@@ -69,7 +69,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class MeasurePass:
-    """What all processes of the pass are told.
+    """Settings for all processes of the measure pass.
 
     Attributes:
         measuring: How rows are measured.
@@ -85,7 +85,7 @@ class MeasurePass:
 
 
 class MeasureFileReport(NamedTuple):
-    """A piece that is on the disk.
+    """Report on a measure file that is on the disk.
 
     Attributes:
         piece: The measure file.
@@ -103,7 +103,7 @@ class MeasureFileReport(NamedTuple):
 def measure_rows(
     units: Sequence[ReadTask], runs: Sequence[tuple[int, int]], snapshot: Any, task: MeasurePass, room: PoolSize
 ) -> Iterator[MeasureFileReport]:
-    """Measure the rows of `runs`; a report for each piece, as it gets done.
+    """Measure the rows of `runs`; yields a report for each measure file as soon as it is written.
 
     Args:
         units: All read tasks of the data.
@@ -113,14 +113,14 @@ def measure_rows(
         room: Number and resources of the actors.
 
     Raises:
-        BssRayError: rows break a rule; what is done stays.
+        BssRayError: Rows break a rule; finished files stay.
     """
     pairs = [(unit, within(runs, unit.first_row, unit.first_row + unit.rows)) for unit in units]
     work = [pair for pair in pairs if pair[1]]
     if not work:
         return
     clear_marks(task.folder)
-    # Blocks of numbers, and the units beside them: references to shards may travel with a function, but not in blocks.
+    # Blocks hold numbers of read tasks: references to shards may be sent with a function, but not in blocks.
     dataset = ray.data.range(len(work), override_num_blocks=len(work))
     dataset = dataset.map_batches(
         _read_units, batch_size=None, batch_format="numpy", fn_args=(ray.put(work), task), num_cpus=1
@@ -134,7 +134,7 @@ def measure_rows(
 
 
 def _tables_of(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
-    """A generator, as already the call waits for the first table."""
+    """The tables as a generator, because the call itself waits for the first table."""
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
@@ -144,10 +144,10 @@ def _report_of(text: str) -> MeasureFileReport:
 
 
 def _read_units(batch: Batch, work: Any, task: MeasurePass) -> Iterator[Batch]:
-    """The rows of a unit, `row_id` and all, in parts.
+    """The rows of a read task with their `row_id`, in parts.
 
     Raises:
-        DataError: rows break a rule.
+        DataError: Rows break a rule.
     """
     finite = task.measuring.bad_rows == "error"
     units = ray.get(work)
@@ -167,9 +167,9 @@ class _MeasurePieces:
         self._measurer = RowMeasurer(snapshot_of(snapshot), task.measuring, prepare_actor())
 
     def __call__(self, batch: Batch) -> Iterator[dict[str, list[str]]]:
-        """Measure rows, and write each piece that they make.
+        """Measure rows, and write a file for each group of consecutive rows.
 
-        After the death of an actor Ray Data hands its rows to another: pieces that it has left are not measured again.
+        After the death of an actor Ray Data gives its rows to another: rows in finished files are not measured again.
         """
         row_ids = batch.pop("row_id", np.empty(0, np.int64))
         for rows, piece in cut_runs(row_ids, self._task.piece_rows):
@@ -181,11 +181,11 @@ class _MeasurePieces:
             yield {"report": [json.dumps(report)]}
 
     def _measure(self, arrays: Batch, piece: MeasureFile) -> MeasureFileReport:
-        """One piece.
+        """Measure and write one measure file.
 
         Raises:
-            DataError: labels do not fit the model.
-            ModelOutputError: outputs are not finite, and that is an error.
+            DataError: Labels do not fit the model.
+            ModelOutputError: Outputs are not finite, and the settings make this an error.
         """
         found = self._measurer.measure(arrays, piece.first_row)
         if found.table is None:
@@ -199,7 +199,7 @@ class _MeasurePieces:
 
 
 def _report_on(folder: StoragePath, piece: MeasureFile) -> MeasureFileReport:
-    """Of a piece that is there."""
+    """Report on a measure file that exists already."""
     bad = np.isnan(column(read_measure_file(folder, piece), INFORMATION))
     ids = [piece.first_row + int(row) for row in np.flatnonzero(bad)[:_NAMED]]
     return MeasureFileReport(piece, int(bad.sum()), ids, [])
@@ -210,10 +210,10 @@ def _report_on(folder: StoragePath, piece: MeasureFile) -> MeasureFileReport:
 
 @contextlib.contextmanager
 def marked(folder: StoragePath, piece: MeasureFile) -> Iterator[None]:
-    """Leaves a file behind if the process dies in the block.
+    """Leave a file behind if the process dies in the block.
 
     Raises:
-        ResourceError: that has happened too often with this piece.
+        ResourceError: This has happened too often with this measure file.
     """
     marks = _marks(folder)
     deaths = len(marks.glob(f"{piece.first_row}-*"))
@@ -231,23 +231,23 @@ def marked(folder: StoragePath, piece: MeasureFile) -> Iterator[None]:
 
 
 def clear_marks(folder: StoragePath) -> None:
-    """Forget the deaths of an earlier command: it may have been killed as a whole."""
+    """Forget the deaths of an earlier command, which may have been killed as a whole."""
     marks = _marks(folder)
     marks.remove()
-    marks.mkdir()  # once, not for each piece: on an object store it is several requests
+    marks.mkdir()  # once, not for each file: on an object store this takes several requests
 
 
 def _marks(folder: StoragePath) -> StoragePath:
     return folder / ".begun"
 
 
-# Rows of a file of scores, at least.
+# Smallest number of rows of a file of scores.
 _PART_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
 class NormalisePass:
-    """What all tasks of the pass are told.
+    """Settings for all tasks of the normalise pass.
 
     Attributes:
         measures: Folder of the measure files.
@@ -265,7 +265,7 @@ class NormalisePass:
 
 
 class _Look(NamedTuple):
-    """What there is in a group of pieces."""
+    """Norms and problems of a group of measure files."""
 
     norms: Norms
     unpaired: list[Problem]
@@ -273,15 +273,15 @@ class _Look(NamedTuple):
 
 
 def score_rows(task: NormalisePass, path: StoragePath) -> dict[str, Any]:
-    """Write the scores of all measured rows, a folder of Parquet files, replacing an older one.
+    """Write the scores of all measured rows into a folder of Parquet files, which replaces an older folder.
 
     Returns:
-        What there is to say of them (`Summary.to_json`), and the bounds of the measures.
+        The summary of the scores (`Summary.to_json`), and the bounds of the measures.
 
     Raises:
-        CheckpointError: a piece is damaged.
-        DataError: rows have fewer than two modalities, and that is an error.
-        ModelOutputError: pieces of an earlier command hold bad rows, and that is an error now.
+        CheckpointError: A measure file is damaged.
+        DataError: Rows have fewer than two modalities, and the settings make this an error.
+        ModelOutputError: Files of an earlier command have bad rows, and the settings now make this an error.
     """
     groups = group_measure_files(find_measure_files(task.measures), _PART_ROWS)
     if not groups:
@@ -301,7 +301,7 @@ def score_rows(task: NormalisePass, path: StoragePath) -> dict[str, Any]:
 
 @ray.remote(name="bss_ray.look_at_measures")
 def _look(task: NormalisePass, group: Sequence[MeasureFile]) -> _Look:
-    """Norms of some pieces, and rows that may be an error."""
+    """Norms of some measure files, and rows that may be an error."""
     norms, unpaired, bad = [], list[Problem](), list[Problem]()
     for piece in group:
         table = read_measure_file(task.measures, piece)
@@ -315,7 +315,7 @@ def _look(task: NormalisePass, group: Sequence[MeasureFile]) -> _Look:
 def _write_part(
     task: NormalisePass, group: Sequence[MeasureFile], norms: Norms, folder: StoragePath, index: int
 ) -> Summary:
-    """Scores of some pieces: a file, and what there is to say of them."""
+    """Write the scores of some measure files into one file; returns their summary."""
     table = pa.concat_tables([read_measure_file(task.measures, piece) for piece in group], promote_options="permissive")
     table = with_scores(table, norms, task.unpaired)
     (folder / f"part-{index:05d}.parquet").write(lambda stream: pq.write_table(table, stream))
@@ -323,7 +323,7 @@ def _write_part(
 
 
 def _bounds(norms: Norms) -> dict[str, Any] | None:
-    """Smallest and largest measure, where they are the normalisation."""
+    """Smallest and largest measure, if the normalisation uses them."""
     if not isinstance(norms.similarity, MinMaxNorm) or not isinstance(norms.information, MinMaxNorm):
         return None
     both = {"similarity": norms.similarity, "information": norms.information}

@@ -1,4 +1,4 @@
-"""How many actors score, and what each has: refused at once where the cluster can never give it."""
+"""Number and resources of scoring actors; a pool that the cluster can never run is refused at once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.runtime.memory import ONE_ARENA
 from bss_ray.runtime.wait import users_errors
 
-# An environment of their own also has rows read by tasks, beside the measuring of others: Ray Data would read inside of
-# the actors, where both are alike.
+# With an environment of their own, tasks read rows while actors measure others: with the same environment Ray Data
+# would read inside the actors.
 _OWN_STAGE: dict[str, Any] = {"runtime_env": ONE_ARENA}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """Actors that score.
+    """Requested number and resources of scoring actors.
 
     Args:
         min_actors: Number of actors at the start.
@@ -31,7 +31,7 @@ class PoolConfig:
         gpus: Share of a GPU of each actor; None takes 1 if the cluster has GPUs, else 0.
 
     Raises:
-        ConfigError: a number is out of its range.
+        ConfigError: A number is out of its range.
     """
 
     min_actors: int = 1
@@ -50,14 +50,14 @@ class PoolConfig:
                 raise ConfigError(f"{name} of a scoring actor cannot be negative; received {value}")
 
     def on_cluster(self) -> PoolSize:
-        """This pool on the cluster at hand; see `fit`."""
+        """This pool on the current cluster; see `fit`."""
         return self.fit([node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def fit(self, nodes: Sequence[Mapping[str, float]]) -> PoolSize:
         """This pool on nodes with these resources.
 
         Raises:
-            ResourceError: they can never run it.
+            ResourceError: The nodes can never run the pool.
         """
         there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
         cpus = (1.0 if there["CPU"] >= 2 else 0.0) if self.cpus is None else self.cpus
@@ -71,7 +71,7 @@ class PoolConfig:
                 f"{self.min_actors} scoring actors with {asked} each do not fit: the cluster has {has} and room for "
                 f"{seats} of them. Lower --min_actors, --cpus_per_actor or --gpus_per_actor"
             )
-        # Actors that hold every CPU would wait for rows that nobody can read.
+        # Actors that hold every CPU would wait for rows that no task can read.
         spare = math.floor((there["CPU"] - 1) / cpus + 1e-9) if cpus else seats
         if spare < self.min_actors:
             raise ResourceError(
@@ -83,13 +83,13 @@ class PoolConfig:
 
 
 def _seats(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many actors a node has room for."""
+    """Number of actors that a node has room for."""
     return min(math.floor(node.get(name, 0) / value + 1e-9) for name, value in needs.items())
 
 
 @dataclass(frozen=True)
 class PoolSize:
-    """A pool with all its numbers.
+    """A pool whose numbers are all known.
 
     Attributes:
         min_actors: Smallest number of actors.
@@ -105,17 +105,17 @@ class PoolSize:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `Dataset.map_batches` is given."""
+        """Arguments of `Dataset.map_batches`."""
         strategy = ray.data.ActorPoolStrategy(min_size=self.min_actors, max_size=self.max_actors)
         return {"compute": strategy, "num_cpus": self.cpus, "num_gpus": self.gpus, **_OWN_STAGE}
 
 
 @contextlib.contextmanager
 def settings_of(dataset: ray.data.Dataset) -> Iterator[None]:
-    """Rows in their order and errors as they were raised, for now: data sets that are made of others share settings.
+    """In the block, rows keep their order and errors are raised as they are; derived datasets share these settings.
 
     Raises:
-        BssRayError: rows break a rule.
+        BssRayError: Rows break a rule.
     """
     context = dataset.context
     before = context.execution_options.preserve_order, context.raise_original_map_exception

@@ -1,4 +1,4 @@
-"""Units: what one task reads. Row groups of a Parquet file, or a shard; rows numbered as training numbers them."""
+"""Read tasks: row groups of a Parquet file, or a shard. Row ids are the same as in training."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Rows(NamedTuple):
 def read_rows(
     blocks: Sequence[Any], columns: Columns, first_row: int, features: Mapping[str, Feature], *, finite: bool
 ) -> Rows:
-    """Columns of consecutive blocks, as training keeps them.
+    """Columns of consecutive blocks, in the same form as in training.
 
-    Zeros stand for a modality that is null, and `has_<modality>` says so. These columns are always there, since a model
-    that was trained on rows with nulls may ask for them.
+    A modality that is null becomes zeros, and `has_<modality>` says so. These columns always exist, because a model
+    that was trained on rows with nulls may need them.
 
     Args:
         blocks: Arrow tables.
@@ -73,7 +73,7 @@ def read_rows(
 def _fill(
     name: str, part: Partial, expected: Feature | None, first_row: int, *, finite: bool
 ) -> tuple[np.ndarray, list[Problem]]:
-    """A modality of all rows, and what is wrong with it."""
+    """A modality of all rows, and its problems."""
     if part.values is None and expected is None:
         return np.empty(0), [Problem(_UNKNOWN.format(name), 0, [])]
     values = part.filled(expected)
@@ -99,11 +99,11 @@ def _differ(name: str, expected: Feature, found: Feature) -> str:
     )
 
 
-# A unit has about so many bytes, as Parquet counts them, and at least one row group. Ray Data passes rows on in blocks
-# of the same size.
+# Approximate size of a read task in bytes, as Parquet counts them; it has at least one row group. Ray Data passes rows
+# on in blocks of the same size.
 _UNIT_BYTES = 128 << 20
 
-# So many bytes are decoded at a time.
+# Number of bytes that are decoded at a time.
 _BATCH_BYTES = 16 << 20
 
 _FOOTER_THREADS = 16
@@ -116,7 +116,7 @@ class ReadTask(Protocol):
 
     @property
     def first_row(self) -> int:
-        """Row id of the first."""
+        """Row id of the first row."""
         ...
 
     @property
@@ -127,7 +127,7 @@ class ReadTask(Protocol):
     def read(
         self, columns: Columns, features: Mapping[str, Feature], runs: Runs, *, finite: bool
     ) -> Iterator[tuple[int, Rows]]:
-        """Rows of ascending `runs` of row ids, in parts: first row id, and the rows (see `read_rows`)."""
+        """Rows of ascending `runs` of row ids, in parts of first row id and rows (see `read_rows`)."""
         ...
 
 
@@ -152,7 +152,7 @@ class ParquetUnit:
     def read(
         self, columns: Columns, features: Mapping[str, Feature], runs: Runs, *, finite: bool
     ) -> Iterator[tuple[int, Rows]]:
-        """See `ReadTask`. Rows outside of `runs` are decoded, as Parquet begins at row groups, and dropped."""
+        """See `ReadTask`. Rows outside of `runs` are decoded too, as Parquet reads whole row groups, and dropped."""
         first_row = self.first_row
         with _open(self.file) as file:
             for batch in file.iter_batches(self.batch_rows, row_groups=list(self.row_groups), columns=[*columns.all]):
@@ -165,7 +165,7 @@ class ParquetUnit:
 
 @dataclass(frozen=True)
 class ShardUnit:
-    """A shard: its rows are checked already.
+    """A shard, whose rows are checked already.
 
     Attributes:
         shards: Shards with only this shard in it.
@@ -204,7 +204,7 @@ def parquet_tasks(path: str, columns: Columns) -> list[ReadTask]:
     """All row groups of a Parquet file or folder, in the order in which Ray Data reads them.
 
     Raises:
-        DataError: no files, no such column, or something else than Parquet.
+        DataError: There are no files, a column is missing, or a file is not Parquet.
     """
     files = _files(path)
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
@@ -220,7 +220,7 @@ def parquet_tasks(path: str, columns: Columns) -> list[ReadTask]:
 
 
 def _cut_file(file: StoragePath, footer: pq.FileMetaData, first_row: int) -> list[ReadTask]:
-    """Units of a file: row groups together while they are small."""
+    """Read tasks of a file; small row groups are read together."""
     units: list[ReadTask] = []
     groups: list[int] = []
     rows = size = 0
@@ -244,7 +244,7 @@ def _cut_file(file: StoragePath, footer: pq.FileMetaData, first_row: int) -> lis
 
 
 def _files(path: str) -> list[StoragePath]:
-    """Files under a path or URI, in Ray Data's order: sorted by their whole path, hidden ones left out."""
+    """Files under a path or URI, in Ray Data's order: sorted by their whole path, without hidden files."""
     place = StoragePath.of(path)
     try:
         if place.is_file():
@@ -266,7 +266,7 @@ def _open(path: StoragePath) -> pq.ParquetFile:
     """A Parquet file.
 
     Raises:
-        DataError: it is none.
+        DataError: The file is not Parquet.
     """
     try:
         return path.open_parquet()
@@ -290,7 +290,7 @@ def known_features(units: Sequence[ReadTask], columns: Columns) -> dict[str, Fea
     """Shape and dtype of all modalities, from the first rows that have them.
 
     Raises:
-        DataError: the rows break a rule, or a modality is null in all rows.
+        DataError: The rows break a rule, or a modality is null in all rows.
     """
     features: dict[str, Feature] = {}
     for unit in units:

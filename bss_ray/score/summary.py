@@ -1,4 +1,4 @@
-"""What is worth knowing of all scores, in parts that add up to exactly the same, however rows are grouped."""
+"""The summary of all scores, in parts whose union is exactly the same however rows are grouped."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from bss_ray.names import loss_column
 from bss_ray.sample.radix import exact_sum
 from bss_ray.score.measuring import INFORMATION, SCORE, SIMILARITY, carried_columns, column, no_similarity
 
-BINS = 40  # of the histogram, over [-1, 1]
-EXTREMES = 10  # rows of lowest and of highest score
+BINS = 40  # number of bins of the histogram over [-1, 1]
+EXTREMES = 10  # number of rows of lowest and of highest score
 
 _MEASURES = (SIMILARITY, INFORMATION, SCORE)
 
 
 @dataclass(frozen=True)
 class Total:
-    """Sum and number of values that are there."""
+    """Sum and number of the values that are not null."""
 
     total: Fraction = Fraction(0)
     count: int = 0
 
     @staticmethod
     def of(values: np.ndarray) -> Total:
-        """Of (n,) values, those left out that are not finite."""
+        """Sum and number of the finite values of (n,)."""
         there = values[np.isfinite(values)]
         return Total(exact_sum(there.astype(np.float64)), len(there))
 
     def plus(self, other: Total) -> Total:
-        """Both together."""
+        """The union of both."""
         return Total(self.total + other.total, self.count + other.count)
 
     @property
     def mean(self) -> float | None:
-        """None of no values."""
+        """Mean of the values; None without values."""
         return float(self.total / self.count) if self.count else None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some rows: all of them, or those of a class.
+    """Means of some rows: all rows, or the rows of a class.
 
     Attributes:
         rows: Number of rows.
@@ -60,23 +60,23 @@ class Group:
 
     @staticmethod
     def of(measures: dict[str, np.ndarray], rows: np.ndarray | slice) -> Group:
-        """Of these rows of the measures' columns."""
+        """The group of these rows of the measures' columns."""
         chosen = {name: values[rows] for name, values in measures.items()}
         return Group(len(chosen[SCORE]), {name: Total.of(values) for name, values in chosen.items()})
 
     def plus(self, other: Group) -> Group:
-        """Both together."""
+        """The union of both."""
         both = {name: self.measures[name].plus(other.measures[name]) for name in self.measures}
         return Group(self.rows + other.rows, both)
 
     def to_json(self) -> dict[str, Any]:
-        """Rows and means."""
+        """Number of rows and means by name."""
         return {"rows": self.rows, **{name: total.mean for name, total in self.measures.items()}}
 
 
 @dataclass(frozen=True)
 class Modality:
-    """How a modality fares.
+    """Loss of a modality, compared with the other modalities.
 
     Attributes:
         loss: Mean loss of the modality's head.
@@ -90,7 +90,7 @@ class Modality:
     weaker: int = 0
 
     def plus(self, other: Modality) -> Modality:
-        """Both together."""
+        """The union of both."""
         return Modality(self.loss.plus(other.loss), self.compared + other.compared, self.weaker + other.weaker)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Modality:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of some rows; `union` of parts is that of all their rows, to the last bit.
+    """Summary of some rows; the `union` of parts equals the summary of all their rows, bit for bit.
 
     Attributes:
         all_rows: Means over all rows.
@@ -125,7 +125,7 @@ class Summary:
 
     @staticmethod
     def of(table: pa.Table, columns: Columns) -> Summary:
-        """Of a table of scores, `row_id` and all."""
+        """The summary of a table of scores with `row_id`."""
         measures = {name: column(table, name) for name in _MEASURES}
         score = measures[SCORE]
         lowest, highest = _extremes(table, score, columns)
@@ -142,7 +142,7 @@ class Summary:
 
     @staticmethod
     def union(parts: Sequence[Summary]) -> Summary:
-        """Of all parts' rows; at least one part."""
+        """The summary of all parts' rows; there must be at least one part."""
         return Summary(
             all_rows=functools.reduce(Group.plus, (part.all_rows for part in parts)),
             bad_rows=sum(part.bad_rows for part in parts),
@@ -155,7 +155,7 @@ class Summary:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `summary.json` holds."""
+        """Content of `summary.json`."""
         return {
             **self.all_rows.to_json(),
             "bad_rows": self.bad_rows,
@@ -178,7 +178,7 @@ def _merge(parts: Sequence[dict[Any, Any]], plus: Any) -> dict[Any, Any]:
 
 
 def _extremes(table: pa.Table, score: np.ndarray, columns: Columns) -> tuple[list[dict[str, Any]], ...]:
-    """Rows of lowest and of highest score, with what names them."""
+    """Rows of lowest and of highest score, with the columns that identify them."""
     known = np.flatnonzero(~np.isnan(score))
     shown = ["row_id", *(name for name in (columns.id, columns.label) if name in table.column_names), *_MEASURES]
     found = []
@@ -193,7 +193,7 @@ def _first(rows: Iterable[dict[str, Any]], sign: int) -> list[dict[str, Any]]:
 
 
 def _by_class(table: pa.Table, measures: dict[str, np.ndarray], columns: Columns) -> dict[int, Group]:
-    """Groups by label, where it is a class."""
+    """Groups by label, if labels are classes."""
     if columns.task != "multiclass":
         return {}
     label = table[columns.label].to_numpy()

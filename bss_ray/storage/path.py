@@ -261,7 +261,7 @@ class StoragePath:
 _FAULTS = (OSError, pa.ArrowException)
 
 _LOCAL_REMEDIES = {
-    "read": "Look at its permissions, and at the disk or server that it is on",
+    "read": "Check its permissions, and the disk or server that it is on",
     "written": "Free space on that disk, or choose another folder; what was saved before is untouched",
     "removed": "Remove it by hand",
 }

@@ -84,7 +84,7 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
         text = first_line(error)
         if not is_url and not isinstance(error, OSError):
             text = f"it is no journal of Optuna, or it is damaged ({text})"
-        remedy = another if storage else "Move it away, and the search starts anew"
+        remedy = another if storage else "Move it away, and the search starts from scratch"
         raise StorageError(f"the storage {place} cannot be opened: {text}. {remedy}") from error
 
 
@@ -377,7 +377,7 @@ def _check_owner(config: TuneConfig, here: Mapping[str, Any], there: Mapping[str
     if changed:
         where = config.storage or "its journal"
         raise ConfigError(
-            f"the study {config.name!r} in {where} is of another search; it goes on only with its own.\n  "
+            f"the study {config.name!r} in {where} is of another search, with other settings.\n  "
             + "\n  ".join(changed)
             + "\nChoose another --name or --storage"
         )

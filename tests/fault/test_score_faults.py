@@ -107,7 +107,7 @@ def test_killed_then_stopped_then_finished_scores_each_row_once(folder: Path) ->
     os.killpg(stopped.pid, signal.SIGINT)
     out, _ = stopped.communicate(timeout=60)
     assert stopped.returncode == 130, out
-    assert "the same command goes on" in out.lower()
+    assert "the same command resumes" in out.lower()
     after_kill = measured_already(out)
     assert 4 * PIECE <= after_kill < ROWS
     seen = forwarded(folder / "log", logs[0])

@@ -83,7 +83,7 @@ def test_a_search_killed_then_stopped_then_given_again(tmp_path: Path) -> None:
     os.killpg(stopped.pid, signal.SIGINT)
     out, _ = stopped.communicate(timeout=120)
     assert stopped.returncode == 130, out
-    assert "the same command goes on" in out.lower()
+    assert "the same command resumes" in out.lower()
 
     again = search(tmp_path)
     out, _ = again.communicate(timeout=240)

@@ -95,6 +95,6 @@ def test_a_lost_node_is_a_clear_error_and_the_next_run_recovers(cluster: tuple[C
     nodes.add_node(num_cpus=2, env_vars={**os.environ, "BSS_RAY_CACHE": str(root / "node2")})
     notices: list[str] = []
     anew = build_shards(make_dataset(), ROLES, store=StoreConfig(kind="disk"), source_key="x", on_notice=notices.append)
-    assert "files of the stored data set are missing: it is made anew" in notices[0]
+    assert "files of the stored dataset are missing: it is made again" in notices[0]
     assert anew.fingerprint == shards.fingerprint
     check(anew)

@@ -123,7 +123,7 @@ def test_killed_then_stopped_then_finished_equals_undisturbed(undisturbed: tuple
     last = max(path for path in (tmp_path / "demo").glob("checkpoint_*") if path.is_dir())
     position = SavedCheckpoint(ray.train.Checkpoint.from_directory(last)).manifest().position
     assert (position.epoch, position.batch) == tuple(map(int, saved.groups()))
-    assert "the same command goes on" in out.lower()
+    assert "the same command resumes" in out.lower()
     assert not (tmp_path / "demo" / "result.json").exists()
     # And again, to the end: the same figures as a run that was never disturbed.
     finish(start(tmp_path))

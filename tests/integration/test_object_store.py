@@ -150,12 +150,12 @@ def run(bucket: StoragePath, scores: StoragePath, tmp_path_factory: pytest.TempP
     stopped = start("train", bucket, here, **options)
     wait_for(lambda: len(metrics(folder)) >= 1, stopped)
     os.killpg(stopped.pid, signal.SIGINT)
-    assert "the same command goes on" in finish(stopped, code=130).lower()
+    assert "the same command resumes" in finish(stopped, code=130).lower()
     before = metrics(folder)
     assert 1 <= len(before) < EPOCHS
     assert not (folder / "result.json").exists()
     out = finish(start("train", bucket, here, **options))
-    assert "(goes on)" in out
+    assert "(resumed)" in out
     assert metrics(folder)[: len(before)] == before
     assert str(folder / "report.html") in out
     assert all(name.endswith(".log") for name in os.listdir(here)), "nothing else lies in the working directory"

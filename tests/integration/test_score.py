@@ -103,7 +103,7 @@ def test_actors_and_blocks_do_not_matter(columns: dict[str, Any], scored: dict[s
     assert other["row_id"].tolist() == list(range(ROWS))
     assert other["name"].tolist() == columns["name"]
     np.testing.assert_allclose(other["score"], scored["score"], **CLOSE)
-    assert not dataset.context.execution_options.preserve_order, "the caller's data set keeps its settings"
+    assert not dataset.context.execution_options.preserve_order, "the caller's dataset keeps its settings"
 
 
 def test_measures_are_those_of_training(columns: dict[str, Any], scored: dict[str, np.ndarray]) -> None:

@@ -164,7 +164,7 @@ def test_rows_that_do_not_come_are_not_waited_for_without_end(stuck: set[int], w
     dataset = ray.data.range(2, override_num_blocks=2).map_batches(make, batch_size=None)
     set_wait_limit(5)
     try:
-        with pytest.raises(WaitError, match=f"waited 5 s for the data set's {what}"):
+        with pytest.raises(WaitError, match=f"waited 5 s for the dataset's {what}"):
             build_shards(dataset, COLUMNS)
     finally:
         set_wait_limit(DEFAULT_LIMIT_S)

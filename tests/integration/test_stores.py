@@ -276,7 +276,7 @@ def test_damaged_files_are_made_anew_with_a_warning(source: Source, harm: str) -
     if harm in ("flip", "cut"):
         assert f"{path} was damaged (its checksum differs) and is removed" in told
     if harm != "manifest":
-        assert "1 of 3 files of the stored data set are missing: it is made anew" in told
+        assert "1 of 3 files of the stored dataset are missing: it is made again" in told
     assert not source.build()[1], "sound again"
 
 
@@ -351,7 +351,7 @@ def test_lance_says_what_fails(tmp_path: Path) -> None:
     config = in_lance(tmp_path)
     shards = build_shards(make_dataset(make_columns()), COLUMNS, store=config)
     (tmp_path / "x").write_text("")
-    with pytest.raises(StorageError, match=r"cannot write to the Lance data set .*Check --store\.folder"):
+    with pytest.raises(StorageError, match=r"cannot write to the Lance dataset .*Check --store\.folder"):
         build_shards(make_dataset(make_columns()), COLUMNS, store=StoreConfig(kind="lance", folder=f"{tmp_path}/x/y"))
     shutil.rmtree(tmp_path / "rows.lance")
     with pytest.raises(StorageError, match=r"cannot (open|read) .*rows\.lance"):

@@ -165,7 +165,7 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster: Cluster, project: Path)
     followed.send_signal(signal.SIGINT)
     code, output = ended(followed)
     assert code == 130, output
-    assert "long goes on without being followed" in output
+    assert "long continues without being followed" in output
     assert cluster.status("long") == "RUNNING"
 
     stop = [BIN / "ray", "job", "stop", "long", "--address", cluster.address]

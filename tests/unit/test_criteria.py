@@ -402,7 +402,7 @@ class TestFullGradientNorm:
         assert not Measurer(similarity="feature", information="gradient_norm").needs_model
         batch = make_batch(2, seed=1)
         outputs = make_model(2, seed=1)(batch)
-        with pytest.raises(ConfigError, match=r"information='full_gradient_norm' looks at the model.*'actors' or"):
+        with pytest.raises(ConfigError, match=r"information='full_gradient_norm' needs the model itself.*'actors' or"):
             self.MEASURER.measure(outputs, batch["label"], batch=batch)
 
 
@@ -800,7 +800,7 @@ class TestRegistry:
         model = make_model(2, seed=73)
         found = measurer.measure(model(batch), batch["label"], batch=batch, model=model).information
         assert found.tolist() == [sum(p.numel() for p in model.parameters())] * ROWS
-        with pytest.raises(ConfigError, match="information='parameters' looks at the model"):
+        with pytest.raises(ConfigError, match="information='parameters' needs the model itself"):
             measurer.measure(model(batch), batch["label"])
 
     def test_criteria_of_a_script_reach_other_processes(self) -> None:
@@ -838,7 +838,7 @@ class TestCheckOutputs:
 
     def test_features_are_no_modality(self) -> None:
         outputs = {"audio": torch.zeros(ROWS, 3), "fused": torch.zeros(ROWS, 3), "features": {}}
-        with pytest.raises(ModelOutputError, match=r"at least two beside 'fused'; received the keys \['audio', 'fe"):
+        with pytest.raises(ModelOutputError, match=r"in addition to 'fused'; received the keys \['audio', 'fe"):
             Measurer().measure(outputs, self.LABELS)
 
     def test_extras_in_the_outputs(self) -> None:

@@ -139,7 +139,7 @@ def test_a_store_reads_published_files(tmp_path: Path) -> None:
     entries = make_data_set(tmp_path, NAMES[0])
     store = DiskStore([NodeFile(entry, str(tmp_path / NAMES[0]), "") for entry in entries])
     np.testing.assert_array_equal(store.read(0)["image"], make_columns()["image"])
-    with pytest.raises(StorageError, match=r"not there any more\. Run again"):
+    with pytest.raises(StorageError, match=r"does not exist any more\. Run again"):
         DiskStore([NodeFile(entry, str(tmp_path / NAMES[1]), "") for entry in entries]).read(0)
 
 

@@ -558,7 +558,7 @@ def test_a_folder_that_cannot_be_written(url: str, tmp_path: Path) -> None:
 
 def test_a_damaged_journal_of_the_search_itself(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(b"\0" * 64)
-    with pytest.raises(StorageError, match=r"it is damaged .*begins with.* Move it away, and the search starts anew"):
+    with pytest.raises(StorageError, match=r"it is damaged .*begins with.* Move it away, and the search starts"):
         open_storage(None, tmp_path)
 
 

@@ -226,7 +226,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     out = " ".join(capsys.readouterr().out.split())
     for words in (
         "how balanced is each",
-        "goes on after a stop",
+        "resumes after a stop",
         "--initial_scores",
         "--gpus_per_actor",
         "--model.NAME VALUE",

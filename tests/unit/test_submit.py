@@ -132,12 +132,12 @@ def test_the_exit_code_is_that_of_the_job(
 def test_ctrl_c_leaves_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     client: Any = Client(JobStatus.RUNNING, None, KeyboardInterrupt())
     assert follow(client, "mine") == 130
-    assert "mine goes on without being followed" in capsys.readouterr().err
+    assert "mine continues without being followed" in capsys.readouterr().err
 
 
 def test_a_lost_connection_is_told() -> None:
     client: Any = Client(JobStatus.RUNNING, None, RuntimeError("WebSocket connection closed"))
-    with pytest.raises(SubmitError, match=r"was lost \(WebSocket connection closed\); mine may well go on"):
+    with pytest.raises(SubmitError, match=r"was lost \(WebSocket connection closed\); mine may still be running"):
         follow(client, "mine")
 
 

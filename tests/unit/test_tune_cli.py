@@ -90,7 +90,7 @@ def test_help_teaches_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     words = " ".join(out.split())
     for taught in (
         "judged on validation, never on test",
-        "The same command goes on after a stop or a kill",
+        "The same command resumes after a stop or a kill",
         "your own `module:function`",
         "population-based training",
         "Optuna storage: a URL, or a journal file",
