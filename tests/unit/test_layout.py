@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from scripts import house
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bss_ray").rglob("*.py"))
 
@@ -64,3 +66,23 @@ def test_folders_use_only_folders_above_them_in_the_table() -> None:
     pending = upwards.pop(("sample", "scoring"))
     assert pending
     assert not upwards
+
+
+def test_figures_of_a_package(tmp_path: Path) -> None:
+    texts = {
+        "__init__": "",
+        "a": "from typing import Any\nimport bss_ray.b\n\ndef f(x: Any) -> None:\n    # why\n    return None\n",
+        "b": "def g() -> None:\n    import bss_ray.c\n\nclass C:\n    '''What.'''\n",
+        "c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import bss_ray.a\nimport bss_ray.b\n",
+    }
+    (tmp_path / "bss_ray").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "bss_ray" / f"{name}.py").write_text(text)
+    (tmp_path / "README.md").write_text("three short words")
+    found = house.figures(tmp_path)
+    assert (found["files"], found["lines"], found["README words"]) == ("4", "15", "3")
+    assert found["Any per 1k lines"] == "133.3"  # 2 of 15 lines
+    assert found["comments, % of lines"] == "6.7"
+    assert found["functions per 1k of code"] == "182"  # 2 of 11 lines that are no comment, docstring or empty
+    # a imports b, and b and c each other: a circle counts as one step.
+    assert (found["import depth"], found["largest circle"]) == ("2", "2")
