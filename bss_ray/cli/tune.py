@@ -101,7 +101,7 @@ def tune_command(argv: Sequence[str]) -> int:
             _write_report(config, folder.local, result, display)
         else:
             display.say("this search is complete. A larger --trials searches on; another --name starts a new one")
-    display.show(result, folder.local)
+    display.show(result, folder.path)
     return 0
 
 

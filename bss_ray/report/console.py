@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
@@ -19,6 +20,7 @@ from bss_ray.runtime.messages import (
     EpochFinished,
     FatalError,
     Message,
+    Metrics,
     NodeProcesses,
     Notice,
     PlacementMap,
@@ -27,6 +29,9 @@ from bss_ray.runtime.messages import (
     Status,
 )
 from bss_ray.storage import StoragePath
+
+# Content of `result.json` or `summary.json`.
+Result = Mapping[str, Any]
 
 # Messages of how far something is: one in so many seconds, and the last.
 _PROGRESS_S = 10.0
@@ -77,7 +82,7 @@ class JsonLines:
         if due:
             self._line(message.kind, message.figures())
 
-    def show(self, result: Mapping[str, Any], folder: object) -> None:
+    def show(self, result: Result, folder: object) -> None:
         """The end."""
         self._line("result", {**result, "folder": str(folder)})
 
@@ -88,7 +93,7 @@ class JsonLines:
         self._told[message.kind] = now
         return True
 
-    def _line(self, event: str, figures: Mapping[str, Any], level: str = "INFO") -> None:
+    def _line(self, event: str, figures: Mapping[str, object], level: str = "INFO") -> None:
         if str(figures.get("message", "")).startswith("Warning:"):
             level = "WARNING"
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -98,7 +103,7 @@ class JsonLines:
         print(text, file=self._out, flush=True)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """JSON has no NaN, no infinity and no dataclasses."""
     if isinstance(value, NodeProcesses):
         value = vars(value)
@@ -173,7 +178,9 @@ class Shown(Protocol):
 
     def __enter__(self) -> Shown: ...
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -187,7 +194,7 @@ class Shown(Protocol):
         """A message of the run, job or search."""
         ...
 
-    def show(self, result: Mapping[str, Any], folder: Any) -> None:
+    def show(self, result: Result, folder: StoragePath) -> None:
         """The end."""
         ...
 
@@ -229,7 +236,7 @@ class Display:
         )
         self._task = self._progress.add_task("starting", total=None)
         self._header: list[str] = []
-        self._where: list[Any] = []
+        self._where: list[tuple[str, Mapping[str, int]]] = []
         self._started = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -239,7 +246,7 @@ class Display:
     def __exit__(self, *_error: object) -> None:
         self._progress.stop()
 
-    def show(self, result: Mapping[str, Any], folder: Any) -> None:
+    def show(self, result: Result, folder: StoragePath) -> None:
         """The end of a run."""
         self.console.print(result_table(result, folder))
 
@@ -282,7 +289,7 @@ class Display:
             for line in placement_lines(message):
                 self.say(line)
 
-    def _epoch(self, row: Mapping[str, Any]) -> None:
+    def _epoch(self, row: Metrics) -> None:
         """A line per epoch, under a header that comes once."""
         cells = epoch_cells(row)
         widths = [max(len(name), 7) for name in cells]
@@ -292,7 +299,7 @@ class Display:
         self.say("  ".join(text.rjust(width) for text, width in zip(cells.values(), widths, strict=True)))
 
 
-def epoch_cells(row: Mapping[str, Any]) -> dict[str, str]:
+def epoch_cells(row: Metrics) -> dict[str, str]:
     """Column name and text of each figure that an epoch's line shows."""
     cells = {
         "epoch": str(row["epoch"]),
@@ -302,7 +309,7 @@ def epoch_cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
     for prefix in _PREFIXES:
         heads = [name.removeprefix(prefix) for name in row if name.startswith(prefix)]
-        cells |= {_column_name(prefix, head): _shown(prefix, row[prefix + head]) for head in heads}
+        cells |= {_column_name(prefix, head): show(prefix + head, row[prefix + head]) for head in heads}
     cells |= {f"{name} s": f"{row[f'seconds_{name}']:.2f}" for name in ("scoring", "planning", "training")}
     return cells
 
@@ -313,12 +320,20 @@ def _column_name(prefix: str, head: str) -> str:
     return f"{split} {head}" if metric == "accuracy" else f"{split} {metric} {head}"
 
 
-def _shown(name: str, value: float) -> str:
-    """The value of a metric `split_metric_head` for people."""
-    return f"{value:.2%}" if name.split("_")[1] in _SHARES else f"{value:.4g}"
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share, such as `val_accuracy_fused`."""
+    parts = metric.split("_")
+    return (parts[1] if len(parts) > 2 else metric) in _SHARES
 
 
-def result_table(result: Mapping[str, Any], folder: StoragePath) -> Table:
+def show(metric: str, value: float, *, unit: bool = True) -> str:
+    """The value of a metric for people: `97.31%`, or `0.4711` where it is no share."""
+    if not is_share(metric):
+        return f"{value:.4g}"
+    return f"{value:.2%}" if unit else f"{100 * value:.2f}"
+
+
+def result_table(result: Result, folder: StoragePath) -> Table:
     """The run's end: the chosen epoch's metrics by head, and where everything lies."""
     table = Table(title=f"epoch {result['chosen_epoch']}, chosen on validation", title_justify="left")
     figures = {**result["validation"], **result["test"]}
@@ -329,7 +344,7 @@ def result_table(result: Mapping[str, Any], folder: StoragePath) -> Table:
         table.add_column(f"{split} {metric}", justify="right")
     for head in dict.fromkeys(head for _, _, head in names):
         cells = [f"{split}_{metric}_{head}" for split, metric in columns]
-        table.add_row(head, *(_shown(cell, figures[cell]) if cell in figures else "-" for cell in cells))
+        table.add_row(head, *(show(cell, figures[cell]) if cell in figures else "-" for cell in cells))
     paths = ("config.yaml", "metrics.csv", "scores.parquet", "result.json", "report.html", "tensorboard")
     notes = [f"  {folder / name}" for name in paths if (folder / name).exists()]
     for name, area in result.get("score_roc_area", {}).items():

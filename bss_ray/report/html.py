@@ -6,13 +6,17 @@ import csv
 import html
 import io
 from collections.abc import Iterable
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from bss_ray.errors import optional_import
 from bss_ray.storage import StoragePath
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 # A histogram needs no more; the file stays small however many rows there are.
 _SAMPLE_ROWS = 200_000
@@ -46,7 +50,7 @@ def write_report(folder: StoragePath) -> StoragePath:
     return write_page(folder, "Run", figures)
 
 
-def write_page(folder: StoragePath, kind: str, parts: Iterable[Any]) -> StoragePath:
+def write_page(folder: StoragePath, kind: str, parts: Iterable[Figure | str]) -> StoragePath:
     """Write `report.html`, a page headed `kind` and the folder's name.
 
     Args:
@@ -73,7 +77,7 @@ def write_page(folder: StoragePath, kind: str, parts: Iterable[Any]) -> StorageP
     return path
 
 
-def _validation_figure(go: Any, folder: StoragePath) -> Any:
+def _validation_figure(go: ModuleType, folder: StoragePath) -> Figure:
     """Accuracy by head; R² where labels are numbers."""
     numbers = _series(folder, "val_r2_")
     name, series = ("R²", numbers) if numbers else ("accuracy", _series(folder, "val_accuracy_"))
@@ -101,14 +105,21 @@ def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[floa
     return [int(row["epoch"]) for row in kept], [float(row[name]) for row in kept]
 
 
-def _figure(go: Any, title: str, series: dict[str, tuple[list[int], list[float]]], x: str, y: str) -> Any:
+def _figure(go: ModuleType, title: str, series: dict[str, tuple[list[int], list[float]]], x: str, y: str) -> Figure:
     figure = go.Figure()
     for name, (epochs, values) in series.items():
         figure.add_scatter(x=epochs, y=values, name=name, mode="lines+markers")
-    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+    return label_axes(figure, title, x, y)
 
 
-def _scores_figure(go: Any, path: StoragePath) -> Any:
+def label_axes(figure: Figure, title: str, x: str, y: str) -> Figure:
+    """Give a figure its title and the names of its axes, which are plain text."""
+    return figure.update_layout(
+        title=html.escape(title), xaxis_title=html.escape(x), yaxis_title=html.escape(y), template="plotly_white"
+    )
+
+
+def _scores_figure(go: ModuleType, path: StoragePath) -> Figure:
     """Histogram of the final scores, apart by the truth column where there is one."""
     table = path.read_table()
     if len(table) > _SAMPLE_ROWS:
@@ -122,10 +133,5 @@ def _scores_figure(go: Any, path: StoragePath) -> Any:
     figure = go.Figure()
     for name, rows in groups.items():
         figure.add_histogram(x=score[rows], name=name, opacity=0.6, xbins={"start": -1, "end": 1, "size": 0.04})
-    return figure.update_layout(
-        title="Final balance scores",
-        xaxis_title="balance score",
-        yaxis_title="rows",
-        barmode="overlay",
-        template="plotly_white",
-    )
+    figure.update_layout(barmode="overlay")
+    return label_axes(figure, "Final balance scores", "balance score", "rows")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from bss_ray.errors import optional_import
-from bss_ray.report.console import Display
+from bss_ray.report.console import Display, Result
+from bss_ray.report.html import label_axes, write_page
 from bss_ray.runtime.messages import Message, RowsProgress
 from bss_ray.storage import StoragePath
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 # Off a terminal a line of progress comes so often.
 _LINE_S = 10.0
@@ -23,7 +28,7 @@ _SHOWN_CLASSES = 12
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Result]
 
 
 class ScoreDisplay(Display):
@@ -33,7 +38,7 @@ class ScoreDisplay(Display):
         super().__init__(console)
         self._last_line = time.monotonic()
 
-    def show(self, result: Mapping[str, Any], folder: Any) -> None:
+    def show(self, result: Result, folder: StoragePath) -> None:
         """The end of a job."""
         print_summary(self.console, result, folder)
 
@@ -64,7 +69,7 @@ def _minutes(seconds: int) -> str:
 # ---- terminal -------------------------------------------------------------------------------------
 
 
-def print_summary(console: Console, summary: Mapping[str, Any], folder: StoragePath) -> None:
+def print_summary(console: Console, summary: Result, folder: StoragePath) -> None:
     """The end of a job: all rows, modalities, classes, lowest and highest rows, and where everything lies."""
     console.print(_all_rows(summary))
     for title, rows in _tables(summary, _SHOWN_CLASSES):
@@ -75,7 +80,7 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: StorageP
             console.print(f"  {folder / name}", markup=False)
 
 
-def _all_rows(summary: Mapping[str, Any]) -> Table:
+def _all_rows(summary: Result) -> Table:
     table = Table(title="scores", title_justify="left", show_header=False)
     speed = summary["rows_per_second"]
     measured = f" ({speed:,.0f} rows/s)" if speed else ""
@@ -97,7 +102,7 @@ def sparkline(counts: Sequence[int]) -> str:
     return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
 
 
-def _tables(summary: Mapping[str, Any], classes: int | None) -> Iterable[tuple[str, Rows]]:
+def _tables(summary: Result, classes: int | None) -> Iterable[tuple[str, Rows]]:
     """Title and rows of each table that has any."""
     lowest = sorted(summary["classes"], key=lambda row: (row["score"] is None, row["score"], row["label"]))
     shown = lowest if classes is None else lowest[:classes]
@@ -124,7 +129,7 @@ def _heading(name: str) -> str:
     return name if name == "row_id" else name.removesuffix("_share").replace("_", " ")
 
 
-def _text(value: Any, *, share: bool = False) -> str:
+def _text(value: object, *, share: bool = False) -> str:
     """A cell."""
     if value is None:
         return "-"
@@ -135,14 +140,8 @@ def _text(value: Any, *, share: bool = False) -> str:
 
 # ---- HTML -----------------------------------------------------------------------------------------
 
-_STYLE = (
-    "body{font-family:sans-serif;max-width:960px;margin:2em auto;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0 2em}caption{text-align:left;font-weight:bold;padding:.3em 0}"
-    "td,th{padding:.25em .8em;text-align:right;border-bottom:1px solid #ddd}"
-)
 
-
-def write_scores_report(folder: StoragePath, summary: Mapping[str, Any]) -> StoragePath:
+def write_scores_report(folder: StoragePath, summary: Result) -> StoragePath:
     """Draw a job's summary, in one file that opens without a network.
 
     Returns:
@@ -153,22 +152,11 @@ def write_scores_report(folder: StoragePath, summary: Mapping[str, Any]) -> Stor
     """
     go = optional_import("plotly.graph_objects", extra="report", needed_for="report.html")
     figures = [_histogram(go, summary), *_bars_of_classes(go, summary["classes"])]
-    parts = [_facts(summary)]
-    parts += [
-        figure.to_html(full_html=False, include_plotlyjs=index == 0, default_height="360px")
-        for index, figure in enumerate(figures)
-    ]
-    parts += [_html_table(title, rows) for title, rows in _tables(summary, None)]
-    title = html.escape(folder.name)
-    path = folder / "report.html"
-    path.write_text(
-        f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>Scores {title}</h1>" + "\n".join(parts)
-    )
-    return path
+    tables = [_html_table(title, rows) for title, rows in _tables(summary, None)]
+    return write_page(folder, "Scores", [_facts(summary), *figures, *tables])
 
 
-def _facts(summary: Mapping[str, Any]) -> str:
+def _facts(summary: Result) -> str:
     """What was scored, in a sentence or two."""
     what = (
         f"{summary['rows']:,} {summary['split']} rows of {summary['data']}, with the weights of {summary['checkpoint']}"
@@ -177,15 +165,15 @@ def _facts(summary: Mapping[str, Any]) -> str:
     return f"<p>{html.escape(what)}.{' ' + html.escape(', '.join(counts)) + '.' if counts else ''}</p>"
 
 
-def _histogram(go: Any, summary: Mapping[str, Any]) -> Any:
+def _histogram(go: ModuleType, summary: Result) -> Figure:
     found = summary["histogram"]
     width = (found["high"] - found["low"]) / len(found["rows"])
     middles = [found["low"] + width * (place + 0.5) for place in range(len(found["rows"]))]
     figure = go.Figure(go.Bar(x=middles, y=found["rows"], width=width, name="rows"))
-    return _layout(figure, "Balance scores", "score", "rows")
+    return label_axes(figure, "Balance scores", "score", "rows")
 
 
-def _bars_of_classes(go: Any, classes: Rows) -> list[Any]:
+def _bars_of_classes(go: ModuleType, classes: Rows) -> list[Figure]:
     """Mean measures of the classes, where there are classes."""
     if not classes:
         return []
@@ -193,11 +181,7 @@ def _bars_of_classes(go: Any, classes: Rows) -> list[Any]:
     for name in ("score", "similarity"):
         figure.add_bar(x=[str(row["label"]) for row in classes], y=[row[name] for row in classes], name=name)
     figure.update_xaxes(type="category")
-    return [_layout(figure, "Means by class", "class", "mean")]
-
-
-def _layout(figure: Any, title: str, x: str, y: str) -> Any:
-    return figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white")
+    return [label_axes(figure, "Means by class", "class", "mean")]
 
 
 def _html_table(title: str, rows: Rows) -> str:

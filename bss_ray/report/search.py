@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bss_ray.report.console import Result, show
 from bss_ray.runtime.messages import ComparisonProgress, Message, Notice, Status, TrialChanged
+from bss_ray.storage import StoragePath
 from bss_ray.tune.config import TuneConfig
-from bss_ray.tune.insight import show
 
 _ROWS = 12
 _STATES = {"complete": "done", "pruned": "pruned", "fail": "failed", "running": "running"}
@@ -103,13 +102,14 @@ class SearchDisplay:
             table.add_row(str(trial.number), _STATES[trial.state], done, self._shown(trial), _knobs(trial))
         return Group(head, table) if trials else Group(head)
 
-    def show(self, result: Mapping[str, Any], folder: Path) -> None:
+    def show(self, result: Result, folder: StoragePath) -> None:
         """The end of a search."""
+        assert folder.local is not None, "a search's configuration refuses URIs"
         from bss_ray.report.study import study_table
         from bss_ray.tune.record import load_study
 
-        study = load_study(self._config.storage, self._config.name, folder)
-        self.console.print(study_table(study, result["comparison"], folder))
+        study = load_study(self._config.storage, self._config.name, folder.local)
+        self.console.print(study_table(study, result["comparison"], folder.local))
 
 
 def _knobs(trial: TrialChanged) -> str:

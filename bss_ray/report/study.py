@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from bss_ray.errors import optional_import
-from bss_ray.report.html import write_page
-from bss_ray.storage import StoragePath
-from bss_ray.tune.insight import (
+from bss_ray.report.console import show
+from bss_ray.report.html import label_axes, write_page
+from bss_ray.report.insight import (
     FEWEST_TRIALS,
-    Interval,
+    Comparison,
     best_configurations,
     compare_seeds,
     compared_metrics,
@@ -26,13 +27,15 @@ from bss_ray.tune.insight import (
     finished,
     knob_sentences,
     metrics_of,
-    show,
     show_difference,
 )
+from bss_ray.storage import StoragePath
+from bss_ray.tune.objective import Interval
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
+    from plotly.graph_objects import Figure
 
 # Importances tell what sets this share of the finished trials apart: of 30 trials 8; Optuna's own tenth would be 3.
 _BEST_SHARE = 0.25
@@ -49,9 +52,8 @@ _FILES = ("best.yaml", "report.html", "result.json", "config.yaml", "study.journ
 
 _STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 
-Comparison = Mapping[str, Any]
 # Figures, and text that is HTML already.
-Parts = list[Any]
+Parts = list["Figure | str"]
 
 
 # ---- terminal --------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -134,7 +136,7 @@ def write_study_report(study: Study, folder: Path, comparison: Comparison | None
     return folder / "report.html"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return html.escape(_value(value))
 
 
@@ -150,16 +152,10 @@ def _list(items: Iterable[str]) -> str:
     return f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in items)}</ul>"
 
 
-def _table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+def _table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div class='scroll'><table><tr>{top}</tr>{body}</table></div>"
-
-
-def _layout(figure: Any, title: str, x: str, y: str) -> Any:
-    return figure.update_layout(
-        title=html.escape(title), xaxis_title=html.escape(x), yaxis_title=html.escape(y), template="plotly_white"
-    )
 
 
 # ---- what came out
@@ -191,7 +187,7 @@ def _best_value(study: Study) -> str:
     return f"{metric} {show(metric, value)}, of trial {found[0].number}."
 
 
-def _against_uniform(go: Any, comparison: Comparison | None) -> Parts:
+def _against_uniform(go: ModuleType, comparison: Comparison | None) -> Parts:
     parts: Parts = [_heading("The best against uniform sampling")]
     if comparison is None:
         return [*parts, _paragraph("No control was trained: whether the best beats uniform sampling is not known.")]
@@ -202,7 +198,7 @@ def _against_uniform(go: Any, comparison: Comparison | None) -> Parts:
         for seed, *pair in zip(comparison["seeds"], *sides, strict=True):
             figure.add_scatter(x=["uniform", "best"], y=pair, name=f"seed {seed}", mode="lines+markers")
         figure.update_xaxes(range=[-0.5, 1.5])
-        parts.append(_layout(figure, f"{metric}: a line per seed", "sampling", metric))
+        parts.append(label_axes(figure, f"{metric}: a line per seed", "sampling", metric))
     return [*parts, _metrics_table(comparison)]
 
 
@@ -267,7 +263,7 @@ def _failed(study: Study) -> Parts:
 # ---- how the search went
 
 
-def _changes(go: Any, study: Study) -> Parts:
+def _changes(go: ModuleType, study: Study) -> Parts:
     """How the settings of population based training changed, a figure for each."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("changes")]
     settings = list(dict.fromkeys(name for t in trials for _, changed in t.user_attrs["changes"] for name in changed))
@@ -281,11 +277,11 @@ def _changes(go: Any, study: Study) -> Parts:
             label = f"trial {trial.number}{' (best)' if trial.number in best else ''}"
             figure.add_scatter(x=epochs, y=values, name=label, mode="lines+markers", line=line)
         short = name.rpartition(".")[2]
-        parts.append(_layout(figure, f"{short} over epochs", "epoch", short))
+        parts.append(label_axes(figure, f"{short} over epochs", "epoch", short))
     return parts
 
 
-def _steps(trial: FrozenTrial, name: str) -> tuple[list[int], list[Any]]:
+def _steps(trial: FrozenTrial, name: str) -> tuple[list[int], list[object]]:
     """Epochs and the values of a setting from each of them on, to the last epoch that is known of."""
     # Its settings are by now the last ones; what it started with, the knob of that name says.
     knob = name.rpartition(".")[2]
@@ -313,21 +309,22 @@ def _course(study: Study) -> Parts:
     for place, metric in enumerate(metrics):
         # What the best values are Optuna knows by itself, but only of a single objective.
         target = None if len(metrics) == 1 else _objective(place)
-        shown: dict[str, Any] = {"target": target, "target_name": metric}
         title = f"Optimization history: {metric}"
-        parts += _drawn(title, partial(draw.plot_optimization_history, study, **shown), lacking)
+        history = partial(draw.plot_optimization_history, study, target=target, target_name=metric)
+        parts += _drawn(title, history, lacking)
         title = f"Importance of the knobs: {metric}"
         parts += _drawn(title, partial(_importances, study, knobs, place), few, _IMPORTANCES)
         for row in (knobs[start : start + _KNOBS_IN_A_ROW] for start in range(0, len(knobs), _KNOBS_IN_A_ROW)):
-            parts += _drawn(f"{metric} by {', '.join(row)}", partial(draw.plot_slice, study, params=row, **shown))
-    names: dict[str, Any] = {"target_name": metrics[0]} if len(metrics) == 1 else {}
-    parts += _drawn("Parallel coordinates", partial(draw.plot_parallel_coordinate, study, **names), lacking)
+            slices = partial(draw.plot_slice, study, params=row, target=target, target_name=metric)
+            parts += _drawn(f"{metric} by {', '.join(row)}", slices)
+    name = metrics[0] if len(metrics) == 1 else "Objective Value"
+    parts += _drawn("Parallel coordinates", partial(draw.plot_parallel_coordinate, study, target_name=name), lacking)
     if len(metrics) == 1:
         parts += _drawn("Values while training", partial(_values, study, metrics[0]))
     return parts
 
 
-def _values(study: Study, metric: str) -> Any:
+def _values(study: Study, metric: str) -> Figure:
     from optuna.visualization import plot_intermediate_values
 
     figure = plot_intermediate_values(study)
@@ -338,7 +335,7 @@ def _objective(place: int, sign: int = 1) -> Callable[[FrozenTrial], float]:
     return lambda trial: sign * trial.values[place]
 
 
-def _importances(study: Study, knobs: list[str], place: int) -> Any:
+def _importances(study: Study, knobs: list[str], place: int) -> Figure:
     """Importances by PED-ANOVA: it needs no scikit-learn, and takes knobs that only some trials have."""
     from optuna.importance import PedAnovaImportanceEvaluator
     from optuna.visualization import plot_param_importances
@@ -354,7 +351,7 @@ def _importances(study: Study, knobs: list[str], place: int) -> Any:
     )
 
 
-def _drawn(title: str, draw: Callable[[], Any], lacking: str = "", caption: str = "") -> Parts:
+def _drawn(title: str, draw: Callable[[], Figure], lacking: str = "", caption: str = "") -> Parts:
     """A figure of Optuna's and its caption; where there is none, a line that says why."""
     if lacking:
         return [_paragraph(f"{title}: left out, {lacking}.")]

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import ray
 
 
+# Metrics of an epoch by name: the sampler's own are numbers; a train loop may report anything.
+Metrics = Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """What every message carries.
@@ -37,7 +41,7 @@ class Message:
     version: int | None = None
     rank: int | None = None
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """Fields by name, as JSON lines and metrics show them; without those that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
@@ -49,7 +53,7 @@ OnMessage = Callable[[Message], None]
 class _Text(Message):
     text: str
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         figures = super().figures()
         figures["message"] = figures.pop("text")
         return figures
@@ -165,10 +169,10 @@ class EpochFinished(Message):
     """
 
     kind = "epoch"
-    row: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
+    row: Metrics
+    history: Sequence[Metrics]
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """The metrics of the epoch."""
         figures = super().figures()
         del figures["row"], figures["history"]
@@ -223,7 +227,7 @@ class TrialChanged(Message):
     kind = "trial"
     number: int
     state: str
-    params: Mapping[str, Any]
+    params: Mapping[str, object]
     metrics: Sequence[str]
     cause: str = ""
     values: Sequence[float] | None = None

@@ -5,7 +5,7 @@ They are recorded where all messages of a run come together: on the coordinator'
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, SupportsFloat
 
 from ray.util.metrics import Counter, Gauge
 
@@ -70,7 +70,7 @@ class RunMetrics:
         values = message.figures()
         for name, figure in FIGURES.items():
             value = values.get(figure.key)
-            if value is not None:
+            if isinstance(value, SupportsFloat):
                 self._record(name, figure, float(value))
 
     def _record(self, name: str, figure: Figure, value: float) -> None:
@@ -80,5 +80,5 @@ class RunMetrics:
             self._metrics[name].inc(value)
 
 
-def _metric(name: str, figure: Figure) -> Any:
+def _metric(name: str, figure: Figure) -> Counter | Gauge:
     return (Gauge if figure.kind == "gauge" else Counter)(name, description=figure.text, tag_keys=("run",))

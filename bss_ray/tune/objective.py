@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,11 +14,41 @@ from bss_ray.errors import ConfigError, nearest
 from bss_ray.names import FUSED
 from bss_ray.train.metrics import is_error, metric_names
 from bss_ray.train.run import best_row, check_choice
-from bss_ray.tune.insight import Interval
 
 SECONDS = "seconds"
 _WEAKER = "weaker"
 _PARTS = ("seconds_scoring", "seconds_planning", "seconds_training")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95 % t-interval, mean ± `half_width`; one seed has none."""
+
+    mean: float
+    half_width: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Of values of independent seeds, which are taken to be about normal."""
+        array = np.asarray(values, dtype=np.float64)
+        half = None
+        if len(array) > 1:
+            half = t_quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+        return cls(float(array.mean()), half, len(array))
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the sign of the mean is beyond doubt, as far as 95 % go."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+def t_quantile(degrees: int, level: float = 0.95) -> float:
+    """What |t| of Student's t-distribution stays below with probability `level`."""
+    # With t = sqrt(degrees) * tan(angle) the density is cos(angle)^(degrees - 1) on a finite range.
+    edges = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (degrees - 1))
+    return float(math.sqrt(degrees) * np.tan(np.interp(level * mass[-1], mass, edges[1:])))
 
 
 @dataclass(frozen=True)

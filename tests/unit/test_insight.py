@@ -13,18 +13,17 @@ import pytest
 import scipy.stats
 from optuna.trial import TrialState, create_trial
 
-from bss_ray.tune.insight import (
-    Interval,
+from bss_ray.report.console import show
+from bss_ray.report.insight import (
     best_configurations,
     compare_seeds,
     comparison_sentences,
     failures,
     knob_sentences,
     metrics_of,
-    show,
     show_difference,
-    t_quantile,
 )
+from bss_ray.tune.objective import Interval, t_quantile
 from tune_spaces.learning import learning
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -18,7 +18,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bss_ray.train.metrics import METRICS, is_error
+from bss_ray.report.console import is_share, show
+from bss_ray.train.metrics import is_error
+from bss_ray.tune.objective import Interval
+
+# `{"metric": name, "seeds": [...], "best": {"validation": {name: [a value per seed]}, "test": {...}}, "uniform": {the
+# same}}`, as `result.json` of a search has it.
+Comparison = Mapping[str, Any]
 
 # With fewer trials than this nothing but a nearly perfect order could be claimed, and a knob has no sentence.
 FEWEST_TRIALS = 8
@@ -35,8 +41,6 @@ _SEED = 0
 # The best trials stick to the edge of a range if their median lies in this share of it.
 _EDGE = 0.15
 
-_SHARES = METRICS["multiclass"]
-
 
 # ---- values and metrics ----------------------------------------------------------------------------
 
@@ -48,26 +52,9 @@ def metrics_of(study: Study) -> dict[str, bool]:
     return dict(zip(names, higher, strict=True))
 
 
-def show(metric: str, value: float, *, unit: bool = True) -> str:
-    """The value of a metric for people: `97.31%`, or `0.4711` where it is no share."""
-    if not _is_share(metric):
-        return f"{value:.4g}"
-    return f"{value:.2%}" if unit else f"{100 * value:.2f}"
-
-
 def show_difference(metric: str, value: float) -> str:
     """A difference of values for people: `1.20 points`, or `0.4711` where the metric is no share."""
-    return f"{show(metric, value, unit=False)} points" if _is_share(metric) else show(metric, value)
-
-
-def _kind(metric: str) -> str:
-    """`accuracy` of `val_accuracy_fused`; other names are their own kind."""
-    parts = metric.split("_")
-    return parts[1] if len(parts) > 2 else metric
-
-
-def _is_share(metric: str) -> bool:
-    return _kind(metric) in _SHARES
+    return f"{show(metric, value, unit=False)} points" if is_share(metric) else show(metric, value)
 
 
 def _lower_is_better(metric: str) -> bool:
@@ -78,40 +65,6 @@ def finished(study: Study) -> list[FrozenTrial]:
     """Trials with finite objective values."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [trial for trial in trials if np.isfinite(trial.values).all()]
-
-
-# ---- means over seeds ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and its 95 % t-interval, mean ± `half_width`; one seed has none."""
-
-    mean: float
-    half_width: float | None
-    seeds: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
-        """Of values of independent seeds, which are taken to be about normal."""
-        array = np.asarray(values, dtype=np.float64)
-        half = None
-        if len(array) > 1:
-            half = t_quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
-        return cls(float(array.mean()), half, len(array))
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the sign of the mean is beyond doubt, as far as 95 % go."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
-
-
-def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """What |t| of Student's t-distribution stays below with probability `level`."""
-    # With t = sqrt(degrees) * tan(angle) the density is cos(angle)^(degrees - 1) on a finite range.
-    edges = np.linspace(0, np.pi / 2, 100_001)
-    mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (degrees - 1))
-    return float(math.sqrt(degrees) * np.tan(np.interp(level * mass[-1], mass, edges[1:])))
 
 
 # ---- the best --------------------------------------------------------------------------------------
@@ -132,8 +85,8 @@ class Configuration:
     number: int
     values: dict[str, float]
     intervals: dict[str, Interval]
-    params: dict[str, Any]
-    settings: dict[str, Any]
+    params: dict[str, object]
+    settings: dict[str, object]
 
     def cell(self, metric: str) -> str:
         """`97.31% ± 0.40 (3 seeds)`; before it the objective value, where that is no mean: `96.91%: 97.31% ± ...`."""
@@ -191,7 +144,7 @@ def compare_seeds(best: Sequence[float], control: Sequence[float]) -> Interval:
     return Interval.of([a - b for a, b in zip(best, control, strict=True)])
 
 
-def compared_metrics(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+def compared_metrics(comparison: Comparison) -> list[tuple[str, str]]:
     """(split, metric) of what the search chose by: on validation and, where it was measured, on test."""
     metric = comparison["metric"]
     pairs = [("validation", metric), ("test", "test_" + metric.removeprefix("val_"))]
@@ -199,12 +152,11 @@ def compared_metrics(comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(split, name) for split, name in pairs if all(name in side.get(split, {}) for side in sides)]
 
 
-def comparison_sentences(comparison: Mapping[str, Any] | None) -> list[str]:
+def comparison_sentences(comparison: Comparison | None) -> list[str]:
     """Whether the best configuration beats uniform sampling, by validation and by test.
 
     Args:
-        comparison: `{"metric": name, "seeds": [...], "best": {"validation": {name: [a value per seed]}, "test": {...}},
-            "uniform": {the same}}`, or None if no control was trained.
+        comparison: Comparison of a search, or None if no control was trained.
     """
     if comparison is None:
         return []
