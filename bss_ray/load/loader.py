@@ -193,7 +193,9 @@ class Loader:
         group = self._reader.group_size(largest)
         group_bytes = group * largest * self._reader.row_bytes
         ahead = max(2, min(_AHEAD_BATCHES // group, _AHEAD_BYTES // max(group_bytes, 1)))
-        job = _Job(self._reader, self._transfer(group * largest, ahead), where, finish)
+        transfer = self._transfer(group * largest, ahead)
+        transfer.begin()
+        job = _Job(self._reader, transfer, where, finish)
         loaded = work_ahead(map(job.request, _groups(parts, group)), job.load, ahead=ahead, threads=_THREADS)
         with contextlib.closing(loaded):
             for batches in loaded:

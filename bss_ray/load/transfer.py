@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +36,17 @@ _SLOTS = 3
 
 
 class Transfer(Protocol):
-    """Makes batches on a device; safe to call from several threads."""
+    """Makes batches on a device; `send` is safe to call from several threads.
+
+    Attributes:
+        overlaps: Batches are on their way while the device works: it pays to send them ahead.
+    """
+
+    overlaps: ClassVar[bool]
+
+    def begin(self) -> None:
+        """Called in the thread of the loop before the first batch of a pass."""
+        ...
 
     def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
         """Fill host arrays with the rows of some batches, bring them to the device, finish them there.
@@ -69,11 +79,16 @@ def make_transfer(features: Mapping[str, Feature], rows: int, device: torch.devi
 class HostTransfer:
     """Arrays whose memory the batches' tensors share: the loop may keep or change them."""
 
+    overlaps: ClassVar[bool] = False
+
     def __init__(self, features: Mapping[str, Feature], rows: int, device: torch.device, spare: int) -> None:
         self._device = device
         self._memory = {
             name: Recycled((rows, *feature.shape), feature.dtype, spare) for name, feature in features.items()
         }
+
+    def begin(self) -> None:
+        """Nothing is to be waited for."""
 
     def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
         leases = {name: memory.lease() for name, memory in self._memory.items()}
@@ -141,15 +156,23 @@ class Recycled:
 class CudaTransfer:
     """Pinned buffers that are used again, and copies on a stream of their own beside the training's."""
 
+    overlaps: ClassVar[bool] = True
+
     def __init__(self, features: Mapping[str, Feature], rows: int, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ring = BufferRing(lambda: _pinned(features, rows), _SLOTS)
 
+    def begin(self) -> None:
+        # What the loop has queued so far may be a transform's constants, and the side stream must not overtake that.
+        # Only once a pass: a wait for each batch would put its copy behind the training that is queued.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
     def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
         with self._ring.lend() as slot, torch.cuda.stream(self._stream):
             fill({name: buffer[: sum(sizes)].numpy() for name, buffer in slot.buffers.items()})
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Blocking: to wait for it, a thread sleeps. By default it spins, on a core that fills the next buffers.
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             slot.wait = copied.synchronize
             try:
                 batches = [
@@ -173,8 +196,9 @@ class CudaTransfer:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(finished)
             for tensor in finished_batch.values():
-                # Its memory belongs to the side stream: keep it until the loop's stream has used it.
-                tensor.record_stream(stream)
+                if tensor.is_cuda:  # a transform may add columns of its own
+                    # Its memory belongs to the side stream: keep it until the loop's stream has used it.
+                    tensor.record_stream(stream)
             return finished_batch
 
         return receive

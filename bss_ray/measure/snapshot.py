@@ -117,8 +117,8 @@ class _Packer(Pickler):  # type: ignore[misc]  # cloudpickle ships no types
         if id(obj) not in self._seen:
             if self._arrays is not None:
                 # NumPy has no bfloat16, so all tensors are sent as bytes with their dtype and shape.
-                data = obj.detach().cpu().contiguous()
-                self._arrays.append(data.reshape(-1).view(torch.uint8).numpy().copy())
+                data = obj.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                self._arrays.append(data.reshape(-1).view(torch.uint8).numpy())
             self.tensors.append(obj)
             self._seen[id(obj)] = (
                 len(self.tensors) - 1,

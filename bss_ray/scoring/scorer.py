@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ Columns = Mapping[str, np.ndarray]
 
 _ROW_ID = Feature((), "int64")
 
-# Batches that are on their way to a GPU while one is being measured.
+# Batches that are on their way to a GPU while one is being measured, and threads that fill their buffers: one thread
+# copies about 10 GB/s, which is less than a fast GPU takes.
 _AHEAD = 2
+_THREADS = 2
 
 _BAD_OUTPUTS = (
     "logits must be finite: NaN or infinite measures. Look at these rows' inputs, or lower the learning rate if the "
@@ -107,6 +110,8 @@ class Scorer:
 
     def _take(self, model: nn.Module) -> None:
         self.model = unwrap_model(model)
+        # The last batch is shorter: torch compiles once more then, with a variable number of rows. New weights are
+        # copied into the same tensors and compile nothing.
         self._run: Any = torch.compile(self.model) if self._forward.compile else self.model
 
     def measure(self, columns: Columns, first_row: int = 0) -> RowMeasures:
@@ -120,13 +125,16 @@ class Scorer:
             ModelOutputError: the outputs break the contract.
             torch.OutOfMemoryError: a single row does not fit.
         """
-        with closing(self._batches(columns, first_row)) as batches:
-            return self.measure_batches(batches)
+        notices: list[str] = []
+        with closing(self._batches(columns, first_row, notices)) as batches:
+            return self._measure_all(batches, notices)
 
     def measure_batches(self, batches: Iterable[Tensors]) -> RowMeasures:
         """Measure the rows of batches on the device, `{column: (b, ...), "row_id": (b,)}`; errors as of `measure`."""
+        return self._measure_all(batches, [])
+
+    def _measure_all(self, batches: Iterable[Tensors], notices: list[str]) -> RowMeasures:
         measured: list[dict[str, Tensor]] = []
-        notices: list[str] = []
         with evaluating(self.model):
             for batch in batches:
                 start, rows = 0, len(batch["row_id"])
@@ -164,29 +172,42 @@ class Scorer:
             found |= {loss_column(name): rows.head_losses[name] for name in rows.modalities}
         return found
 
-    def _batches(self, columns: Columns, first_row: int) -> Generator[Tensors, None, None]:
+    def _batches(self, columns: Columns, first_row: int, notices: list[str]) -> Generator[Tensors, None, None]:
         """Copies of the rows on the device; on their way there while others are measured."""
-        rows, size = len(columns[self._label]), self._batch_size
-        transfer = self._transfer(columns, size)
+        rows, begin = len(columns[self._label]), 0
+        while begin < rows:
+            size = self._batch_size
+            transfer = self._transfer(columns, size)
+            send = partial(self._send, transfer, columns, first_row, size)
+            starts = iter(range(begin, rows, size))
+            if not transfer.overlaps:  # a copy in memory
+                for start in starts:
+                    yield send(start)()
+                return
+            try:
+                with closing(work_ahead(starts, send, ahead=_AHEAD, threads=_THREADS)) as sent:
+                    for receive in sent:
+                        batch = receive()
+                        begin += size
+                        yield batch
+                        del batch  # or it would stay alive until the next one is there
+            except (RuntimeError, MemoryError) as error:
+                # The batches ahead need memory, too, and it is here that they find none.
+                if not _out_of_memory(error) or size == 1:
+                    raise
+            if begin < rows:
+                notices.append(self._halve())
 
-        def send(begin: int) -> Receive:
-            here = slice(begin, min(begin + size, rows))
+    def _send(self, transfer: Transfer, columns: Columns, first_row: int, size: int, begin: int) -> Receive:
+        """Bring at most `size` rows from `begin` on to the device."""
+        here = slice(begin, min(begin + size, len(columns[self._label])))
 
-            def fill(arrays: dict[str, np.ndarray]) -> None:
-                for name, values in columns.items():
-                    arrays[name][:] = values[here]
-                arrays["row_id"][:] = np.arange(first_row + here.start, first_row + here.stop)
+        def fill(arrays: dict[str, np.ndarray]) -> None:
+            for name, values in columns.items():
+                arrays[name][:] = values[here]
+            arrays["row_id"][:] = np.arange(first_row + here.start, first_row + here.stop)
 
-            return transfer.send([here.stop - here.start], fill, self._lay_out)[0]
-
-        starts = iter(range(0, rows, size))
-        if self._device.type != "cuda":  # a copy in memory: there is nothing to overlap with
-            for begin in starts:
-                yield send(begin)()
-            return
-        with closing(work_ahead(starts, send, ahead=_AHEAD, threads=1)) as sent:
-            for receive in sent:
-                yield receive()
+        return transfer.send([here.stop - here.start], fill, self._lay_out)[0]
 
     def _transfer(self, columns: Columns, size: int) -> Transfer:
         features = {name: Feature(values.shape[1:], str(values.dtype)) for name, values in columns.items()}
@@ -249,6 +270,18 @@ def _to_numpy(parts: list[Tensor]) -> np.ndarray:
     return array
 
 
+# What else says that there is no memory left, in plain RuntimeErrors: the allocator of the CPU, the CUDA runtime where
+# other processes use the GPU too, libraries that allocate for themselves, and compilers, which wrap what they meet.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def _out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    # `torch.OutOfMemoryError`, under the name that torch 2.4 knows, too.
+    known = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    return known or any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.errors import ConfigError, ModelOutputError, check_one_of
@@ -131,7 +131,7 @@ def default_loop(args: LoopArgs) -> None:
 
     torch.manual_seed(args.seed)
     model = sampler.prepare(build_model(args.model, sampler.shards))
-    optimizer = _optimizer(config, model)
+    optimizer = _optimizer(config, model, sampler.device)
     lr_schedule = _lr_schedule(config, optimizer)
     scaler = torch.amp.GradScaler(sampler.device.type, enabled=precision == "fp16")
     stateful: dict[str, Stateful] = {"optimizer": optimizer, "lr_schedule": lr_schedule, "scaler": scaler}
@@ -147,13 +147,14 @@ def default_loop(args: LoopArgs) -> None:
                 outputs = model(batch)
             sampler.observe(batch, outputs)
             loss = sampler.loss(batch, outputs).mean() * sampler.loss_scale
-            if not torch.isfinite(loss):
-                raise ModelOutputError(
-                    f"the loss of epoch {epoch}, batch {sampler.position.batch - 1} is {float(loss)}; no step was "
-                    "taken. Lower loop.lr or loop.clip_norm, or use a wider loop.precision"
-                )
+            fetch_loss = _fetch(loss)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if not math.isfinite(value := fetch_loss()):
+                raise ModelOutputError(
+                    f"the loss of epoch {epoch}, batch {sampler.position.batch - 1} is {value}; no step was taken. "
+                    "Lower loop.lr or loop.clip_norm, or use a wider loop.precision"
+                )
             if config.clip_norm is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -206,15 +207,42 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    # `torch.cuda.is_bf16_supported()` also says yes to GPUs that only emulate it, many times slower.
+    has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if has_bf16 else "fp16"
 
 
-def _optimizer(config: LoopConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _fetch(loss: Tensor) -> Callable[[], float]:
+    """The value of a loss, for when the backward pass is queued.
+
+    The copy from a GPU is queued at once, so asking waits for the forward pass alone: the GPU works on the backward
+    pass meanwhile, and is never without work; `float(loss)` at that place would wait for everything that is queued.
+    """
+    if loss.device.type != "cuda":
+        return loss.detach().item
+    value = loss.detach().to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def fetch() -> float:
+        copied.synchronize()
+        return float(value)
+
+    return fetch
+
+
+def _optimizer(config: LoopConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    # Fused: one kernel instead of one for each operation, and with a scaler (fp16) no wait for the GPU in each step.
+    fused = device.type == "cuda" or None
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.weight_decay,
+            fused=fused,
         )
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def _lr_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

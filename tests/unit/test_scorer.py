@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bss_ray.errors import ModelOutputError
+from bss_ray.load.transfer import Fill, Finish, HostTransfer, Receive
 from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.snapshot import pack_model
+from bss_ray.scoring import scorer as scorer_module
 from bss_ray.scoring.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
 
 ROWS, CLASSES, WIDTH = 53, 4, 6
@@ -202,6 +205,9 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allo"),
     MemoryError(),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB"),
 ]
 
 
@@ -269,6 +275,63 @@ class TestOutOfMemory:
         batch = {name: torch.from_numpy(values.copy()) for name, values in columns.items()}
         found = scorer(model, batch_size=32).measure_batches([{**batch, "row_id": torch.arange(ROWS)}])
         assert found.notices == [notice(32), notice(16)]
+        assert model.seen == list(range(ROWS))
+
+
+class Crowded(HostTransfer):
+    """Sends batches ahead, as to a GPU, which has room for no more than so many rows at a time."""
+
+    overlaps = True
+    fits = ROWS
+
+    def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
+        if sum(sizes) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return super().send(sizes, fill, finish)
+
+
+class TestBatchesSentAhead:
+    @pytest.fixture(autouse=True)
+    def _crowded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(scorer_module, "make_transfer", Crowded)
+        monkeypatch.setattr(Crowded, "fits", ROWS)
+
+    @pytest.mark.parametrize("batch_size", [1, 7, 52, 53, 54, 500])
+    def test_all_rows_in_their_order(self, batch_size: int) -> None:
+        model, columns = make_model(1), make_columns()
+        found = scorer(model, batch_size=batch_size).measure(columns, first_row=900)
+        check(found, direct(model, columns, Measurer()), first_row=900)
+
+    def test_no_memory_for_the_batches_ahead(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, columns = make_model(1), make_columns()
+        expected = direct(model, columns, Measurer())
+        one = scorer(model, batch_size=13)  # 4 batches and a row
+        monkeypatch.setattr(Crowded, "fits", 6)
+        found = one.measure(columns)
+        check(found, expected)
+        assert found.notices == [notice(13)]
+        assert one.measure(columns).notices == []
+
+    def test_no_memory_in_the_middle(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = make_columns()
+        model = make_model(1)
+        expected = direct(model, columns, Measurer())
+        model.register_forward_pre_hook(lambda *_: monkeypatch.setattr(Crowded, "fits", 5))
+        found = scorer(model, batch_size=6).measure(columns)
+        check(found, expected)
+        assert found.notices == [notice(6)]
+
+    def test_a_single_row_that_does_not_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Crowded, "fits", 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            scorer(make_model(1), batch_size=4).measure(make_columns())
+
+    def test_model_and_copies_both_run_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(5)
+        model, columns = Hungry(OUT_OF_MEMORY[0], fits=2), make_columns()
+        monkeypatch.setattr(Crowded, "fits", 5)
+        found = scorer(model, batch_size=8).measure(columns)
+        assert found.notices == [notice(8), notice(4)]
         assert model.seen == list(range(ROWS))
 
 
