@@ -63,18 +63,20 @@ class Placement:
         if (problem := label_problem(self.label_selector or {})) is not None:
             raise ConfigError(f"placement.label_selector={self.label_selector}: {problem}")
 
-    def scaling(self, num_workers: int | tuple[int, int], use_gpu: bool) -> ray.train.ScalingConfig:
-        """So many ranks, as Ray Train takes them."""
-        cpus = self.cpus_per_rank
-        return ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=None if cpus is None else {"CPU": cpus},
-            placement_strategy=self.ranks.upper(),
-            label_selector=self.label_selector,
-            accelerator_type=self.accelerator_type,
-            elastic_resize_monitor_interval_s=self.resize_interval_s,
-        )
+    def scaling(self, ranks: ray.train.ScalingConfig) -> ray.train.ScalingConfig:
+        """These ranks, placed as the settings say; what they leave at its default is as `ranks` says."""
+        changed: dict[str, object] = {}
+        if self.ranks != Placement.ranks:
+            changed["placement_strategy"] = self.ranks.upper()
+        if self.label_selector is not None:
+            changed["label_selector"] = self.label_selector
+        if self.accelerator_type is not None:
+            changed["accelerator_type"] = self.accelerator_type
+        if self.cpus_per_rank is not None:
+            changed["resources_per_worker"] = {**(ranks.resources_per_worker or {}), "CPU": self.cpus_per_rank}
+        if self.resize_interval_s != Placement.resize_interval_s:
+            changed["elastic_resize_monitor_interval_s"] = self.resize_interval_s
+        return replace(ranks, **changed)
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,16 @@ class ResourceRequest:
     """The processes of a run, which the cluster can hold at the same time.
 
     Attributes:
-        nodes: that are there, or that an autoscaler can add.
-        groups: of equal processes, in the order in which Ray is asked for them.
-        notice: what the user should read of it; may be empty.
+        scoring: Settings of scoring, with the engine that `auto` stands for.
+        nodes: Nodes that are there, or that an autoscaler can add.
+        groups: Groups of equal processes, in the order in which Ray is asked for them.
+        notices: What the user should read.
     """
 
+    scoring: Scoring
     nodes: Sequence[Node]
     groups: Sequence[ProcessGroup]
-    notice: str = ""
+    notices: Sequence[str] = ()
 
     def seats(self, shards: Shards) -> dict[str, list[str]]:
         """Node of each holder and scorer: where the rows are, as far as all others still fit."""
@@ -103,44 +107,39 @@ class ResourceRequest:
         return place(self.nodes, self.groups, dict.fromkeys(actors, rows))
 
 
-def check_resources(
-    scaling: ray.train.ScalingConfig,
-    scoring: Scoring,
-    spare_cpus: int | None = None,
-    wait_for_nodes: bool = False,
-) -> ResourceRequest:
-    """Refuse at once what the cluster could only leave pending for ever.
+def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring, placement: Placement) -> ResourceRequest:
+    """Settle the engine, and refuse at once what the cluster could only leave pending forever.
 
     Args:
-        scaling: of the ranks; of an elastic run the fewest count.
-        scoring: with the engine settled.
-        spare_cpus: that nobody of the run may take. None: one where there are several nodes, so that rows that are
-            lost with one can be made again, unless there is none to spare, and says so.
-        wait_for_nodes: only say so, since an autoscaler will add nodes.
+        scaling: Settings of the ranks; of an elastic run the fewest count.
+        scoring: How and where rows are scored.
+        placement: What ranks and scorers leave to others, and whether to wait for nodes.
 
     Raises:
         ResourceError: names the processes, the resource or label, what is asked for, what there is, and the remedy.
         RayVersionError: the installed Ray lacks what a run needs.
     """
     train_parts()  # what Ray no longer has is an error here, and not in the middle of a run
+    settled, why = settle_engine(scaling, scoring)
+    notices = [f"scoring engine: {settled.engine}; {why}"] if scoring.engine == "auto" else []
     nodes = read_nodes()
-    groups = groups_of(scaling, scoring, spare_cpus or 0)
-    if spare_cpus is None and len(nodes) > 1:
-        with_spare = groups_of(scaling, scoring, 1)
-        if fits(nodes, with_spare):
-            return ResourceRequest(nodes, with_spare)
+    # Rows that are lost with one of several nodes are made again on a CPU that is left.
+    unsaid = placement.spare_cpus is None and len(nodes) > 1
+    if unsaid and fits(nodes, with_spare := groups_of(scaling, settled, 1)):
+        return ResourceRequest(settled, nodes, with_spare, notices)
+    groups = groups_of(scaling, settled, placement.spare_cpus or 0)
     try:
         check_fit(nodes, groups)
     except ResourceError as error:
-        if wait_for_nodes:
-            return ResourceRequest(nodes, groups, f"waiting for nodes: {error}")
+        if placement.wait_for_nodes:
+            return ResourceRequest(settled, nodes, groups, [*notices, f"waiting for nodes: {error}"])
         if all(node.there for node in nodes):
             raise ResourceError(f"{error}. If an autoscaler adds nodes, set placement.wait_for_nodes") from None
         raise
-    return ResourceRequest(nodes, groups, _NO_CPU_LEFT if spare_cpus is None and len(nodes) > 1 else "")
+    return ResourceRequest(settled, nodes, groups, [*notices, _NO_CPU_LEFT] if unsaid else notices)
 
 
-def groups_of(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int = 0) -> list[ProcessGroup]:
+def groups_of(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: int) -> list[ProcessGroup]:
     """All processes of a run, in the order in which Ray is asked for them."""
     groups = [
         ProcessGroup(name=HOLDERS, count=scoring.num_holders, each={"CPU": scoring.cpus_per_holder}),

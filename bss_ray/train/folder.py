@@ -49,7 +49,7 @@ class Events:
         self._folder = folder
         folder.mkdir()
         self._here = None if folder.local is not None else tempfile.TemporaryDirectory(prefix="bss_ray-")
-        self._writer = EventsWriter(f"{folder.local if self._here is None else self._here.name}/events")
+        self._writer: EventsWriter | None = None  # with the first epoch: a run that fails before leaves no file
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write the finite metrics of an epoch."""
@@ -57,6 +57,8 @@ class Events:
         for name, value in row.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 event.summary.MergeFrom(scalar(name.replace("_", "/", 1), value))
+        if self._writer is None:
+            self._writer = EventsWriter(f"{self._folder.local if self._here is None else self._here.name}/events")
         self._writer.write_event(event)
         self._writer.flush()
         self._copy()
@@ -70,7 +72,8 @@ class Events:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
         if self._here is not None:
             with self._here:
                 if error is None:  # else it would hide that error

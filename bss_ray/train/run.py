@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from bss_ray.data.store import StoreConfig
 from bss_ray.errors import ConfigError, DataError, StorageError, nearest
 from bss_ray.measure.forward import to_tensors
 from bss_ray.measure.measurer import Measurer
-from bss_ray.placement.resources import Placement, check_resources, settle_engine
+from bss_ray.placement.resources import Placement
 from bss_ray.runtime.logs import LogFormat, check_log_format
 from bss_ray.runtime.messages import (
     EpochFinished,
@@ -37,11 +38,12 @@ from bss_ray.runtime.messages import (
 )
 from bss_ray.runtime.profiling import ProfileFolder
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, wait_for
+from bss_ray.sample.holder_actors import SavedScores
 from bss_ray.sample.plan import Tail
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.scoring.config import Scoring
 from bss_ray.storage import StoragePath, absolute
-from bss_ray.storage.probe import check_storage
+from bss_ray.train.backend import TrainBackend
 from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.folder import Events, RunFolder
 from bss_ray.train.initial import read_weights
@@ -195,53 +197,47 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     """
     profile = ProfileFolder(folder.path)
     scaling = train_scaling(config)
-    where = config.placement
-    check_resources(scaling, settle_engine(scaling, config.scoring)[0], where.spare_cpus, where.wait_for_nodes)
-    check_storage(folder.path)
-    splits = load_shards(config, on_message)
+    choose_by = check_choice(config.choose_by, columns_of(config))
     if config.initial_checkpoint is not None:
         read_weights(config.initial_checkpoint)  # before anything is started
-    choose_by = check_choice(config.choose_by, splits["train"].columns)
-    checkpoints = ray.train.CheckpointConfig(num_to_keep=2)
-    if splits["validation"] is not None:
-        checkpoints = ray.train.CheckpointConfig(
-            num_to_keep=2,
-            checkpoint_score_attribute=choose_by,
-            checkpoint_score_order="min" if is_error(choose_by) else "max",
-        )
-
+    load = functools.cache(functools.partial(load_shards, config, on_message))
     with _recording(folder, profile, on_message) as record:
         trainer = make_trainer(
             config,
-            splits,
-            scaling_config=scaling,
+            load,
+            scaling,
             run_config=ray.train.RunConfig(
                 name=folder.path.name,
                 storage_path=folder.storage_path.uri,
-                checkpoint_config=checkpoints,
+                # Without validation no epoch has the metric, and the last ones are kept.
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=2,
+                    checkpoint_score_attribute=choose_by,
+                    checkpoint_score_order="min" if is_error(choose_by) else "max",
+                ),
                 failure_config=ray.train.FailureConfig(
                     max_failures=config.max_failures, max_preemption_failures=config.max_preemptions
                 ),
             ),
-            wait_limit_s=config.wait_limit_s,
             profile=config.profile,
             on_message=record,
         )
         outcome = trainer.fit()
 
+    splits = load()
     on_message(Status("testing the chosen epoch"))
     last = SavedCheckpoint(outcome.checkpoint)
     history = last.manifest().history
     folder.write_metrics(history)
     chosen, row = _choose(outcome, choose_by)
     result: dict[str, Any] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
-    if splits["test"] is not None:
+    if splits.test is not None:
         task = _test_checkpoint.options(num_cpus=1, num_gpus=1 if scaling.use_gpu else 0)
-        tested = task.remote(config, SavedCheckpoint(chosen), splits["test"])
+        tested = task.remote(config, SavedCheckpoint(chosen), splits.test)
         result["test"] = wait_for(tested, "the test of the chosen epoch")
     if last.manifest().position.version:
-        write_scores(folder.path / "scores.parquet", last, splits["train"])
-        result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits["train"].columns.extra)
+        write_scores(folder.path / "scores.parquet", last, splits.train)
+        result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits.train.columns.extra)
     if config.profile:
         profile.finish()
     folder.write_result(result)
@@ -251,18 +247,34 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
 # ---- parts ------------------------------------------------------------------------------------
 
 
-def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> BalancedTrainer:
+def make_trainer(
+    config: TrainConfig,
+    load: Callable[[], Splits],
+    scaling: ray.train.ScalingConfig,
+    *,
+    on_message: OnMessage,
+    run_config: ray.train.RunConfig | None = None,
+    session: TrainBackend | None = None,
+    initial_scores: SavedScores | None = None,
+    profile: bool = False,
+) -> BalancedTrainer:
     """The trainer of a run of the default loop.
 
     Args:
-        config: what is trained, and how.
-        splits: shards by split, of `load_shards`; validation may be None.
-        **placed: where it runs, who looks on, other scores to begin with: arguments of `BalancedTrainer`.
+        config: What is trained, and how.
+        load: Function that returns the shards, called when it is known that the cluster can hold the run.
+        scaling: Ranks of the run.
+        on_message: Function that is called with each message of the run.
+        run_config: Name and storage of the run; see `BalancedTrainer`.
+        session: Backend that keeps the run's checkpoints; see `BalancedTrainer`.
+        initial_scores: Scores to begin with, in place of those that `config` names.
+        profile: Whether a training step and a scoring pass are recorded.
     """
     return BalancedTrainer(
         default_loop,
-        dataset=splits["train"],
-        validation=splits["validation"],
+        dataset=lambda: load().train,
+        columns=columns_of(config),
+        validation=lambda: load().validation,
         # Burn-in is for runs without scores.
         scheduler=config.scheduler if config.initial_checkpoint is None else replace(config.scheduler, burn_in=0),
         measurer=config.measurer,
@@ -270,15 +282,20 @@ def make_trainer(config: TrainConfig, splits: dict[str, Any], **placed: Any) -> 
         batch_size=config.batch_size,
         tail=config.tail,
         seed=config.seed,
-        spare_cpus=config.placement.spare_cpus,
-        wait_for_nodes=config.placement.wait_for_nodes,
         train_loop_config=LoopArgs(
             loop=config.loop,
             model=config.model,
             seed=config.seed,
             initial_checkpoint=None if config.initial_checkpoint is None else absolute(config.initial_checkpoint),
         ),
-        **{"initial_scores": config.initial_scores, **placed},
+        scaling_config=scaling,
+        placement=config.placement,
+        run_config=run_config,
+        wait_limit_s=config.wait_limit_s,
+        initial_scores=config.initial_scores if initial_scores is None else initial_scores,
+        session=session,
+        profile=profile,
+        on_message=on_message,
     )
 
 
@@ -290,7 +307,7 @@ def train_scaling(config: TrainConfig) -> ray.train.ScalingConfig:
     workers = config.num_workers
     if workers is None:
         workers = max(1, gpus if use_gpu else min(2, cpus))
-    return config.placement.scaling(workers, use_gpu)
+    return config.placement.scaling(ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu))
 
 
 def columns_of(config: TrainConfig) -> Columns:
@@ -307,14 +324,21 @@ def columns_of(config: TrainConfig) -> Columns:
     return columns
 
 
-def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
-    """Shards of all splits (None where there are none), checked; nothing is trained before all of them are sound.
+class Splits(NamedTuple):
+    """Shards of the splits of a run; None for a split that there is none of."""
+
+    train: Shards
+    validation: Shards | None = None
+    test: Shards | None = None
+
+
+def load_shards(config: TrainConfig, on_message: OnMessage) -> Splits:
+    """Shards of all splits, checked; nothing is trained before all of them are sound.
 
     Raises:
         DataError: the data breaks a rule.
     """
     columns = columns_of(config)
-    check_choice(config.choose_by, columns)
     datasets = load_splits(
         config.data,
         validation=config.validation,
@@ -323,7 +347,7 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
         seed=config.seed,
     )
     paths = parquet_paths(config.data, validation=config.validation, test=config.test)
-    shards: dict[str, Shards | None] = dict.fromkeys(datasets)
+    shards: dict[str, Shards] = {}
     for split, dataset in datasets.items():  # train comes first
         if dataset is not None:
             on_message(Status(f"reading {split} rows"))
@@ -331,7 +355,7 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
                 split,
                 dataset,
                 columns,
-                train=shards["train"],
+                train=shards.get("train"),
                 num_classes=config.num_classes,
                 min_shards=max(config.scoring.num_holders, config.scoring.num_scorers),
                 store=config.store,
@@ -339,7 +363,7 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> dict[str, Any]:
                 on_progress=_shards_made(split, on_message),
                 on_notice=lambda text: on_message(Notice(text)),
             )
-    return shards
+    return Splits(**shards)
 
 
 def _shards_made(split: str, on_message: OnMessage) -> Callable[[int, int], None]:

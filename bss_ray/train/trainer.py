@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 import ray.train
@@ -24,11 +24,11 @@ from bss_ray.placement.packing import ProcessGroup
 from bss_ray.placement.resources import (
     HOLDERS,
     SCORERS,
+    Placement,
     ResourceRequest,
     check_resources,
     in_this_process,
     scorer_options,
-    settle_engine,
 )
 from bss_ray.runtime.memory import ONE_ARENA, keep_freed_memory
 from bss_ray.runtime.messages import FatalError, Message, Notice, OnMessage, ShardsProgress, Status
@@ -48,13 +48,16 @@ from bss_ray.train.rank_trainer import fit_ranks, remove_orphaned_placement_grou
 from bss_ray.train.sampler import Sampler, set_sampler
 from bss_ray.train.supervise import EventReader, Stopped, heartbeat, supervise, watch
 
+Rows: TypeAlias = "ray.data.Dataset | Shards"
+
 
 class BalancedTrainer:
     """Trains with `ray.train.torch.TorchTrainer`; inside the loop `bss_ray.get_sampler()` hands out batches.
 
     Args:
         train_loop: function of no or one argument (`train_loop_config`), run by every rank.
-        dataset: training rows: a Ray Dataset, or `Shards` that are shared by several runs.
+        dataset: Training rows: a Ray Dataset, or `Shards` that are shared by several runs; or a function that returns
+            one of them, called when it is known that the cluster can hold the run.
         columns: roles of the columns.
         validation: validation rows, likewise; optional.
         scheduler: from scores to sampling weights; default `Learning()`.
@@ -73,10 +76,8 @@ class BalancedTrainer:
             then the ranks start again from the last checkpoint, or the run ends.
         initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`), or whatever
             else reads scores of rows, that the first epoch is drawn from; there is no burn-in then.
-        spare_cpus: CPUs of the cluster that ranks and scorers must leave, for rows that are made again after a node is
-            lost; default one where there are several nodes.
-        wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
-            error.
+        placement: Where ranks and scorers run, and what they leave to others; default `Placement()`. What it leaves at
+            its default is as `scaling_config` says.
         session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
         profile: record a training step and a scoring pass; they come as messages (see `bss_ray.runtime.profiling`).
         on_message: called in the driver with each message of the run, for progress displays; the classes of messages
@@ -90,9 +91,9 @@ class BalancedTrainer:
         self,
         train_loop: Callable[..., Any],
         *,
-        dataset: ray.data.Dataset | Shards,
+        dataset: Rows | Callable[[], Rows],
         columns: Columns | None = None,
-        validation: ray.data.Dataset | Shards | None = None,
+        validation: Rows | Callable[[], Rows | None] | None = None,
         scheduler: Scheduler | None = None,
         measurer: Measurer | None = None,
         scoring: Scoring | None = None,
@@ -106,8 +107,7 @@ class BalancedTrainer:
         run_config: ray.train.RunConfig | None = None,
         wait_limit_s: float = DEFAULT_LIMIT_S,
         initial_scores: str | SavedScores | None = None,
-        spare_cpus: int | None = None,
-        wait_for_nodes: bool = False,
+        placement: Placement | None = None,
         session: TrainBackend | None = None,
         profile: bool = False,
         on_message: OnMessage | None = None,
@@ -124,7 +124,7 @@ class BalancedTrainer:
         if initial_scores is not None:
             self._scheduler = replace(self._scheduler, burn_in=0)
         self._initial_scores = initial_scores
-        self._spare_cpus, self._wait_for_nodes = spare_cpus, wait_for_nodes
+        self._placement = placement or Placement()
         self._session = session or RayTrainBackend()
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
@@ -132,7 +132,7 @@ class BalancedTrainer:
         self._num_classes = num_classes
         self._store = store or StoreConfig()
         self._train_loop_config = train_loop_config
-        self._scaling_config = scaling_config or ray.train.ScalingConfig(num_workers=1)
+        self._scaling_config = self._placement.scaling(scaling_config or ray.train.ScalingConfig(num_workers=1))
         self._run_config = run_config or ray.train.RunConfig()
         if not wait_limit_s > 0:
             raise ConfigError(f"wait_limit_s must be positive; received {wait_limit_s}")
@@ -158,20 +158,17 @@ class BalancedTrainer:
                 the same call goes on.
         """
         set_wait_limit(self._wait_limit_s)
-        scoring, why = settle_engine(self._scaling_config, self._scoring)
-        request = check_resources(self._scaling_config, scoring, self._spare_cpus, self._wait_for_nodes)
+        request = check_resources(self._scaling_config, self._scoring, self._placement)
         if self._scaling_config.num_workers:  # else nothing of this run is kept by Ray Train
             check_storage(StoragePath.of(self._run_config.storage_path, self._run_config.storage_filesystem))
         train, validation = self._build_shards()
         check_batch_size(self._batch_size, train.rows)
         self.train_shards = train
 
-        if self._scoring.engine == "auto":
-            self._on_message(Notice(f"scoring engine: {scoring.engine}; {why}"))
-        if request.notice:
-            self._on_message(Notice(request.notice))
+        for text in request.notices:
+            self._on_message(Notice(text))
         self._on_message(Status("starting holders and ranks"))
-        context, actors = self._start_actors(train, validation, scoring, request)
+        context, actors = self._start_actors(train, validation, request)
         board = EventReader(context.coordinator, self._on_message)
         try:
             return self._run_ranks(context, board, request.groups)
@@ -228,10 +225,10 @@ class BalancedTrainer:
         raise AssertionError("unreachable")
 
     def _start_actors(
-        self, train: Shards, validation: Shards | None, scoring: Scoring, request: ResourceRequest
+        self, train: Shards, validation: Shards | None, request: ResourceRequest
     ) -> tuple[SamplerContext, list[Any]]:
         """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
-        measurer = self._measurer.for_task(train.columns.task)
+        measurer, scoring = self._measurer.for_task(train.columns.task), request.scoring
         initial = self._initial_scores
         if isinstance(initial, str):
             initial = ScoresFile(initial, train)
@@ -272,10 +269,12 @@ class BalancedTrainer:
         ), actors
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:
-        train = self._shards("train", self._dataset, None)
-        return train, None if self._validation is None else self._shards("validation", self._validation, train)
+        dataset = self._dataset() if callable(self._dataset) else self._dataset
+        train = self._shards("train", dataset, None)
+        validation = self._validation() if callable(self._validation) else self._validation
+        return train, None if validation is None else self._shards("validation", validation, train)
 
-    def _shards(self, split: str, rows: ray.data.Dataset | Shards, train: Shards | None) -> Shards:
+    def _shards(self, split: str, rows: Rows, train: Shards | None) -> Shards:
         if isinstance(rows, Shards):
             return rows
         return build_split(

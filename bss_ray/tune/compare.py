@@ -98,8 +98,8 @@ def run_seed(tree: Mapping[str, Any], seed: int, setup: TrialSetup) -> dict[str,
     history = train_once(config, setup.splits, setup.scaling, setup.folder, WarmStart(), chosen)
     row = best_row(history, choose_by)
     test = {}
-    if setup.splits["test"] is not None:
-        test = test_model(config, chosen.state, setup.splits["test"])
+    if setup.splits.test is not None:
+        test = test_model(config, chosen.state, setup.splits.test)
     return {"validation": {name: value for name, value in row.items() if name.startswith("val_")}, "test": test}
 
 

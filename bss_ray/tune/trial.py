@@ -28,7 +28,7 @@ from bss_ray.sample.state import ScoreBlock
 from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
 from bss_ray.train.backend import RayTrainBackend, TrainBackend
 from bss_ray.train.checkpoint import SavedCheckpoint
-from bss_ray.train.run import TrainConfig, make_trainer
+from bss_ray.train.run import Splits, TrainConfig, make_trainer
 from bss_ray.train.settings import overlay, training_config
 from bss_ray.tune.nested import fit_nested
 from bss_ray.tune.objective import Objective
@@ -176,7 +176,7 @@ class WarmStart:
 
 def train_once(
     config: TrainConfig,
-    splits: dict[str, Any],
+    splits: Splits,
     scaling: ray.train.ScalingConfig,
     folder: Path,
     begin: WarmStart,
@@ -186,7 +186,7 @@ def train_once(
 
     Args:
         config: Settings of the run.
-        splits: Shards by split.
+        splits: Shards of the splits.
         scaling: Number of ranks; one rank trains in this process.
         folder: Folder in which several ranks leave their checkpoints in the meantime.
         begin: Checkpoint or scores with which the run begins.
@@ -197,18 +197,20 @@ def train_once(
     """
     start = begin.checkpoint
     history: list[Row] = [] if start is None else SavedCheckpoint(start).manifest().history
-    placed: dict[str, Any] = {"on_message": _quiet}
-    if begin.scores is not None:
-        placed["initial_scores"] = begin.scores
 
     def after(checkpoint: ray.train.Checkpoint) -> None:
         history[:] = SavedCheckpoint(checkpoint).manifest().history
         on_epoch(history, Path(checkpoint.path))
 
     if scaling.num_workers == 1:
-        here = replace(scaling, num_workers=0)
-        session = _InTrial(begin, after)
-        make_trainer(scoring_here(config), splits, scaling_config=here, session=session, **placed).fit()
+        make_trainer(
+            scoring_here(config),
+            lambda: splits,
+            replace(scaling, num_workers=0),
+            session=_InTrial(begin, after),
+            initial_scores=begin.scores,
+            on_message=_quiet,
+        ).fit()
         return history
     # A name of its own: a run of the same name would go on from its own checkpoints.
     nested = folder / NESTED / uuid.uuid4().hex
@@ -216,8 +218,8 @@ def train_once(
         fit_nested(
             lambda callbacks: make_trainer(
                 config,
-                splits,
-                scaling_config=scaling,
+                lambda: splits,
+                scaling,
                 run_config=ray.train.RunConfig(
                     name=nested.name,
                     storage_path=str(nested.parent),
@@ -225,7 +227,8 @@ def train_once(
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
                 ),
                 session=RayTrainBackend(start),
-                **placed,
+                initial_scores=begin.scores,
+                on_message=_quiet,
             ),
             lambda _row, path: after(ray.train.Checkpoint(path)) if path else None,
         )
@@ -279,7 +282,7 @@ class TrialSetup:
 
     Attributes:
         base: Settings of `bss-ray train` as a tree, which the settings of a trial override.
-        splits: Shards by split.
+        splits: Shards of the splits.
         objective: What is reported.
         seeds: Number of training runs of a trial.
         scaling: Number of ranks of a training run; one rank trains in the trial's own process.
@@ -287,7 +290,7 @@ class TrialSetup:
     """
 
     base: Mapping[str, Any]
-    splits: dict[str, Any]
+    splits: Splits
     objective: Objective
     seeds: int
     scaling: ray.train.ScalingConfig

@@ -86,7 +86,7 @@ def max_concurrent_trials(config: TuneConfig, scaling: ray.train.ScalingConfig) 
         ConfigError: a population that must train side by side has no room.
     """
     scoring = scoring_here(config.train).scoring
-    check_resources(scaling, scoring)
+    check_resources(scaling, scoring, config.train.placement)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     own = trial_resources(config, scaling)
     apart = _apart(scaling, scoring)

@@ -60,9 +60,9 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         seats = max_concurrent_trials(config, scaling)
         check_storage(folder.path)
         splits = load_shards(config.train, on_message)
-        if splits["validation"] is None:
+        if splits.validation is None:
             raise ConfigError("a search needs validation rows to choose by: --train.validation FILE")
-        data = {split: splits[split].fingerprint for split in ("train", "validation")}
+        data = {"train": splits.train.fingerprint, "validation": splits.validation.fingerprint}
         record = SearchRecord(storage, config, space, objective, data)
         setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.local)
         if record.unfinished:

@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 from bss_ray import Scoring
 from bss_ray.errors import ResourceError
-from bss_ray.placement.resources import check_resources
+from bss_ray.placement.resources import Placement, check_resources
 from bss_ray.runtime.messages import Message, PlacementMap
 from bss_ray.testing import Fault, Hang
 from tests.runs import Faults, Outcome, make_shards, run
@@ -64,7 +64,7 @@ def test_a_label_that_no_node_has_is_refused_at_once(cluster: Cluster) -> None:
     with pytest.raises(
         ResourceError, match=r"zone=elsewhere, and no node has it\. .* zone=head \(1\), zone=work \(1\)"
     ):
-        check_resources(scaling, SCORING)
+        check_resources(scaling, SCORING, Placement())
 
 
 def test_a_node_comes_and_another_goes(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

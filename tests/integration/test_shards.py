@@ -17,7 +17,7 @@ from bss_ray.data.build import build_shards
 from bss_ray.data.columns import Columns
 from bss_ray.data.sources import load_splits
 from bss_ray.errors import ConfigError, DataError, ResourceError
-from bss_ray.placement.resources import check_resources, settle_engine
+from bss_ray.placement.resources import Placement, check_resources, settle_engine
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.scoring.config import Scoring
@@ -135,11 +135,13 @@ def test_no_rows_and_too_few() -> None:
 
 def test_impossible_resources_are_refused_at_once() -> None:
     with pytest.raises(ResourceError, match=r"needs 100 CPU .*the cluster has 6"):
-        check_resources(ray.train.ScalingConfig(num_workers=100), Scoring())
+        check_resources(ray.train.ScalingConfig(num_workers=100), Scoring(), Placement())
     with pytest.raises(ResourceError, match=r"needs 1 GPU .*the cluster has 0"):
-        check_resources(ray.train.ScalingConfig(num_workers=1, use_gpu=True), Scoring())
+        check_resources(ray.train.ScalingConfig(num_workers=1, use_gpu=True), Scoring(), Placement())
     with pytest.raises(ResourceError, match=r"needs 1 GPU \(2 scorers x 0\.5\); the cluster has 0"):
-        check_resources(ray.train.ScalingConfig(num_workers=1), Scoring(engine="actors", gpus_per_scorer=0.5))
+        check_resources(
+            ray.train.ScalingConfig(num_workers=1), Scoring(engine="actors", gpus_per_scorer=0.5), Placement()
+        )
 
 
 def test_the_engine_follows_from_what_the_ranks_leave() -> None:

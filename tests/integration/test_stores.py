@@ -422,6 +422,7 @@ def test_the_command_keeps_rows_on_disk_and_finds_them_again(tmp_path: Path) -> 
         shards = load_shards(config, told.append)
         assert {type(message) for message in told} == kinds
         seen.append([path.stat().st_mtime_ns for path in sorted(files_in(tmp_path / "cache"))])
-    assert shards["train"].rows == shards["validation"].rows == len(columns["label"])
+    assert shards.validation is not None
+    assert shards.train.rows == shards.validation.rows == len(columns["label"])
     assert len(list((tmp_path / "cache" / "keys").iterdir())) == 2
     assert seen[0] == seen[1]

@@ -13,6 +13,7 @@ import yaml
 from ray.core.generated import autoscaler_pb2
 from rich.console import Console
 
+from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shard
 from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.placement.cluster import read_nodes
@@ -25,6 +26,7 @@ from bss_ray.runtime import ray_internals
 from bss_ray.scoring.config import Scoring
 from bss_ray.train.rank_trainer import seats_of_ranks
 from bss_ray.train.settings import training_config
+from bss_ray.train.trainer import BalancedTrainer
 from bss_ray.tune.config import TuneConfig
 
 
@@ -170,7 +172,9 @@ class Parts:
 
 def test_actors_go_where_the_rows_are_and_else_where_cpus_are() -> None:
     there = [node("head", CPU=0), *nodes(2, CPU=4)]
-    request = ResourceRequest(there, [scorers(3), ProcessGroup(name="holders", count=2, each={}), ranks(1, CPU=1)])
+    request = ResourceRequest(
+        Scoring(), there, [scorers(3), ProcessGroup(name="holders", count=2, each={}), ranks(1, CPU=1)]
+    )
 
     def seats(*rows_on: tuple[str, int]) -> dict[str, list[str]]:
         return request.seats(Parts([Shard(0, rows, where) for where, rows in rows_on]))  # type: ignore[arg-type]
@@ -197,14 +201,26 @@ def test_rules_of_a_placement(settings: dict[str, Any], said: str) -> None:
 
 def test_a_placement_is_handed_to_ray_train() -> None:
     placement = Placement(ranks="spread", label_selector={"zone": "a"}, accelerator_type="A100", cpus_per_rank=2)
-    scaling = placement.scaling((1, 4), use_gpu=True)
+    scaling = placement.scaling(ray.train.ScalingConfig(num_workers=(1, 4), use_gpu=True))
     assert (scaling.num_workers, scaling.placement_strategy, scaling.label_selector) == (
         (1, 4),
         "SPREAD",
         {"zone": "a"},
     )
     assert scaling._resources_per_worker_not_none == {"CPU": 2, "GPU": 1, "accelerator_type:A100": 0.001}
-    assert Placement().scaling(2, use_gpu=False)._resources_per_worker_not_none == {"CPU": 1}
+
+
+def test_what_a_placement_leaves_at_its_default_is_as_ray_train_is_told() -> None:
+    given = ray.train.ScalingConfig(
+        num_workers=2,
+        resources_per_worker={"CPU": 3, "special": 1},
+        placement_strategy="STRICT_SPREAD",
+        label_selector={"zone": "a"},
+        elastic_resize_monitor_interval_s=5.0,
+    )
+    assert Placement(spare_cpus=2, wait_for_nodes=True).scaling(given) == given
+    assert Placement(cpus_per_rank=2).scaling(given).resources_per_worker == {"CPU": 2, "special": 1}
+    assert Placement(ranks="spread").scaling(given) == replace(given, placement_strategy="SPREAD")
 
 
 def test_ranks_from_a_file_of_settings() -> None:
@@ -270,8 +286,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_spare_cpus(two_nodes: None) -> None:
     def asked(workers: int, spare: int | None = None) -> tuple[int, str]:
-        request = check_resources(ray.train.ScalingConfig(num_workers=workers), Scoring(), spare)
-        return next(group.count for group in request.groups if group.name == "spare CPUs"), request.notice
+        placement = Placement(spare_cpus=spare)
+        request = check_resources(ray.train.ScalingConfig(num_workers=workers), Scoring(engine="workers"), placement)
+        return next(group.count for group in request.groups if group.name == "spare CPUs"), "".join(request.notices)
 
     assert asked(3) == (1, "")
     spare, notice = asked(4)
@@ -283,22 +300,36 @@ def test_spare_cpus(two_nodes: None) -> None:
         asked(3, 2)
 
 
+def test_what_does_not_fit_is_refused_before_any_row_is_read(two_nodes: None) -> None:
+    trainer = BalancedTrainer(
+        lambda: None,
+        dataset=lambda: pytest.fail("the rows are read"),
+        columns=Columns(modalities=("a", "b"), label="label"),
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        placement=Placement(cpus_per_rank=1, spare_cpus=3),
+    )
+    with pytest.raises(ResourceError, match=r"needs 5 CPU \(3 spare CPUs x 1 \+ 2 ranks x 1\); the cluster has 4"):
+        trainer.fit()
+
+
 def test_nodes_of_an_autoscaler(two_nodes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = ray.train.ScalingConfig(num_workers=3, use_gpu=True)
     with pytest.raises(ResourceError, match=r"has 1\..* If an autoscaler adds nodes, set placement.wait_for_nodes"):
-        check_resources(scaling, Scoring())
-    assert check_resources(scaling, Scoring(), wait_for_nodes=True).notice.startswith(
-        "waiting for nodes: the run needs 3"
-    )
+        check_resources(scaling, Scoring(), Placement())
+    request = check_resources(scaling, Scoring(), Placement(wait_for_nodes=True))
+    assert [text[:34] for text in request.notices] == [
+        "scoring engine: workers; the ranks",
+        "waiting for nodes: the run needs 3",
+    ]
+    assert request.scoring == Scoring(engine="workers")
     config = autoscaler_pb2.ClusterConfig()
     config.node_group_configs.add(name="gpu", resources={"CPU": 2, "GPU": 1}, max_count=3)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray_internals._state, "get_cluster_config", lambda: config)
     assert [(node.there, node.head) for node in read_nodes()] == [(True, True), (True, False)] + [(False, False)] * 2
-    request = check_resources(scaling, Scoring())
-    assert request.notice == ""
+    assert check_resources(scaling, Scoring(engine="workers"), Placement()).notices == []
     with pytest.raises(ResourceError, match="with all 2 nodes that its autoscaler may add"):
-        check_resources(ray.train.ScalingConfig(num_workers=4, use_gpu=True), Scoring())
+        check_resources(ray.train.ScalingConfig(num_workers=4, use_gpu=True), Scoring(), Placement())
 
 
 def test_what_runs_where_as_lines_of_a_log() -> None:
