@@ -22,6 +22,7 @@ import ray.tune
 import yaml
 
 from bss_ray.errors import CheckpointError
+from bss_ray.runtime.messages import Message
 from bss_ray.runtime.ranks import RankGroup
 from bss_ray.sample.score_files import ScoreFile, read_scores, write_scores
 from bss_ray.sample.state import ScoreBlock
@@ -269,7 +270,7 @@ class _InTrial(TrainBackend):
         return False
 
 
-def _quiet(message: dict[str, Any]) -> None:
+def _quiet(message: Message) -> None:
     """A trial's own messages are for nobody: there are many trials."""
 
 
