@@ -1,4 +1,4 @@
-"""How a run speaks: the format of what a command prints, and the logger of the run's processes."""
+"""The format of what a command prints, and the logger of a run's processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def check_log_format(value: str) -> None:
     """Refuse a format that does not exist.
 
     Raises:
-        ConfigError: names the nearest.
+        ConfigError: The message names the nearest format.
     """
     check_one_of("log_format", value, get_args(LogFormat))
 
 
-def ray_logging(log_format: str) -> dict[str, Any]:
+def ray_logging(log_format: str) -> dict[str, object]:
     """Arguments of `ray.init`: with `json` all processes of the job write JSON lines, with Ray's ids."""
     if log_format != "json":
         return {}
@@ -33,18 +33,18 @@ def ray_logging(log_format: str) -> dict[str, Any]:
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
     """The logger `bss_ray` in a process of a run. Its records say where they come from: `epoch`, `version`, `rank`.
 
-    Whoever formats them decides what becomes of those: Ray's JSON lines hold all of them.
+    The formatter of a log decides which of these it shows; Ray's JSON lines hold all of them.
 
     Args:
-        **place: their values, None where there is none, and other attributes such as `run`.
+        **place: Values of these attributes, None if there is no value, and other attributes such as `run`.
     """
 
-    def __init__(self, **place: Any) -> None:
+    def __init__(self, **place: object) -> None:
         super().__init__(logging.getLogger("bss_ray"), {"epoch": None, "version": None, "rank": None, **place})
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         return msg, {**kwargs, "extra": {**(self.extra or {}), **kwargs.get("extra", {})}}
 
-    def at(self, **place: Any) -> RunLogger:
+    def at(self, **place: object) -> RunLogger:
         """The same logger with more, or other, attributes: `epoch` and `version`."""
         return RunLogger(**{**(self.extra or {}), **place})

@@ -1,4 +1,4 @@
-"""What malloc does with freed memory."""
+"""Settings of malloc: whether a process keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ONE_ARENA = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
 def keep_freed_memory() -> None:
     """Have malloc keep up to 1 GiB of freed memory in this process, where the C library is glibc.
 
-    It would give large arrays back to the system, and ask for them anew in every batch: forward passes of
+    It would give large arrays back to the system, and ask for them again in every batch: forward passes of
     convolutions on a CPU then take more than twice as long, for page faults alone (2,048 rows of AV-Digits: 89,000
     faults and 0.22 s without, none and 0.10 s with).
     """

@@ -1,6 +1,6 @@
-"""Figures of a run for Prometheus, by way of Ray's metrics: what the dashboard in `cluster/grafana` shows.
+"""Metrics of a run for Prometheus, by way of Ray's metrics: what the dashboard in `cluster/grafana` shows.
 
-They are recorded where all messages of a run come together: on the coordinator's board.
+They are recorded where all messages of a run come together: in the coordinator's event log.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Figure(NamedTuple):
     """A metric of Ray.
 
     Attributes:
-        kind: a `counter` adds up what messages bring, a `gauge` shows the last of it.
-        key: of the message, or of the row of an epoch, that brings it.
-        text: what it is, with its unit.
+        kind: A `counter` adds up the values of messages, a `gauge` shows the last value.
+        key: Name of the figure in `Message.figures()`.
+        text: Description for Prometheus, with the unit.
     """
 
     kind: Literal["counter", "gauge"]
@@ -56,17 +56,17 @@ FIGURES: dict[str, Figure] = {
 
 
 class RunMetrics:
-    """Records the figures that messages bring.
+    """Records the figures of messages.
 
     Args:
-        run: its name, which all of them are tagged with.
+        run: Name of the run, which tags all its metrics.
     """
 
     def __init__(self, run: str) -> None:
         self._metrics = {name: _metric(name, figure).set_default_tags({"run": run}) for name, figure in FIGURES.items()}
 
     def take(self, message: Message) -> None:
-        """Record what is in a message on the board."""
+        """Record the figures of a message."""
         values = message.figures()
         for name, figure in FIGURES.items():
             value = values.get(figure.key)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import collections
+import itertools
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -23,7 +23,7 @@ def in_threads(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterato
     if threads == 1:
         yield from map(work, parts)
         return
-    waiting: collections.deque[Future[Result]] = collections.deque()
+    waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="bss-ray-sample") as pool:
         try:
             for part in parts:
@@ -47,8 +47,6 @@ def _num_threads() -> int:
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-_END: Any = object()
-
 
 def work_ahead(
     items: Iterator[Item], work: Callable[[Item], Made], *, ahead: int, threads: int
@@ -60,28 +58,31 @@ def work_ahead(
     turn, with its own traceback. When the loop ends, however it ends, so do the threads.
 
     Args:
-        items: advanced in one thread only.
-        work: called in several threads at a time.
-        ahead: items that are begun and not yet asked for, at most. Who holds the last result adds to it.
-        threads: that work at a time.
+        items: Iterator that is advanced in one thread only.
+        work: Function that is called in several threads at a time.
+        ahead: Largest number of items that are begun and not yet asked for; the last result, which the loop holds,
+            is not one of them.
+        threads: Number of threads that work at a time.
     """
     producer = ThreadPoolExecutor(1, "bss_ray-plan")
     workers = ThreadPoolExecutor(threads, "bss_ray-load")
 
-    def run(item: Future[Any]) -> Any:
-        made = item.result()
-        return _END if made is _END else work(made)
+    # Lists of one item, or of none at the end.
+    def take() -> list[Item]:
+        return list(itertools.islice(items, 1))
 
-    pending: deque[Future[Any]] = deque()
+    def run(taken: Future[list[Item]]) -> list[Made]:
+        return [work(item) for item in taken.result()]
+
+    pending: deque[Future[list[Made]]] = deque()
     try:
         while True:
             while len(pending) <= ahead:  # one of them is asked for now
-                pending.append(workers.submit(run, producer.submit(next, items, _END)))
-            result = pending.popleft().result()
-            if result is _END:
+                pending.append(workers.submit(run, producer.submit(take)))
+            made = pending.popleft().result()
+            if not made:
                 return
-            yield result
-            del result  # or it would stay alive until the next one is there
+            yield made.pop()  # held here it would stay alive until the next one is there
     finally:
         # Producer first: a worker may be waiting for an item, and a cancelled item ends that.
         for executor in (producer, workers):
