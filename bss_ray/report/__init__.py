@@ -1,1 +1,1 @@
-"""What people look at: the terminal, and figures."""
+"""Output for people: the terminal, and reports with figures."""

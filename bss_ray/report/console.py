@@ -1,4 +1,4 @@
-"""What a command shows while it works: a bar on a terminal, plain lines in a log, JSON lines for programs."""
+"""The output of a running command: a bar on a terminal, plain lines in a log, JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PROGRESS_S = 10.0
 
 
 class JsonLines:
-    """Prints each message as a JSON object on a line of its own, at once.
+    """Prints each message at once as a JSON object on its own line.
 
     Every line has `time` (UTC), `level`, `event`, `run`, `epoch`, `version`, `rank` (null where there is none) and
     `message`, or the figures of the event.
@@ -51,7 +51,7 @@ class JsonLines:
     def __init__(self, run: str, out: TextIO | None = None) -> None:
         self._run = run
         self._out = out or sys.stdout
-        self._told: dict[str, float] = {}  # when progress of each kind was told last
+        self._told: dict[str, float] = {}  # time of the last progress of each kind
 
     def __enter__(self) -> JsonLines:
         return self
@@ -61,7 +61,7 @@ class JsonLines:
             self._line("error", {"type": type(error).__name__, "message": str(error)}, level="ERROR")
 
     def say(self, text: str) -> None:
-        """Something that the user should read."""
+        """Show a message to the user."""
         self._line("notice", {"message": text})
 
     def status(self, text: str) -> None:
@@ -164,17 +164,17 @@ def _left(left: Mapping[str, tuple[float, float]]) -> str:
     return ", ".join(f"{free:g} of {of:g} {name}" for name, (free, of) in left.items())
 
 
-# Columns of what is printed off a terminal, where nobody can make the window wider.
+# Width of output that is not on a terminal, where nobody can make the window wider.
 _PLAIN_WIDTH = 160
 
-# Metrics that are shares, and shown in per cent; a regression's are plain numbers.
+# Metrics that are shares and shown in per cent; metrics of a regression are plain numbers.
 _SHARES = ("accuracy", "map", "f1")
-# What an epoch's line shows of each head: whichever of them there is.
+# Metrics that the line of an epoch shows for each head; the first that exists is shown.
 _PREFIXES = ("val_accuracy_", "val_r2_")
 
 
 class Shown(Protocol):
-    """What commands ask of a display."""
+    """The interface of displays."""
 
     def __enter__(self) -> Shown: ...
 
@@ -209,7 +209,7 @@ def open_display(log_format: str, run: str, for_people: Callable[[Console], Show
     """
     if log_format == "json":
         return JsonLines(run)
-    # Not Rich's own guess: variables such as FORCE_COLOR would put cursor tricks into a job's log.
+    # Not Rich's own guess: variables such as FORCE_COLOR would put control characters into a job's log.
     terminal = log_format == "rich" or (log_format == "auto" and sys.stdout.isatty())
     width = None if terminal else _PLAIN_WIDTH
     return for_people(Console(highlight=False, soft_wrap=True, force_terminal=terminal, width=width))
@@ -218,8 +218,8 @@ def open_display(log_format: str, run: str, for_people: Callable[[Console], Show
 class Display:
     """Shows the messages of a run.
 
-    On a terminal: a moving line with what is being done and how far the epoch is. Elsewhere (a job's
-    log, a pipe): one line per stage and per epoch, and no cursor tricks.
+    On a terminal: a moving line with the current work and the progress of the epoch. Elsewhere (a job's
+    log, a pipe): one line per stage and per epoch, without control characters.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -278,7 +278,7 @@ class Display:
                 self._placement(message)
 
     def _placement(self, message: PlacementMap) -> None:
-        """What runs where, again only when it has changed."""
+        """The placement of processes, shown again only if it has changed."""
         where = [(row.node, row.processes) for row in message.rows]
         if where == self._where:
             return
@@ -290,7 +290,7 @@ class Display:
                 self.say(line)
 
     def _epoch(self, row: Metrics) -> None:
-        """A line per epoch, under a header that comes once."""
+        """A line per epoch, under a header that is shown once."""
         cells = epoch_cells(row)
         widths = [max(len(name), 7) for name in cells]
         if list(cells) != self._header:
@@ -300,7 +300,7 @@ class Display:
 
 
 def epoch_cells(row: Metrics) -> dict[str, str]:
-    """Column name and text of each figure that an epoch's line shows."""
+    """Column name and text of each figure in the line of an epoch."""
     cells = {
         "epoch": str(row["epoch"]),
         "rows": str(row["rows"]),
@@ -315,7 +315,7 @@ def epoch_cells(row: Metrics) -> dict[str, str]:
 
 
 def _column_name(prefix: str, head: str) -> str:
-    """`val fused`, and where it is no accuracy `val r2 fused`."""
+    """`val fused`, or `val r2 fused` if the metric is not accuracy."""
     split, metric, _ = prefix.split("_")
     return f"{split} {head}" if metric == "accuracy" else f"{split} {metric} {head}"
 
@@ -327,14 +327,14 @@ def is_share(metric: str) -> bool:
 
 
 def show(metric: str, value: float, *, unit: bool = True) -> str:
-    """The value of a metric for people: `97.31%`, or `0.4711` where it is no share."""
+    """The value of a metric for people: `97.31%`, or `0.4711` if the metric is no share."""
     if not is_share(metric):
         return f"{value:.4g}"
     return f"{value:.2%}" if unit else f"{100 * value:.2f}"
 
 
 def result_table(result: Result, folder: StoragePath) -> Table:
-    """The run's end: the chosen epoch's metrics by head, and where everything lies."""
+    """The end of a run: the metrics of the chosen epoch by head, and the paths of all files."""
     table = Table(title=f"epoch {result['chosen_epoch']}, chosen on validation", title_justify="left")
     figures = {**result["validation"], **result["test"]}
     names = [name.split("_", 2) for name in figures]

@@ -1,4 +1,4 @@
-"""`report.html`: the figures of a run, in one file that opens without a network."""
+"""`report.html`: the figures of a run in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bss_ray.storage import StoragePath
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# A histogram needs no more; the file stays small however many rows there are.
+# Most rows of a histogram, so that the file stays small for any number of rows.
 _SAMPLE_ROWS = 200_000
 
 _STYLE = (
@@ -36,7 +36,7 @@ def write_report(folder: StoragePath) -> StoragePath:
         Path of `report.html`.
 
     Raises:
-        MissingDependencyError: plotly is not installed.
+        MissingDependencyError: Plotly is not installed.
     """
     go = optional_import("plotly.graph_objects", extra="report", needed_for="report.html")
     figures = [
@@ -62,7 +62,7 @@ def write_page(folder: StoragePath, kind: str, parts: Iterable[Figure | str]) ->
         Path of `report.html`.
     """
     pieces = []
-    script = True  # plotly itself, 5 MB, comes with the first figure only
+    script = True  # plotly's code, 5 MB, is in the first figure only
     for part in parts:
         if not isinstance(part, str):
             part = part.to_html(full_html=False, include_plotlyjs=script, default_height="380px")
@@ -78,7 +78,7 @@ def write_page(folder: StoragePath, kind: str, parts: Iterable[Figure | str]) ->
 
 
 def _validation_figure(go: ModuleType, folder: StoragePath) -> Figure:
-    """Accuracy by head; R² where labels are numbers."""
+    """Accuracy by head; R² if labels are numbers."""
     numbers = _series(folder, "val_r2_")
     name, series = ("R²", numbers) if numbers else ("accuracy", _series(folder, "val_accuracy_"))
     return _figure(go, f"Validation {name} by head", series, "epoch", name)
@@ -120,7 +120,7 @@ def label_axes(figure: Figure, title: str, x: str, y: str) -> Figure:
 
 
 def _scores_figure(go: ModuleType, path: StoragePath) -> Figure:
-    """Histogram of the final scores, apart by the truth column where there is one."""
+    """Histogram of the final scores, separated by a boolean extra column if there is one."""
     table = path.read_table()
     if len(table) > _SAMPLE_ROWS:
         table = table.take(np.linspace(0, len(table) - 1, _SAMPLE_ROWS).astype(np.int64))

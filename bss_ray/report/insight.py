@@ -1,7 +1,7 @@
-"""What a search has found, in numbers and sentences: about its knobs, its best trials, and uniform sampling.
+"""The results of a search in numbers and sentences: its knobs, its best trials, and uniform sampling.
 
-A study gives much to believe in: a few dozen noisy values and a handful of knobs. The sentences here
-therefore name their evidence, and claim nothing that shuffled values would show as well.
+A few dozen noisy values and a handful of knobs easily suggest effects that do not exist. So the sentences
+name their evidence, and claim nothing that shuffled values would show as well.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from bss_ray.tune.objective import Interval
 # same}}`, as `result.json` of a search has it.
 Comparison = Mapping[str, Any]
 
-# With fewer trials than this nothing but a nearly perfect order could be claimed, and a knob has no sentence.
+# Fewest trials for a sentence on a knob. With fewer trials only a nearly perfect order could be claimed.
 FEWEST_TRIALS = 8
-# A category takes part in a comparison from so many trials on.
+# Fewest trials of a category that takes part in a comparison.
 _FEWEST_OF_A_CATEGORY = 3
-# Share of searches without any effect in which any knob is claimed to have one.
+# Share of searches without any effect in which an effect of any knob is claimed.
 _LEVEL = 0.05
-# Trials are compared with so many others that were made at about the same time. TPE makes better trials the longer
-# it works and settles on values of all knobs meanwhile, of those without any effect too: with all trials in one
-# block every fourth search of 40 trials claimed an effect where there was none, with blocks of 8 every tenth.
+# Trials are compared within blocks of this number of trials made at about the same time. TPE makes better trials the
+# longer it works, and meanwhile settles on values of all knobs, also of knobs without any effect: with all trials in
+# one block every fourth search of 40 trials claimed an effect that did not exist, with blocks of 8 every tenth.
 _BLOCK = 8
 _PERMUTATIONS = 9999
 _SEED = 0
-# The best trials stick to the edge of a range if their median lies in this share of it.
+# The best trials are at the edge of a range if their median is within this share of it.
 _EDGE = 0.15
 
 
@@ -53,7 +53,7 @@ def metrics_of(study: Study) -> dict[str, bool]:
 
 
 def show_difference(metric: str, value: float) -> str:
-    """A difference of values for people: `1.20 points`, or `0.4711` where the metric is no share."""
+    """A difference of values for people: `1.20 points`, or `0.4711` if the metric is no share."""
     return f"{show(metric, value, unit=False)} points" if is_share(metric) else show(metric, value)
 
 
@@ -72,7 +72,7 @@ def finished(study: Study) -> list[FrozenTrial]:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A trial worth a line in a table.
+    """A trial in the table of the best trials.
 
     Attributes:
         number: Number of the trial.
@@ -89,7 +89,7 @@ class Configuration:
     settings: dict[str, object]
 
     def cell(self, metric: str) -> str:
-        """`97.31% ± 0.40 (3 seeds)`; before it the objective value, where that is no mean: `96.91%: 97.31% ± ...`."""
+        """`97.31% ± 0.40 (3 seeds)`; an objective value that is no mean comes first: `96.91%: 97.31% ± ...`."""
         value, found = show(metric, self.values[metric]), self.intervals.get(metric)
         if found is None or found.half_width is None:
             return value
@@ -101,7 +101,7 @@ class Configuration:
 def best_configurations(study: Study, count: int = 5) -> list[Configuration]:
     """The best trials, best first.
 
-    The best of many noisy values is too good by chance: what it is worth, new seeds or test data tell.
+    The best of many noisy values is too good by chance; only new seeds or test data tell its true value.
 
     Args:
         study: Study of one objective or several.
@@ -145,7 +145,7 @@ def compare_seeds(best: Sequence[float], control: Sequence[float]) -> Interval:
 
 
 def compared_metrics(comparison: Comparison) -> list[tuple[str, str]]:
-    """(split, metric) of what the search chose by: on validation and, where it was measured, on test."""
+    """(split, metric) pairs of the search's metric: on validation and, if it was measured, on test."""
     metric = comparison["metric"]
     pairs = [("validation", metric), ("test", "test_" + metric.removeprefix("val_"))]
     sides = (comparison["best"], comparison["uniform"])
@@ -172,14 +172,14 @@ def comparison_sentences(comparison: Comparison | None) -> list[str]:
 
 def _verdict(metric: str, best: Sequence[float], control: Sequence[float]) -> str:
     difference = compare_seeds(best, control)
-    # Positive is better, whatever the metric.
+    # Positive is better for every metric.
     mean = -difference.mean if _lower_is_better(metric) else difference.mean
     size = show_difference(metric, abs(mean))
     word = "better" if mean >= 0 else "worse"
     half = difference.half_width
     if half is None:
         return f"{size} {word} than uniform with one seed, too few to tell"
-    # Of the size: what is worse by 2 points lies in [1, 3].
+    # Interval of the size: worse by 2 points is in [1, 3].
     low, high = (show(metric, abs(mean) + end, unit=False) for end in (-half, half))
     if difference.excludes_zero:
         return f"{word} than uniform by {size} [{low}, {high}] (95 % interval over {difference.seeds} seeds)"
@@ -191,7 +191,7 @@ def _verdict(metric: str, best: Sequence[float], control: Sequence[float]) -> st
 
 @dataclass(frozen=True)
 class _Finding:
-    """What was found about a knob and a metric.
+    """The finding about a knob and a metric.
 
     Attributes:
         p: Probability of an effect of this size if there is none; None if it was not tested.
@@ -212,7 +212,7 @@ class _Finding:
     further: str = ""
 
     def sentence(self, tests: int) -> str:
-        """As one of so many tests: of many a few find something by chance (Bonferroni's correction)."""
+        """The finding as one of `tests` tests, a few of which find something by chance (Bonferroni's correction)."""
         if self.p is None:
             return self.none
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
@@ -225,21 +225,21 @@ class _Finding:
 
 
 def knob_sentences(study: Study) -> dict[str, str]:
-    """For each knob a sentence that tells what the search says about it, and on what evidence.
+    """For each knob a sentence with the search's finding and its evidence.
 
     Trials are ranked, and the ranks are tested against the knob by permutation among trials made at about the
-    same time: for numbers the rank correlation, and whether the middle of what was tried is better than the ends;
-    for categories the mean ranks. An effect is claimed where it would come up in less than 5 % of searches
-    without any, all knobs together (with TPE, whose trials depend on each other, in up to 10 %); between that and
-    5 % for this knob alone the sentence starts with "perhaps". Signs are those of being better: a rank correlation
-    of +0.6 says that higher is better, of an objective to minimise too.
+    same time: for numbers the rank correlation, and whether the middle of the tried values is better than the ends;
+    for categories the mean ranks. An effect is claimed if it would appear in less than 5 % of searches without
+    any effect, over all knobs together (with TPE, whose trials depend on each other, in up to 10 %). Between that
+    and 5 % for this knob alone the sentence starts with "perhaps". A positive sign always means better: a rank
+    correlation of +0.6 says that higher is better, also for an objective to minimise.
 
-    Pruned trials count. Each two trials are compared by their values at the last epoch that both have (finished
-    ones by their objective values), and a trial's place follows from how many it beats. Without the pruned
-    ones a knob whose bad half was pruned away would seem to have no effect; by their last values alone they would
-    be compared with trials that were trained longer. The sizes of differences are those of finished trials.
+    Pruned trials count. Two trials are compared by their values at the last epoch that both have (two finished
+    trials by their objective values), and the rank of a trial follows from the number of trials it beats. Without
+    pruned trials, a knob whose bad half was pruned away would seem to have no effect; by their last values alone
+    they would be compared with trials that were trained longer. Sizes of differences are those of finished trials.
 
-    Several objectives have a clause each. A knob that only some trials have is judged among these.
+    Several objectives have a clause each. A knob that only some trials have is judged among these trials.
 
     Returns:
         Sentences without a full stop, in the order in which trials took their knobs.
@@ -265,7 +265,7 @@ def knob_sentences(study: Study) -> dict[str, str]:
 
 
 def _usable(study: Study) -> list[FrozenTrial]:
-    """Finished trials, and pruned ones that came to report a value."""
+    """Finished trials, and pruned trials that have reported a value."""
     pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     trials = finished(study) + [trial for trial in pruned if trial.intermediate_values]
     return sorted(trials, key=lambda trial: trial.number)
@@ -275,7 +275,7 @@ def _finding(name: str, trials: list[FrozenTrial], place: int, metric: str, high
     if len(trials) < FEWEST_TRIALS:
         had = "1 trial has" if len(trials) == 1 else f"{len(trials)} trials have"
         return _Finding(None, f"only {had} it, fewer than {FEWEST_TRIALS}: too few to say anything")
-    # The higher, the better, from here on.
+    # From here on higher is better.
     order = _ranks(_wins(trials, place) * (1 if higher else -1))
     if np.ptp(order) == 0:
         return _Finding(None, f"all {len(trials)} trials that have it are equally good")
@@ -285,7 +285,7 @@ def _finding(name: str, trials: list[FrozenTrial], place: int, metric: str, high
 
 
 def _wins(trials: list[FrozenTrial], place: int) -> np.ndarray:
-    """(n,): trials with a lower value minus trials with a higher one, by the last epoch that both have."""
+    """(n,) number of trials with a lower value minus those with a higher one, by the last epoch that both have."""
     steps = sorted({step for trial in trials for step in trial.intermediate_values})
     columns = [[trial.intermediate_values.get(step, np.nan) for trial in trials] for step in steps]
     columns.append([trial.values[place] if trial.state == TrialState.COMPLETE else np.nan for trial in trials])
@@ -303,12 +303,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _blocks(count: int) -> list[np.ndarray]:
-    """Rows of successive trials, `_BLOCK` or some more of them in each block."""
+    """Rows of successive trials, with `_BLOCK` or a few more of them in each block."""
     return np.array_split(np.arange(count), max(1, count // _BLOCK))
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
-    """(n,) values less the mean of their block; of length 1, so that a product of two is their correlation."""
+    """(n,) values minus the mean of their block, of length 1, so that a product of two is their correlation."""
     centred = np.concatenate([values[rows] - values[rows].mean() for rows in _blocks(len(values))])
     length = float(np.linalg.norm(centred))
     return centred / length if length > 1e-9 else np.zeros_like(centred)
@@ -324,8 +324,8 @@ def _shuffled(order: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _p(found: float, shuffled: np.ndarray) -> float:
-    """Share of permutations, the one at hand included, whose statistic is at least `found`."""
-    # Sums in another order differ by a rounding.
+    """Share of permutations, the original order included, whose statistic is at least `found`."""
+    # Sums in another order differ by rounding.
     return float(1 + (shuffled >= found - 1e-9).sum()) / (1 + len(shuffled))
 
 
@@ -338,7 +338,7 @@ def _number_finding(name: str, trials: list[FrozenTrial], order: np.ndarray) -> 
         return _Finding(None, f"all {len(trials)} trials have {_number(values[0])}: nothing to compare")
     ranks, goal = _ranks(values), _centred(order)
     slope = _centred(ranks)
-    # A best value inside the range shows no direction: there the good trials are near the middle of all.
+    # A best value inside the range shows no direction; the good trials are then near the middle of all trials.
     middle = _centred(-np.abs(ranks - np.median(ranks)))
     correlation, closeness = float(slope @ goal), float(middle @ goal)
     shuffled = np.concatenate([part @ np.stack([slope, middle], axis=1) for part in _shuffled(goal)])
@@ -368,7 +368,7 @@ def _searched(name: str, trials: list[FrozenTrial]) -> tuple[float, float]:
 
 
 def _position(value: float, low: float, high: float, distribution: BaseDistribution) -> float:
-    """Where in its range a value lies, 0..1, as the search counts."""
+    """Position of a value in its range, 0..1, on the scale of the search."""
     if getattr(distribution, "log", False):
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low)
@@ -398,7 +398,7 @@ def _category_finding(
     rows = [row for row, choice in enumerate(choices) if choice in enough]
     member = np.array([[choices[row] == choice for choice in enough] for row in rows], dtype=np.float64)
     sizes, goal = member.sum(0), _centred(order[rows])
-    # The variance between the choices; for two choices it grows with their difference.
+    # Variance between the choices; for two choices it grows with their difference.
     shuffled = np.concatenate([((part @ member) ** 2 / sizes).sum(1) for part in _shuffled(goal)])
     p = _p(float(((goal @ member) ** 2 / sizes).sum()), shuffled)
 
@@ -406,7 +406,7 @@ def _category_finding(
     best, worst = ranked[0], ranked[-1]
     means = [_mean([trial for trial in trials if trial.params[name] == choice], place) for choice in (best, worst)]
     gain = (means[0] - means[1]) * (1 if higher else -1)
-    # Finished trials alone may be in another order than all, or a choice may have none.
+    # Finished trials alone may have another order than all trials, or a choice may have no finished trial.
     size = f" by {show_difference(metric, gain)}" if gain > 0 else ""
     trials_each = f"{', '.join(str(counts[choice]) for choice in ranked[:-1])} and {counts[worst]} trials"
     if len(ranked) == 2:
@@ -418,6 +418,6 @@ def _category_finding(
 
 
 def _mean(trials: list[FrozenTrial], place: int) -> float:
-    """Mean objective value of the finished ones of some trials; NaN if there are none."""
+    """Mean objective value of those of some trials that are finished; NaN if there are none."""
     values = [trial.values[place] for trial in trials if trial.state == TrialState.COMPLETE]
     return float(np.mean(values)) if values else math.nan

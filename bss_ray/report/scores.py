@@ -1,4 +1,4 @@
-"""What people see of a scoring job: progress, tables, and `report.html`."""
+"""Output of a scoring job: progress, tables, and `report.html`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from bss_ray.storage import StoragePath
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# Off a terminal a line of progress comes so often.
+# Seconds between two lines of progress in a log.
 _LINE_S = 10.0
 
-# Classes that a table on the terminal shows: those of lowest mean score.
+# Most classes that a table on the terminal shows; they have the lowest mean scores.
 _SHOWN_CLASSES = 12
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -70,7 +70,7 @@ def _minutes(seconds: int) -> str:
 
 
 def print_summary(console: Console, summary: Result, folder: StoragePath) -> None:
-    """The end of a job: all rows, modalities, classes, lowest and highest rows, and where everything lies."""
+    """The end of a job: all rows, modalities, classes, lowest and highest rows, and the paths of all files."""
     console.print(_all_rows(summary))
     for title, rows in _tables(summary, _SHOWN_CLASSES):
         console.print(_table(title, rows))
@@ -97,13 +97,13 @@ def _all_rows(summary: Result) -> Table:
 
 
 def sparkline(counts: Sequence[int]) -> str:
-    """A histogram in one line of text; every bin that is not empty can be seen."""
+    """A histogram in one line of text; every bin that is not empty is visible."""
     most = max([*counts, 1])
     return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
 
 
 def _tables(summary: Result, classes: int | None) -> Iterable[tuple[str, Rows]]:
-    """Title and rows of each table that has any."""
+    """Title and rows of each table that has rows."""
     lowest = sorted(summary["classes"], key=lambda row: (row["score"] is None, row["score"], row["label"]))
     shown = lowest if classes is None else lowest[:classes]
     more = f" (the {len(shown)} of {len(lowest)} with the lowest mean score)" if len(shown) < len(lowest) else ""
@@ -142,7 +142,7 @@ def _text(value: object, *, share: bool = False) -> str:
 
 
 def write_scores_report(folder: StoragePath, summary: Result) -> StoragePath:
-    """Draw a job's summary, in one file that opens without a network.
+    """Draw the summary of a job in one file that needs no network.
 
     Returns:
         Path of `report.html`.
@@ -157,7 +157,7 @@ def write_scores_report(folder: StoragePath, summary: Result) -> StoragePath:
 
 
 def _facts(summary: Result) -> str:
-    """What was scored, in a sentence or two."""
+    """What was scored, in one or two sentences."""
     what = (
         f"{summary['rows']:,} {summary['split']} rows of {summary['data']}, with the weights of {summary['checkpoint']}"
     )
@@ -174,7 +174,7 @@ def _histogram(go: ModuleType, summary: Result) -> Figure:
 
 
 def _bars_of_classes(go: ModuleType, classes: Rows) -> list[Figure]:
-    """Mean measures of the classes, where there are classes."""
+    """Mean measures of the classes, if there are classes."""
     if not classes:
         return []
     figure = go.Figure()

@@ -1,4 +1,4 @@
-"""What a person sees of a search: a live table of trials on a terminal, a line per finished trial in a log."""
+"""Output of a search: a live table of trials on a terminal, a line per finished trial in a log."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class SearchDisplay:
         return " ".join(show(name, value) for name, value in zip(self._metrics, trial.values or (), strict=False))
 
     def _table(self) -> Group:
-        """Running trials, then the finished ones, the last first."""
-        trials = list(self._trials.values())  # drawn in a thread, while others come
+        """Running trials, then the finished trials, the last first."""
+        trials = list(self._trials.values())  # drawn in a thread while messages arrive
         running = [trial for trial in trials if trial.state == "running"]
         others = [trial for trial in reversed(trials) if trial.state != "running"]
         epochs = self._config.train.loop.epochs * self._config.seeds

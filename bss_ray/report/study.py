@@ -1,4 +1,4 @@
-"""What people look at after a search: a table on the terminal, and `report.html`."""
+"""Output after a search: a table on the terminal, and `report.html`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from plotly.graph_objects import Figure
 
-# Importances tell what sets this share of the finished trials apart: of 30 trials 8; Optuna's own tenth would be 3.
+# Importances compare this share of the best finished trials with the others: 8 of 30 trials; Optuna's tenth is 3.
 _BEST_SHARE = 0.25
 
 _IMPORTANCES = (
@@ -45,7 +45,7 @@ _IMPORTANCES = (
     "all of them. The importances add up to 1 and say nothing of chance: a knob without any effect has one too."
 )
 
-# More knobs side by side leave no room for their axes.
+# With more knobs there is no room for their axes.
 _KNOBS_IN_A_ROW = 3
 
 _FILES = ("best.yaml", "report.html", "result.json", "config.yaml", "study.journal")
@@ -60,7 +60,7 @@ Parts = list["Figure | str"]
 
 
 def study_table(study: Study, comparison: Comparison | None, folder: Path) -> Table:
-    """The end of a search: its best configurations, what it says about the knobs, and where everything lies."""
+    """The end of a search: its best configurations, the findings on the knobs, and the paths of all files."""
     metrics = list(metrics_of(study))
     table = Table(title=_trials(study), title_justify="left")
     for name in ("trial", *metrics):
@@ -107,9 +107,9 @@ def _value(value: object) -> str:
 
 
 def write_study_report(study: Study, folder: Path, comparison: Comparison | None = None) -> Path:
-    """Draw a search, in one file that opens without a network.
+    """Draw a search in one file that needs no network.
 
-    A figure that the study has too little for is left out, and a line says why.
+    A figure for which the study has too few trials is left out, and a line says why.
 
     Args:
         study: Study of one objective or several, at any stage.
@@ -264,7 +264,7 @@ def _failed(study: Study) -> Parts:
 
 
 def _changes(go: ModuleType, study: Study) -> Parts:
-    """How the settings of population based training changed, a figure for each."""
+    """How population-based training changed the settings, with a figure for each."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("changes")]
     settings = list(dict.fromkeys(name for t in trials for _, changed in t.user_attrs["changes"] for name in changed))
     best = {found.number for found in best_configurations(study, 1)}
@@ -282,8 +282,8 @@ def _changes(go: ModuleType, study: Study) -> Parts:
 
 
 def _steps(trial: FrozenTrial, name: str) -> tuple[list[int], list[object]]:
-    """Epochs and the values of a setting from each of them on, to the last epoch that is known of."""
-    # Its settings are by now the last ones; what it started with, the knob of that name says.
+    """Epochs and the values of a setting from each of them on, up to the last known epoch."""
+    # The settings of a trial are the last ones now; the knob of the same name has the first value.
     knob = name.rpartition(".")[2]
     points = {0: trial.params[knob]} if knob in trial.params else {}
     points |= {epoch: changed[name] for epoch, changed in trial.user_attrs["changes"] if name in changed}
@@ -307,7 +307,7 @@ def _course(study: Study) -> Parts:
     if len(metrics) > 1:
         parts += _drawn("Pareto front", partial(draw.plot_pareto_front, study, target_names=metrics), lacking)
     for place, metric in enumerate(metrics):
-        # What the best values are Optuna knows by itself, but only of a single objective.
+        # Optuna knows by itself which values are best, but only for a single objective.
         target = None if len(metrics) == 1 else _objective(place)
         title = f"Optimization history: {metric}"
         history = partial(draw.plot_optimization_history, study, target=target, target_name=metric)
@@ -336,11 +336,11 @@ def _objective(place: int, sign: int = 1) -> Callable[[FrozenTrial], float]:
 
 
 def _importances(study: Study, knobs: list[str], place: int) -> Figure:
-    """Importances by PED-ANOVA: it needs no scikit-learn, and takes knobs that only some trials have."""
+    """Importances by PED-ANOVA, which needs no scikit-learn and accepts knobs that only some trials have."""
     from optuna.importance import PedAnovaImportanceEvaluator
     from optuna.visualization import plot_param_importances
 
-    # It takes the lowest targets for the best ones, whatever the study's direction.
+    # It takes the lowest targets as the best ones for any direction of the study.
     higher = list(metrics_of(study).values())[place]
     return plot_param_importances(
         study,
@@ -352,14 +352,14 @@ def _importances(study: Study, knobs: list[str], place: int) -> Figure:
 
 
 def _drawn(title: str, draw: Callable[[], Figure], lacking: str = "", caption: str = "") -> Parts:
-    """A figure of Optuna's and its caption; where there is none, a line that says why."""
+    """A figure of Optuna's and its caption; if there is no figure, a line that says why."""
     if lacking:
         return [_paragraph(f"{title}: left out, {lacking}.")]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             figure = draw()
-    except Exception as error:  # what Optuna cannot draw must not cost the rest of the page
+    except Exception as error:  # a figure that Optuna cannot draw must not prevent the rest of the page
         return [_paragraph(f"{title}: left out, {error}")]
     if not figure.data:
         return [_paragraph(f"{title}: left out, no trial has any.")]

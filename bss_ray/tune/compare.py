@@ -1,4 +1,4 @@
-"""The best trial against uniform sampling: both trained with several seeds that the search has not seen."""
+"""The best trial against uniform sampling: both are trained with several seeds that the search has not used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONTROL = "uniform"
 def compare(
     config: TuneConfig, best: Mapping[str, Any], setup: TrialSetup, seats: int, on_message: OnMessage
 ) -> dict[str, Any]:
-    """Train the best settings and the control with new seeds; test is read once for each, in the chosen epoch.
+    """Train the best settings and the control with new seeds; each run reads test rows once, in its chosen epoch.
 
     Runs that earlier commands have finished are kept.
 
@@ -43,7 +43,7 @@ def compare(
         `{"metric", "seeds", "best": {"validation": {name: [per seed]}, "test": {...}}, "uniform": {...}}`.
     """
     control = overlay(setup.base, {"scheduler.class_path": "Uniform"})
-    first = config.train.seed + config.seeds  # those before were the search's
+    first = config.train.seed + config.seeds  # the search has used the seeds before
     seeds = list(range(first, first + config.compare_seeds))
     runs = [(name, tree, seed) for seed in seeds for name, tree in (("best", best), (CONTROL, control))]
     each = trial_resources(config, setup.scaling)
@@ -78,20 +78,20 @@ def compare(
 
 
 def _result(task: Any) -> dict[str, Any]:
-    """Of a task that is done; its error as itself."""
+    """Result of a finished task; its error is raised without Ray's wrapper."""
     try:
         result: dict[str, Any] = ray.get(task)
     except ray.exceptions.RayTaskError as error:
-        free_nested()  # what several ranks have left
+        free_nested()  # checkpoints that several ranks have left
         raise unwrap_ray_error(error) from error
     return result
 
 
 def run_seed(tree: Mapping[str, Any], seed: int, setup: TrialSetup) -> dict[str, dict[str, float]]:
-    """Train once, choose the epoch on validation, read test there.
+    """Train once, choose the epoch on validation, and test this epoch.
 
     Returns:
-        `{"validation": {name: value}, "test": {name: value}}`; no test metrics where there are no test rows.
+        `{"validation": {name: value}, "test": {name: value}}`; no test metrics if there are no test rows.
     """
     config: TrainConfig = training_config({**tree, "seed": seed})[0]
     choose_by, chosen = setup.objective.choose_by, _Chosen(setup.objective.choose_by)
@@ -122,5 +122,5 @@ def _by_metric(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, l
 
 
 def _digest(tree: Mapping[str, Any]) -> str:
-    """Names the settings that a run was made with: a search that goes on may find a better trial."""
+    """A name of the settings of a run: a resumed search may find a better trial."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()

@@ -18,7 +18,7 @@ Aggregate = Literal["mean", "lower"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """Asynchronous successive halving (ASHA): of the trials that come to a rung, the better ones go on.
+    """Asynchronous successive halving (ASHA): of the trials that reach a rung, the better trials continue.
 
     Args:
         enabled: Whether trials are stopped early; null stops them if there is one metric and the algorithm is not pbt.
@@ -41,8 +41,8 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """Population-based training: trials train side by side, and now and then the worst go on from the best's
-    checkpoint with changed temperature, momentum and fraction.
+    """Population-based training: trials train at the same time, and regularly the worst trials continue from the
+    checkpoints of the best with changed temperature, momentum and fraction.
 
     Args:
         interval: Number of epochs between two exchanges.
@@ -96,7 +96,7 @@ class TuneConfig:
         verbose: Whether Ray's own output is shown.
 
     Raises:
-        ConfigError: a setting is unknown, out of its range, or contradicts another.
+        ConfigError: A setting is unknown, out of its range, or contradicts another.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -174,7 +174,7 @@ class TuneConfig:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the metrics; none where it is `train.choose_by`."""
+        """Names of the metrics; empty if the metric is `train.choose_by`."""
         return _names(self.metrics)
 
     @property

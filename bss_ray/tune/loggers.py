@@ -1,6 +1,6 @@
-"""Trackers of trials beside Ray Tune's own CSV, JSON and TensorBoard: MLflow and Weights & Biases.
+"""Trackers of trials in addition to Ray Tune's own CSV, JSON and TensorBoard: MLflow and Weights & Biases.
 
-Both are Ray's integrations. What they log stays in the search's folder, unless the trackers' own environment variables
+Both are Ray's integrations. Their logs are in the search's folder, unless the trackers' own environment variables
 say otherwise: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`; `WANDB_API_KEY` (or `wandb login`), `WANDB_MODE`,
 `WANDB_DIR`, `WANDB_PROJECT`, `WANDB_RUN_GROUP`, and the others of W&B.
 """
@@ -31,8 +31,8 @@ def make_loggers(names: Sequence[str], *, study: str, folder: Path) -> list[ray.
             run.
 
     Raises:
-        ConfigError: a name is unknown.
-        MissingDependencyError: a tracker is not installed.
+        ConfigError: A name is unknown.
+        MissingDependencyError: A tracker is not installed.
     """
     makers: dict[str, Callable[[str, Path], ray.tune.Callback]] = {"mlflow": _mlflow, "wandb": _wandb}
     for name in names:
@@ -46,15 +46,15 @@ def _mlflow(study: str, folder: Path) -> ray.tune.Callback:
 
     class MLflow(MLflowLoggerCallback):  # type: ignore[misc]  # Ray ships no types
         def setup(self, *args: Any, **kwargs: Any) -> None:
-            with mock.patch.dict(os.environ):  # MLflow leaves the place there, and another search would log to it
+            with mock.patch.dict(os.environ):  # MLflow leaves the variable set for the next search
                 super().setup(*args, **kwargs)
 
         def log_trial_start(self, trial: Any) -> None:
-            # Not again where a trial goes on, perhaps with other settings: MLflow refuses to change parameters.
+            # Not again if a trial is resumed, perhaps with other settings: MLflow refuses to change parameters.
             if trial not in self._trial_runs:
                 super().log_trial_start(trial)
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces that it makes tables
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # MLflow announces that it makes tables
     place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').absolute()}"
     return MLflow(place, experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", study))
 

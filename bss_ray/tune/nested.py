@@ -1,9 +1,9 @@
-"""A training run inside a trial, which frees everything when the trial ends, in whatever way.
+"""A training run inside a trial, which frees everything when the trial ends, however it ends.
 
-A trial that trains on several ranks runs a trainer of its own inside Ray Tune's trial process. If Tune stops the
-trial, that process ends within a fraction of a second. What it owns ends with it: the run's actors, Ray Train's
-controller, and with the controller the ranks. Their placement group does not (`train/rank_trainer.py`): it is
-removed by the trial's process as long as that lives, else by the driver (`FreeNested`).
+A trial that trains on several ranks runs its own trainer inside Ray Tune's trial process. If Tune stops the
+trial, the process ends within a fraction of a second, and with it everything that it owns: the run's actors, Ray
+Train's controller, and with the controller the ranks. Their placement group stays (`train/rank_trainer.py`): the
+trial's process removes it as long as the process lives, otherwise the driver does (`FreeNested`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _STOP_S = 20.0
 
 
 def fit_nested(make_trainer: MakeTrainer, on_report: OnReport) -> ray.train.Result:
-    """Train inside a trial, and hand each epoch's report to the calling thread.
+    """Train inside a trial, and give each epoch's report to the calling thread.
 
-    The ranks go on while a report is handled, but their next report waits. So its checkpoint is there until
-    `on_report` has returned, however few are kept.
+    The ranks continue while a report is handled, but their next report waits. So the checkpoint exists until
+    `on_report` has returned, however few checkpoints are kept.
 
     Args:
         make_trainer: Function that builds the trainer, with the given callbacks in its `ray.train.RunConfig`.
@@ -43,10 +43,10 @@ def fit_nested(make_trainer: MakeTrainer, on_report: OnReport) -> ray.train.Resu
             which Tune stops a trial, the run ends, its resources are freed, and the exception is raised to the caller.
 
     Returns:
-        The trainer's result, when all epochs are reported.
+        The trainer's result, after all epochs are reported.
 
     Raises:
-        Exception: whatever `BalancedTrainer.fit` raises, once the epochs before it are reported.
+        Exception: Any error of `BalancedTrainer.fit`, after all earlier epochs are reported.
     """
     reports = _start_reports()
     try:
@@ -65,7 +65,7 @@ def _fit(trainer: BalancedTrainer, reports: Any, on_report: OnReport) -> ray.tra
             outcome.append(error)
         reports.hand_over.remote(None)
 
-    # A daemon: it must not keep the process of a stopped trial.
+    # A daemon, which must not keep the process of a stopped trial alive.
     thread = threading.Thread(target=fit, name="bss-ray-nested", daemon=True)
     thread.start()
     controller = None
@@ -85,15 +85,15 @@ def _fit(trainer: BalancedTrainer, reports: Any, on_report: OnReport) -> ray.tra
 
 
 def _start_reports() -> Any:
-    """The actor between the controller and the trial. Who takes a report has dealt with the one before."""
+    """The actor between controller and trial. Taking a report means that the previous report was handled."""
 
-    class Reports:  # local, so that it travels by value: its process has no need of PyTorch
+    class Reports:  # local, so that it is pickled by value: its process need not import PyTorch
         def __init__(self) -> None:
             self._waiting: asyncio.Queue[Any] = asyncio.Queue()
             self._taken = False
 
         async def hand_over(self, report: Any) -> None:
-            """Returns when the report is dealt with."""
+            """Returns when the report was handled."""
             self._waiting.put_nowait(report)
             await self._waiting.join()
 
@@ -108,7 +108,7 @@ def _start_reports() -> Any:
 
 
 class _Courier(UserCallback):  # type: ignore[misc]  # Ray ships no types
-    """In the controller: sends what rank 0 has reported, and whom to kill."""
+    """Runs in the controller: sends the reports of rank 0, and the actors to kill."""
 
     def __init__(self, reports: Any) -> None:
         self._reports = reports
@@ -121,10 +121,10 @@ class _Courier(UserCallback):  # type: ignore[misc]  # Ray ships no types
 
 
 def free_nested() -> bool:
-    """Remove the placement groups of this job that have lost their Ray Train controller.
+    """Remove the placement groups of this job whose Ray Train controller is lost.
 
     Returns:
-        Whether no run of another process of this job is left.
+        Whether no run of another process of this job remains.
     """
     free_lost_groups()
     own = ray.get_runtime_context().get_worker_id()
@@ -133,7 +133,7 @@ def free_nested() -> bool:
 
 
 class FreeNested(ray.tune.Callback):  # type: ignore[misc]
-    """In the driver of a study: frees what stopped and killed trials have left, a second later."""
+    """Runs in the driver of a study: frees the remains of stopped and killed trials a second later."""
 
     def __init__(self) -> None:
         self._swept = 0.0
@@ -145,5 +145,5 @@ class FreeNested(ray.tune.Callback):  # type: ignore[misc]
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         end = time.monotonic() + _STOP_S
-        while not free_nested() and time.monotonic() < end:  # the last trial's process may just be ending
+        while not free_nested() and time.monotonic() < end:  # the process of the last trial may just be ending
             time.sleep(0.1)

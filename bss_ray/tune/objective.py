@@ -1,4 +1,4 @@
-"""What a trial is worth: from the metrics of its epochs to the numbers that the search compares."""
+"""The value of a trial: from the metrics of its epochs to the numbers that the search compares."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PARTS = ("seconds_scoring", "seconds_planning", "seconds_training")
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % t-interval, mean ± `half_width`; one seed has none."""
+    """A mean over seeds and its 95 % t-interval, mean ± `half_width`; one seed has no interval."""
 
     mean: float
     half_width: float | None
@@ -30,7 +30,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
-        """Of values of independent seeds, which are taken to be about normal."""
+        """The interval of values of independent seeds, which are assumed to be about normal."""
         array = np.asarray(values, dtype=np.float64)
         half = None
         if len(array) > 1:
@@ -39,12 +39,12 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the sign of the mean is beyond doubt, as far as 95 % go."""
+        """Whether the sign of the mean is certain at 95 %."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """What |t| of Student's t-distribution stays below with probability `level`."""
+    """The value below which |t| of Student's t-distribution stays with probability `level`."""
     # With t = sqrt(degrees) * tan(angle) the density is cos(angle)^(degrees - 1) on a finite range.
     edges = np.linspace(0, np.pi / 2, 100_001)
     mass = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (degrees - 1))
@@ -53,7 +53,7 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is made best.
+    """What a search optimises.
 
     Attributes:
         metrics: Names of the metrics.
@@ -69,10 +69,10 @@ class Objective:
 
     @staticmethod
     def of(metrics: Sequence[str] | None, choose_by: str | None, columns: Columns, aggregate: str) -> Objective:
-        """The objective of these settings.
+        """The objective for these settings.
 
         Raises:
-            ConfigError: there is no such metric; names the nearest.
+            ConfigError: A metric does not exist; the error names the nearest.
         """
         chosen = check_choice(choose_by, columns)
         names = metric_names("val", columns.modalities, columns.task)
@@ -88,16 +88,16 @@ class Objective:
 
     @property
     def directions(self) -> list[Literal["minimize", "maximize"]]:
-        """Of the metrics, as Optuna has them."""
+        """Directions of the metrics in Optuna's words."""
         return ["minimize" if self._lower_is_better(name) else "maximize" for name in self.metrics]
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        """Direction of the first metric, as Ray Tune has it."""
+        """Direction of the first metric in Ray Tune's words."""
         return "min" if self._lower_is_better(self.metrics[0]) else "max"
 
     def values(self, history: Sequence[dict[str, Any]]) -> list[float]:
-        """The metrics of one training run so far: of its best epoch, and of all its seconds."""
+        """The values of one training run so far: metrics of its best epoch, and seconds of all epochs."""
         best = best_row(history, self.choose_by)
         return [self.seconds(history) if name == SECONDS else self._value(name, best) for name in self.metrics]
 
@@ -110,7 +110,7 @@ class Objective:
         return float(sum(row[part] for row in history for part in _PARTS))
 
     def combine(self, seed_values: Sequence[Sequence[float]], aggregate: str | None = None) -> list[float]:
-        """One number a metric, from those of each seed: (seeds, metrics) -> (metrics,).
+        """One number for each metric from the numbers of all seeds: (seeds, metrics) -> (metrics,).
 
         Args:
             seed_values: Values of each seed.
@@ -131,7 +131,7 @@ class Objective:
         if not name.endswith(f"_{_WEAKER}"):
             return float(row[name])
         of_modalities = [float(row[name.removesuffix(_WEAKER) + modality]) for modality in self.modalities]
-        # NumPy's: of Python's, which of NaN and a number comes out depends on their order.
+        # NumPy's: with Python's, the result for NaN and a number depends on their order.
         return float(np.max(of_modalities) if self._lower_is_better(name) else np.min(of_modalities))
 
     def _lower_is_better(self, name: str) -> bool:

@@ -1,7 +1,7 @@
-"""The record of a search: an Optuna study. It is all that outlives the driver, and what the next trial is chosen from.
+"""The record of a search: an Optuna study. It alone outlives the driver, and the next trial is chosen from it.
 
-Ray Tune only executes. A trial is asked for here and its end is told here, so that a search that was killed goes on
-from what the study says: finished trials are kept, and those that were running start again from their checkpoints.
+Ray Tune only executes trials. Trials are requested from the record and their ends are told to the record, so that a
+killed search is resumed from the study: finished trials are kept, and running trials start from their checkpoints.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from bss_ray.tune.objective import Objective
 from bss_ray.tune.space import SearchSpace
 
 JOURNAL = "study.journal"
-_FIRST_BYTES = b'{"op_code":'  # of a journal
-# Of a study: all that belongs to its beginning is written.
+_FIRST_BYTES = b'{"op_code":'  # name of a journal
+# Attribute of a study: everything that belongs to its beginning is written.
 _BEGUN = "begun"
-# A search whose first trials all fail has a fault that more trials do not mend.
+# A search whose first trials all fail has a fault that more trials do not repair.
 HOPELESS = 10
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """A trial that is to be run.
+    """A trial to run.
 
     Attributes:
         number: Number of the trial in the study.
@@ -55,7 +55,7 @@ class TrialSpec:
         return _folder(self.number, self.attempt)
 
     def earlier_folders(self) -> list[str]:
-        """Names of the folders of earlier attempts, the last one first."""
+        """Names of the folders of earlier attempts, the last attempt first."""
         return [_folder(self.number, attempt) for attempt in reversed(range(self.attempt))]
 
 
@@ -71,7 +71,7 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
         folder: Folder of the search.
 
     Raises:
-        StorageError: it cannot be opened.
+        StorageError: The storage cannot be opened.
     """
     place = storage or str(folder / JOURNAL)
     another = "Give a URL such as sqlite:///study.db, or the path of a journal file, or leave --storage away"
@@ -80,7 +80,7 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
     is_url = "://" in place
     try:
         return optuna.storages.get_storage(place) if is_url else _open_journal(Path(place).absolute())
-    except Exception as error:  # whatever the database's driver raises
+    except Exception as error:  # any error of the database's driver
         text = first_line(error)
         if not is_url and not isinstance(error, OSError):
             text = f"it is no journal of Optuna, or it is damaged ({text})"
@@ -89,9 +89,9 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
 
 
 def _open_journal(path: Path) -> JournalStorage:
-    lock = JournalFileSymlinkLock(str(path))  # with an absolute path: else it never gives up on a killed owner's lock
+    lock = JournalFileSymlinkLock(str(path))  # absolute: it waits forever for a killed owner otherwise
     if path.exists() and _end_of_whole_lines(path.read_bytes()) is not None:
-        lock.acquire()  # others of this journal may be writing
+        lock.acquire()  # other processes may be writing to this journal
         try:
             _drop_torn_line(path)
         finally:
@@ -100,9 +100,9 @@ def _open_journal(path: Path) -> JournalStorage:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Drop a last line that was not written to its end.
+    """Remove a last line that was not written completely.
 
-    Optuna passes over it, but writes the next line right behind it, and can never read the journal again.
+    Optuna ignores such a line, but writes the next line right after it, and can then never read the journal again.
     """
     with path.open("r+b") as file:
         end = _end_of_whole_lines(file.read())
@@ -111,10 +111,10 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _end_of_whole_lines(journal: bytes) -> int | None:
-    """Where a torn last line begins; None where there is none.
+    """Position at which an incomplete last line begins; None if there is no such line.
 
     Raises:
-        ValueError: this is no journal, of which Optuna would not complain before it has written to it.
+        ValueError: This is no journal, which Optuna would notice only after writing to it.
     """
     if not journal:
         return None
@@ -129,10 +129,10 @@ def _end_of_whole_lines(journal: bytes) -> int | None:
 
 
 def load_study(storage: str | None, name: str, folder: Path) -> optuna.Study:
-    """The study of a search that was begun; arguments as of `open_storage`.
+    """The study of an existing search; arguments are those of `open_storage`.
 
     Raises:
-        StorageError: it cannot be opened, or there is no such study.
+        StorageError: The storage cannot be opened, or the study does not exist.
     """
     try:
         return optuna.load_study(study_name=name, storage=open_storage(storage, folder))
@@ -141,7 +141,7 @@ def load_study(storage: str | None, name: str, folder: Path) -> optuna.Study:
 
 
 class SearchRecord:
-    """A search in its study.
+    """A search and its study.
 
     Args:
         storage: Storage of studies; the study is made if it does not exist.
@@ -151,8 +151,8 @@ class SearchRecord:
         data: Fingerprints of the data by split.
 
     Raises:
-        ConfigError: the study is of another space, objective or data.
-        StorageError: it cannot be read.
+        ConfigError: The study has another space, objective or data.
+        StorageError: The study cannot be read.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class SearchRecord:
         except optuna.exceptions.OptunaError as error:
             raise StorageError(f"the study {config.name} cannot be read: {error}") from error
         there["directions"] = [direction.name.lower() for direction in self.study.directions]
-        # One without trials may be of a driver that was killed before it had written all of them.
+        # A study without trials may be from a driver that was killed before it had written everything.
         _check_owner(config, attributes, there if self._trials() else {**attributes, **there})
         if not there.get(_BEGUN):
             self._begin(attributes)
@@ -198,7 +198,7 @@ class SearchRecord:
         self._pruned: set[int] = set()
 
     def _begin(self, attributes: dict[str, Any]) -> None:
-        """Write what belongs to the beginning of a search, or the rest of it."""
+        """Write everything that belongs to the beginning of a search, or the missing part of it."""
         for name, value in attributes.items():
             self.study.set_user_attr(name, value)
         self.study.set_metric_names(self.metrics)
@@ -215,29 +215,29 @@ class SearchRecord:
 
     @property
     def complete(self) -> list[FrozenTrial]:
-        """Trials that ran to their end."""
+        """Trials that are complete."""
         return self._trials(TrialState.COMPLETE)
 
     @property
     def hopeless(self) -> bool:
-        """Whether there are many trials by now and all of them failed."""
+        """Whether there are many trials and all of them failed."""
         finished = self.finished
         return len(finished) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in finished)
 
     @property
     def first_cause(self) -> str:
-        """Why the first of the failed trials failed."""
+        """Reason why the first of the failed trials failed."""
         failed = self._trials(TrialState.FAIL)
         return f"trial {failed[0].number}: {failed[0].user_attrs.get('cause', 'unknown')}" if failed else ""
 
     def trial(self, number: int) -> FrozenTrial:
-        """The trial of this number, as it is now."""
+        """The current state of the trial of this number."""
         return self._storage.get_trial(self._id(number))
 
     def next_trial(self) -> TrialSpec | None:
-        """The trial to run next: one that was interrupted, else a new one; None when the search has all it wants.
+        """The trial to run next: an interrupted trial, else a new trial; None if the search has enough trials.
 
-        A trial whose settings turn out to be impossible counts as failed.
+        A trial with impossible settings counts as failed.
         """
         while self._interrupted:
             stopped = self._interrupted.pop(0)
@@ -247,16 +247,16 @@ class SearchRecord:
             if spec := self._spec(optuna.Trial(self.study, self._id(stopped.number)), attempt):
                 return spec
         while self._wants_more():
-            # Of the seed and the number alone, so that a search that goes on does not draw its first trials again.
+            # From the seed and the number only, so that a resumed search does not draw its first trials again.
             self.study.sampler = self._sampler(self._started())
             if spec := self._spec(self.study.ask()):
                 return spec
         return None
 
     def _spec(self, trial: optuna.Trial, attempt: int = 0) -> TrialSpec | None:
-        """The trial with its settings; None if they are impossible, which is a failure."""
+        """The trial with its settings; None if the settings are impossible, which fails the trial."""
         settings = trial.user_attrs.get("settings")
-        if settings is None:  # knobs that were given out before the driver was killed keep their values
+        if settings is None:  # knobs that were drawn before the driver was killed keep their values
             try:
                 settings = self._space.settings(trial)
                 self._space.config(settings, trial.params)
@@ -275,7 +275,7 @@ class SearchRecord:
         return not self.hopeless and self._started() < self._config.trials
 
     def _started(self) -> int:
-        """Trials that were given out; not those known points that still wait."""
+        """Trials that were started; not known points that still wait."""
         return sum(trial.state != TrialState.WAITING for trial in self._trials())
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
@@ -287,7 +287,7 @@ class SearchRecord:
     # ---- during and after a trial -------------------------------------------------------------
 
     def report(self, number: int, step: int, outcome: Mapping[str, Any]) -> bool:
-        """Note what a trial has come to after so many epochs.
+        """Record the value of a trial after a number of epochs.
 
         Args:
             number: Number of the trial.
@@ -295,20 +295,20 @@ class SearchRecord:
             outcome: See `bss_ray.tune.trial`.
 
         Returns:
-            Whether it is pruned: the rung that it has come to is not passed.
+            Whether the trial is pruned, because it does not pass the rung that it has reached.
         """
         if len(outcome["values"]) > 1:
-            return False  # Optuna keeps no intermediate values of several objectives
+            return False  # Optuna keeps no intermediate values for several objectives
         if step not in self.trial(number).intermediate_values:
             self._storage.set_trial_intermediate_value(self._id(number), step, float(outcome["values"][0]))
-        # One that has come to its end is complete, even if a rung lies there.
+        # A trial that has reached its end is complete, even if there is a rung.
         if outcome["finished"] or not self.study.pruner.prune(self.study, self.trial(number)):
             return False
         self._pruned.add(number)
         return True
 
     def note_changes(self, number: int, step: int, settings: dict[str, Any]) -> None:
-        """Note that a trial has gone on with other settings."""
+        """Record that a trial continues with other settings."""
         attributes = self.trial(number).user_attrs
         before = attributes["settings"]
         changed = {name: value for name, value in settings.items() if before.get(name) != value}
@@ -316,14 +316,14 @@ class SearchRecord:
             self._note(number, settings=settings, changes=[*attributes.get("changes", []), [step, changed]])
 
     def end(self, number: int, outcome: Mapping[str, Any]) -> TrialState | None:
-        """Tell how a trial that has stopped ended.
+        """Record how a stopped trial has ended.
 
         Args:
             number: Number of the trial.
             outcome: Last report of the trial, see `bss_ray.tune.trial`; empty if it never reported.
 
         Returns:
-            Its state now; None if it was interrupted and waits for the search to go on.
+            The state of the trial; None if it was interrupted and waits until the search is resumed.
         """
         if number in self._pruned:
             self._note(number, seed_values=outcome["seed_values"], epoch=outcome["epoch"], seconds=outcome["seconds"])
@@ -341,7 +341,7 @@ class SearchRecord:
         return TrialState.COMPLETE
 
     def fail(self, number: int, cause: str) -> None:
-        """Tell that a trial failed, and why."""
+        """Record that a trial failed, and why."""
         self._note(number, cause=cause)
         self.study.tell(number, state=TrialState.FAIL)
 
@@ -351,7 +351,7 @@ class SearchRecord:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """Trials, those in these states; not copied, which would cost more than all else with hundreds of them."""
+        """Trials in these states, without a copy, which would take most of the time with hundreds of trials."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _note(self, number: int, **attributes: Any) -> None:
@@ -360,12 +360,12 @@ class SearchRecord:
 
 
 def make_tpe(seed: int) -> optuna.samplers.TPESampler:
-    """TPE for trials that run side by side, over spaces whose knobs depend on each other.
+    """TPE for trials that run at the same time, over spaces whose knobs depend on each other.
 
     It draws at random until 6 trials are done, known points among them, instead of Optuna's 10, which would be most of
-    a search of 16. On two noisy objectives over the space `learning`, two trials at a time and 400 seeds, the best of
-    16 trials was 7 and 8 % nearer to the optimum for it, the best of 24 trials 3 and 8 %, and that of 48 as near.
-    Knobs modelled one by one (multivariate=False) were a little worse for 24 trials, and a little better for 48.
+    a search of 16 trials. On two noisy objectives over the space `learning`, with two trials at a time and 400 seeds,
+    this brought the best of 16 trials 7 and 8 % nearer to the optimum, the best of 24 trials 3 and 8 %, and the best of
+    48 equally near. Modelling each knob alone (multivariate=False) was a little worse for 24 trials, better for 48.
     """
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, multivariate=True, group=True, constant_liar=True)
 

@@ -1,4 +1,4 @@
-"""Search spaces: found by name, and tried out before anything is started.
+"""Search spaces: found by name, and checked before anything is started.
 
 A space is a function `space(trial: optuna.Trial) -> dict` of dotted settings of `bss-ray train`, see `tune_spaces`.
 """
@@ -28,7 +28,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A space and the settings that it changes.
+    """A search space and the settings that it changes.
 
     Attributes:
         name: Name as the user gave it.
@@ -46,11 +46,11 @@ class SearchSpace:
         """The dotted settings of a trial.
 
         Raises:
-            ConfigError: the space fails or returns no settings; names the trial's values.
+            ConfigError: The space fails or returns no settings; the error names the trial's values.
         """
         try:
             settings = self.function(trial)
-        except Exception as error:  # the user's own code
+        except Exception as error:  # from the user's own code
             raise ConfigError(
                 f"space {self.name} fails: {type(error).__name__}: {error}; the trial's values: {_shown(trial.params)}"
             ) from error
@@ -61,7 +61,7 @@ class SearchSpace:
             )
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
         try:
-            json.dumps(plain)  # as the record keeps them
+            json.dumps(plain)  # in the form that the record keeps
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"space {self.name} must return numbers, words, booleans, null, lists or dicts of them: {error}; "
@@ -70,14 +70,14 @@ class SearchSpace:
         return plain
 
     def config(self, settings: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[TrainConfig, str]:
-        """The training run with these settings, and all its settings as YAML.
+        """The configuration of a training run with these settings, and all its settings as YAML.
 
         Args:
             settings: Dotted settings over `base`.
             params: Values of the trial, for the error.
 
         Raises:
-            ConfigError: a setting is unknown or impossible; names the rule and the trial's values.
+            ConfigError: A setting is unknown or impossible; the error names the rule and the trial's values.
         """
         try:
             return training_config(overlay(self.base, settings))
@@ -87,10 +87,10 @@ class SearchSpace:
             ) from error
 
     def try_out(self) -> None:
-        """Draw the known points and some random ones, so that a faulty space fails before anything is started.
+        """Draw the known points and some random points, so that a faulty space fails before anything is started.
 
         Raises:
-            ConfigError: as of `settings` and `config`.
+            ConfigError: See `settings` and `config`.
         """
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for point in self.known_good:
@@ -98,13 +98,13 @@ class SearchSpace:
         for point in [*self.known_good, *[{}] * _DRAWS]:
             trial = study.ask()
             with warnings.catch_warnings():
-                # Optuna takes a known point outside its range all the same.
+                # Optuna accepts a known point outside its range.
                 warnings.filterwarnings("error", message="Fixed parameter")
                 settings = self.settings(trial)
             if not trial.params:
                 raise ConfigError(f"space {self.name} asks the trial for nothing: there is nothing to search")
             for knob in point:
-                if knob not in trial.params:  # which Optuna passes over
+                if knob not in trial.params:  # which Optuna ignores
                     raise ConfigError(
                         f"a KNOWN_GOOD of space {self.name} has {knob}={point[knob]!r}, and the space does not ask for "
                         f"{knob!r} there; {nearest(knob, trial.params)}"
@@ -120,7 +120,7 @@ def find_space(name: str, base: Mapping[str, Any]) -> SearchSpace:
         base: Settings that the space changes, as a tree.
 
     Raises:
-        ConfigError: there is none (names the nearest), or it is no function.
+        ConfigError: The space does not exist (the error names the nearest), or it is no function.
     """
     if name not in SPACES and ":" not in name:
         raise ConfigError(f"unknown space {name!r}; {nearest(name, SPACES)}; or your own as module:function")

@@ -1,6 +1,6 @@
-"""A trial, as it runs in a process of Ray Tune: one configuration, trained with one seed after another.
+"""A trial in a process of Ray Tune: one configuration, trained with one seed after another.
 
-Every epoch is reported with its checkpoint, in which `trial.json` keeps what came of the seeds before.
+Every epoch is reported with its checkpoint, in which `trial.json` has the results of earlier seeds.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from bss_ray.train.settings import overlay, training_config
 from bss_ray.tune.nested import fit_nested
 from bss_ray.tune.objective import Objective
 
-# Say nothing about what is computed.
+# Settings that do not change what is computed.
 _PLACED = (
     *("name", "storage_path", "ray_address", "log_format", "profile", "verbose", "store", "placement"),
     *("num_workers", "use_gpu", "max_failures", "max_preemptions", "wait_limit_s"),
 )
-# Of a user's own scheduler nobody knows what acts when.
+# It is unknown when the settings of a user's own scheduler take effect.
 _KNOWN = (Uniform, Learning, Heuristic)
 _FILES = "files.json"
 _POLL_S = 0.1
 
 
 def burn_in_key(config: TrainConfig, settings: str) -> str | None:
-    """A name for everything that acts up to the end of burn-in; None where there is no burn-in to share.
+    """A name for all settings with an effect before the end of burn-in; None if there is no burn-in to share.
 
     Args:
         config: Settings of the run.
@@ -61,18 +61,18 @@ def burn_in_key(config: TrainConfig, settings: str) -> str | None:
     for name in (*_PLACED, "choose_by"):
         tree.pop(name, None)
     tree["scheduler"] = {"burn_in": scheduler.burn_in, "scores": scheduler.uses_scores}
-    del tree["scoring"]["momentum"]  # the first scores have nothing to remember
+    del tree["scoring"]["momentum"]  # the first scores have no earlier scores
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class FirstScores:
-    """Scores of the untrained model, to begin with.
+    """Scores of the untrained model, with which runs begin.
 
     Args:
         folder: Folder in which `BurnIns.keep_scores` has left the scores.
     """
 
-    VERSION = 1  # the first that there is
+    VERSION = 1  # the first result that exists
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,7 +85,7 @@ class FirstScores:
 
 
 class BurnIns:
-    """The burn-ins of a search, in a folder that all trials share.
+    """The finished burn-ins of a search, in a folder that all trials share.
 
     Args:
         folder: Folder of the search.
@@ -95,23 +95,23 @@ class BurnIns:
         self._folder = folder / "burn_in"
 
     def take(self, key: str, owner: str) -> Path | None:
-        """What a burn-in has left; waits while another trial makes it.
+        """The result of a burn-in; waits while another trial makes it.
 
         Args:
             key: Key of the burn-in.
             owner: The trial that asks.
 
         Returns:
-            Its folder; None if `owner` is the one to make it, and to `keep` it.
+            The folder of the burn-in; None if `owner` must make it, and `keep` it.
         """
         place = self._folder / key
         place.mkdir(parents=True, exist_ok=True)
         while not (place / "done").exists():
             try:
-                (place / "claim").symlink_to(owner)  # a link is made with its content or not at all
+                (place / "claim").symlink_to(owner)  # a link is made together with its content or not at all
                 return None
             except FileExistsError:
-                time.sleep(_POLL_S)  # whoever makes it holds its resources, and its claim ends with it
+                time.sleep(_POLL_S)  # the trial that makes it holds its resources, and its claim ends with it
         return place / "done"
 
     def keep(self, key: str, checkpoint: Path) -> None:
@@ -128,7 +128,7 @@ class BurnIns:
         self._keep(key, write)
 
     def _keep(self, key: str, write: Callable[[Path], object]) -> None:
-        """Whole or not at all."""
+        """Write a file completely or not at all."""
         place = self._folder / key
         if (place / "done").exists():
             return
@@ -137,17 +137,17 @@ class BurnIns:
         write(temporary)
         try:
             os.rename(temporary, place / "done")
-        except OSError:  # another was faster
+        except OSError:  # another trial was faster
             shutil.rmtree(temporary)
 
     def release(self, owner: str | None = None) -> None:
-        """Give up the claims of a trial that has ended; None: of all, when none runs."""
+        """Remove the claims of a trial that has ended; None removes all claims when no trial runs."""
         for claim in (place / "claim" for place in self._folder.glob("*")):
             try:
                 if owner is None or os.readlink(claim) == owner:
                     claim.unlink()
             except FileNotFoundError:
-                continue  # none, or its owner has done so
+                continue  # there is none, or its owner has removed it
         if owner is None:
             for rest in self._folder.glob("*/coming-*"):
                 shutil.rmtree(rest)
@@ -162,7 +162,7 @@ NESTED = "nested"
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a run begins with.
+    """Checkpoint or scores with which a run begins.
 
     Attributes:
         checkpoint: Checkpoint to resume from.
@@ -213,7 +213,7 @@ def train_once(
             on_message=_quiet,
         ).fit()
         return history
-    # A name of its own: a run of the same name would go on from its own checkpoints.
+    # A unique name: a run of the same name would resume from its own checkpoints.
     nested = folder / NESTED / uuid.uuid4().hex
     try:
         fit_nested(
@@ -239,14 +239,14 @@ def train_once(
 
 
 def scoring_here(config: TrainConfig) -> TrainConfig:
-    """The run of one rank as it is trained in a trial's process: the rank scores its own rows."""
+    """The configuration of a run of one rank in a trial's process: the rank scores its own rows."""
     if config.scoring.engine != "auto" or config.scoring.overlap:
         return config
     return replace(config, scoring=replace(config.scoring, engine="workers"))
 
 
 class _InTrial(TrainBackend):
-    """Of a run in a trial's own process, where Ray Train's functions refuse to work for Ray Tune's sake."""
+    """Backend of a run in a trial's own process, in which Ray Train's functions raise errors because of Ray Tune."""
 
     def __init__(self, begin: WarmStart, after: Callable[[ray.train.Checkpoint], None]) -> None:
         self._begin, self._after = begin, after
@@ -271,7 +271,7 @@ class _InTrial(TrainBackend):
 
 
 def _quiet(message: Message) -> None:
-    """A trial's own messages are for nobody: there are many trials."""
+    """Ignore the messages of a trial's run, because there are many trials."""
 
 
 _PROGRESS = "trial.json"
@@ -279,7 +279,7 @@ _PROGRESS = "trial.json"
 
 @dataclass(frozen=True)
 class TrialSetup:
-    """What all trials of a search share; the rows lie in the object store once.
+    """What all trials of a search share; the rows are in the object store once.
 
     Attributes:
         base: Settings of `bss-ray train` as a tree, which the settings of a trial override.
@@ -314,7 +314,7 @@ def run_trial(config: dict[str, Any], *, setup: TrialSetup) -> None:
     start = ray.tune.get_checkpoint() or _last_checkpoint(setup.folder, spec["earlier"])
     done = _read_progress(start)
     if start is not None and ray.tune.get_checkpoint() is None:
-        # The driver may have been killed between this checkpoint and its report.
+        # The driver may have been killed between the checkpoint and its report.
         _Reporter(setup, run, done)(SavedCheckpoint(start).manifest().history, None)
 
     burn_ins = BurnIns(setup.folder)
@@ -341,7 +341,7 @@ class _Reporter:
         objective = self._setup.objective
         seed_values = [*self._done, objective.values(history)]
         finished = len(seed_values) == self._setup.seeds and len(history) == self._run.loop.epochs
-        # A bound over some of the seeds says little yet, and rungs compare what trials have come to.
+        # A bound over some of the seeds says little, and rungs compare current values.
         values = objective.combine(seed_values, "mean" if not finished else None)
         saved = None
         if checkpoint is not None:
@@ -365,7 +365,7 @@ class _Reporter:
 
 
 def _share(burn_ins: BurnIns, key: str, owner: str, epochs: int, report: _Reporter) -> tuple[WarmStart, OnEpoch]:
-    """Take what another trial's burn-in has left, whose epochs are reported as this trial's; or leave this one's."""
+    """Use another trial's burn-in, whose epochs are reported as this trial's; or keep this trial's for others."""
     folder = burn_ins.take(key, owner)
     if epochs == 0:
         if folder is None:
@@ -387,7 +387,7 @@ def _share(burn_ins: BurnIns, key: str, owner: str, epochs: int, report: _Report
 
 
 def _last_checkpoint(folder: Path, earlier: list[str]) -> ray.train.Checkpoint | None:
-    """The last whole checkpoint of earlier attempts: a killed one may have left a torn one."""
+    """The last complete checkpoint of earlier attempts; a killed attempt may have left an incomplete checkpoint."""
     for attempt in earlier:
         for path in sorted((folder / "trials" / attempt).glob("checkpoint_*"), reverse=True):
             checkpoint = ray.train.Checkpoint(str(path))
@@ -404,7 +404,7 @@ def _last_checkpoint(folder: Path, earlier: list[str]) -> ray.train.Checkpoint |
 
 
 def _read_progress(checkpoint: ray.train.Checkpoint | None) -> list[list[float]]:
-    """Values of the seeds that were done."""
+    """Values of the finished seeds."""
     if checkpoint is None:
         return []
     with checkpoint.as_directory() as folder:

@@ -1,4 +1,4 @@
-"""Runs the trials of a search with Ray Tune, which only executes: the record says which trials, and when one ends."""
+"""Runs the trials of a search with Ray Tune, which only executes: the record chooses trials and ends them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.record import SearchRecord, TrialSpec
 from bss_ray.tune.trial import BurnIns, scoring_here
 
-# Dotted setting: its range, and whether it is changed by a factor or by a step.
+# For each dotted setting its range, and whether it is changed by a factor or by a step.
 _FACTOR, _STEP = 1.25, 0.1
 _MOMENTUM = "scoring.momentum"
 _KNOBS: dict[str, tuple[float, float, bool]] = {
@@ -39,9 +39,9 @@ _RESAMPLE = 0.25
 
 
 class Explore:
-    """Changes temperature, fraction and momentum, where they act in a trial; Ray Tune's `custom_explore_fn`.
+    """Changes temperature, fraction and momentum, if they have an effect in a trial; Ray Tune's `custom_explore_fn`.
 
-    Each is made a step larger or smaller, or drawn anew once in four times.
+    Each setting becomes a step larger or smaller, or is drawn again with probability 1/4.
 
     Args:
         seed: Seed of the random numbers.
@@ -51,7 +51,7 @@ class Explore:
         self._random = np.random.default_rng(seed)
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The changed copy of `{"trial": {"settings": ...}}`."""
+        """A changed copy of `{"trial": {"settings": ...}}`."""
         config = copy.deepcopy(config)
         settings = config["trial"]["settings"]
         for name, (low, high, by_factor) in _KNOBS.items():
@@ -70,20 +70,20 @@ class Explore:
 
 
 def _has_memory(settings: dict[str, Any]) -> bool:
-    """Whether scores are updated, and by a moving average: a sum refuses a momentum."""
+    """Whether scores are updated by a moving average: a sum refuses a momentum."""
     return settings.get("scoring.accumulate") != "sum" and settings.get("scheduler.init_args.update_interval") != 0
 
 
-# A trial that takes nothing still takes a process.
+# A trial without resources still needs a process.
 _MOST = 64
 
 
 def max_concurrent_trials(config: TuneConfig, scaling: ray.train.ScalingConfig) -> int:
-    """How many trials the cluster has room for at a time, at most `max_concurrent`.
+    """Number of trials for which the cluster has room at a time, at most `max_concurrent`.
 
     Raises:
-        ResourceError: it has not room for one, ever.
-        ConfigError: a population that must train side by side has no room.
+        ResourceError: The cluster never has room for a trial.
+        ConfigError: There is no room for a population that must train at the same time.
     """
     scoring = scoring_here(config.train).scoring
     check_resources(scaling, scoring, config.train.placement)
@@ -97,7 +97,7 @@ def max_concurrent_trials(config: TuneConfig, scaling: ray.train.ScalingConfig) 
             f"a trial needs {wanted} on one node, and no node of the cluster has as much: {_shown(nodes, own)}. Lower "
             "cpus_per_trial or gpus_per_trial"
         )
-    # Trials whose processes had all the CPUs would wait for ever for their own ranks and scorers.
+    # Trials whose processes hold all CPUs would wait forever for their own ranks and scorers.
     there = ray.cluster_resources()
     together = {name: own.get(name, 0) + apart.get(name, 0) for name in {*own, *apart}}
     seats = min(seats, _fits(there, together))
@@ -118,16 +118,16 @@ def max_concurrent_trials(config: TuneConfig, scaling: ray.train.ScalingConfig) 
 
 
 def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dict[str, float]:
-    """What a trial's own process takes."""
+    """Resources of a trial's own process."""
     if scaling.num_workers > 1:
-        # Its ranks train. Ray Tune wants it to take something; a CPU would be one rank less.
+        # The ranks train, but Ray Tune requires some resource; a CPU would mean one rank less.
         return {"CPU": 0.0, "GPU": 0.0, "memory": 1.0}
     gpus = config.gpus_per_trial if config.gpus_per_trial is not None else float(scaling.use_gpu)
     return {"CPU": config.cpus_per_trial, "GPU": gpus}
 
 
 def _apart(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, float]:
-    """What a trial takes beside its own process."""
+    """Resources of a trial in addition to its own process."""
     cpus = gpus = 0.0
     actors = scoring.engine in ("actors", "auto")
     if actors or scaling.num_workers > 1:
@@ -148,7 +148,7 @@ def _fits(there: Mapping[str, float], each: Mapping[str, float]) -> int:
 
 
 def _shown(places: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> str:
-    """What there is of the resources that are asked for."""
+    """The available amounts of the requested resources."""
     return "; ".join(", ".join(f"{place.get(name, 0):g} {name}" for name in sorted(each)) for place in places)
 
 
@@ -162,14 +162,14 @@ def as_config(spec: TrialSpec) -> dict[str, Any]:
 
 
 class _Unsaved:
-    """Ray Tune writes itself to a file, to restore a search from; ours are restored from the record."""
+    """Base of objects that are left out of Ray Tune's own state file, because the record restores them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return object, ()
 
 
 class StudySearcher(_Unsaved, Searcher):  # type: ignore[misc]
-    """Ray Tune's searcher: asks the record for the next trial. It has no state of its own."""
+    """Ray Tune's searcher, which asks the record for the next trial. It has no state of its own."""
 
     def __init__(self, record: SearchRecord) -> None:
         super().__init__()
@@ -180,18 +180,18 @@ class StudySearcher(_Unsaved, Searcher):  # type: ignore[misc]
         return self.FINISHED if spec is None else {"trial": as_config(spec)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The desk tells the record."""
+        """`StudyCallback` tells the record."""
 
     def save(self, checkpoint_path: str) -> None:
-        """The record is saved anyway."""
+        """The record saves itself."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""
+        """There is nothing to restore."""
 
 
 class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
-    """Tells the record, and whoever looks on, what becomes of each trial; tidies up after it.
+    """Tells the record and `on_message` what happens to each trial, and cleans up after it.
 
     Args:
         record: Record of the search.
@@ -206,7 +206,7 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
     ) -> None:
         self._record, self._burn_ins, self._on_message = record, burn_ins, on_message
         self._folder, self._exchanged = folder, exchanged
-        # A trial that population-based training replaces has another's configuration from then on.
+        # A trial that population-based training replaces has another trial's configuration from then on.
         self._numbers: dict[str, int] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -214,7 +214,7 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         self._tell(number, "running")
 
     def has_reported(self, trial_id: str, result: Mapping[str, Any]) -> bool:
-        """Note a report; whether the trial is pruned."""
+        """Record a report; returns whether the trial is pruned."""
         number = self._numbers[trial_id]
         self._record.note_changes(number, result["epochs_done"], result["config"]["trial"]["settings"])
         pruned = self._record.report(number, result["epochs_done"], result["trial"])
@@ -227,12 +227,12 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         state = self._record.end(number, outcome)
         self._burn_ins.release(trial.trial_id)
         if state is not None:
-            if not self._exchanged:  # a finished trial's checkpoints are for nobody
+            if not self._exchanged:  # nobody needs the checkpoints of a finished trial
                 drop_checkpoints(self._folder, f"{number:05d}*")
             self._tell(number, state.name.lower(), values=outcome["values"])
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """A trial that is paused for another must not have that one wait for its burn-in."""
+        """Release a paused trial's burn-in, for which the trial that runs instead may wait."""
         for trial in trials:
             if trial.status == Trial.PAUSED:
                 self._burn_ins.release(trial.trial_id)
@@ -252,7 +252,7 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
 
 
 class PruneStopper(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]
-    """Ray Tune's stopper: sees each report before any scheduler."""
+    """Ray Tune's stopper, which sees each report before any scheduler."""
 
     def __init__(self, desk: StudyCallback) -> None:
         self._desk = desk
@@ -265,19 +265,19 @@ class PruneStopper(_Unsaved, ray.tune.Stopper):  # type: ignore[misc]
 
 
 def drop_checkpoints(folder: Path, trials: str = "*") -> None:
-    """Remove the checkpoints of trials: there are many trials, and settings are what a search is after."""
+    """Remove the checkpoints of trials: there are many trials, and a search is about settings."""
     for checkpoint in folder.glob(f"{trials}/checkpoint_*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def cause_of(trial: Trial) -> str:
-    """Why a trial failed, in a line."""
-    # From where it was written: it reaches the storage only later.
+    """The reason why a trial failed, in a line."""
+    # Read from where it was written, because it reaches the storage only later.
     if trial.pickled_error_file is not None:
         return _cause(unwrap_ray_error(ray.cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())))
     if trial.error_file is None:
         return "unknown"
-    # Ray Tune keeps errors of other kinds, such as a process killed for its memory, as text alone.
+    # Ray Tune keeps other errors, such as a process that was killed for its memory, only as text.
     text = Path(trial.error_file).read_text()
     if "memory" in text:
         return "its process was killed, because its node ran out of memory"
@@ -296,7 +296,7 @@ TRIALS = "trials"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The search was stopped by ctrl-C, in an orderly way."""
+    """Ctrl-C has stopped the search in an orderly way."""
 
 
 def run_trials(
@@ -311,7 +311,7 @@ def run_trials(
     callbacks: Sequence[ray.tune.Callback] = (),
     on_message: OnMessage,
 ) -> None:
-    """Run trials until there are as many as wanted.
+    """Run trials until the search has enough of them.
 
     Args:
         config: Settings of the search.
@@ -325,10 +325,10 @@ def run_trials(
         on_message: told what becomes of each trial.
 
     Raises:
-        Interrupted: ctrl-C; trials that were running are still so in the record.
+        Interrupted: Ctrl-C was pressed; trials that were running are still running in the record.
     """
     burn_ins = BurnIns(folder)
-    burn_ins.release()  # of trials that were killed with their driver
+    burn_ins.release()  # claims of trials that were killed with their driver
     exchanged = config.algorithm == "pbt"
     desk = StudyCallback(record, burn_ins, folder / TRIALS, exchanged, on_message)
     common: dict[str, Any] = {
@@ -337,17 +337,17 @@ def run_trials(
         "trial_dirname_creator": _name,
     }
     if exchanged:
-        # All at once: Ray's population-based training takes no searcher.
+        # All trials at once, because Ray's population-based training takes no searcher.
         population = [as_config(spec) for spec in iter(record.next_trial, None)]
         scheduler = _population_based_training(config, record)
         space = {"trial": ray.tune.grid_search(population)}
-        # Without a limit but that of the resources: it takes turns among trials that wait, and under a limit of Tune's
-        # they would not be there yet.
+        # Limited by the resources only: population-based training takes turns among waiting trials, which would not
+        # exist yet under a limit of Ray Tune.
         how = ray.tune.TuneConfig(scheduler=scheduler, **common)
         if not population:
             return
     else:
-        # As many as the record has: it says when there are no more.
+        # No fixed number: the record says when there are no more trials.
         space = {}
         how = ray.tune.TuneConfig(
             search_alg=StudySearcher(record), num_samples=-1, max_concurrent_trials=seats, **common
@@ -361,7 +361,7 @@ def run_trials(
             storage_path=str(folder),
             callbacks=[desk, *callbacks],
             stop=PruneStopper(desk),
-            # Population-based training takes another trial's checkpoint while that one goes on.
+            # Population-based training takes another trial's checkpoint while that trial continues.
             checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             verbose=0,
         ),
@@ -373,7 +373,7 @@ def run_trials(
 
 
 def _population_based_training(config: TuneConfig, record: SearchRecord) -> PopulationBasedTraining:
-    random.seed(config.seed)  # of Ray's choice among the best
+    random.seed(config.seed)  # seed of Ray's choice among the best
     return PopulationBasedTraining(
         time_attr="epochs_done",
         metric="objective",

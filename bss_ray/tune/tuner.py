@@ -1,4 +1,4 @@
-"""A whole search, as `bss-ray tune` does it: data once, trials, the best against uniform sampling, files."""
+"""A whole search of `bss-ray tune`: data, trials, the comparison with uniform sampling, and files."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ BEST = "best.yaml"
 
 
 def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
-    """Search, compare the best trial with uniform sampling, and write the search's folder.
+    """Search, compare the best trial with uniform sampling, and write the folder of the search.
 
-    Ray must be running. A search that was stopped goes on.
+    Ray must be running. A stopped search is resumed.
 
     Args:
         config: All settings.
@@ -49,9 +49,9 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         The content of `result.json`.
 
     Raises:
-        SearchError: no trial ran to its end.
-        Interrupted: ctrl-C; the same command goes on.
-        BssRayError: a setting, the data, the storage or the resources are at fault.
+        SearchError: No trial is complete.
+        Interrupted: Ctrl-C was pressed; the same command resumes the search.
+        BssRayError: A setting, the data, the storage or the resources are wrong.
     """
     with alone(folder.local):
         storage = open_storage(config.storage, folder.local)
@@ -74,7 +74,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         best = _write_best(record, space, scaling, folder)
         result = {**_summary(record), "comparison": None}
         if config.compare_seeds:
-            folder.write_result(result)  # a search is kept whatever becomes of the comparison
+            folder.write_result(result)  # the search is kept even if the comparison fails
             result["comparison"] = compare(config, best, setup, seats, on_message)
         folder.write_result(result)
         return result
@@ -100,7 +100,7 @@ def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int
         callbacks=callbacks,
         on_message=on_message,
     )
-    shutil.rmtree(setup.folder / NESTED, ignore_errors=True)  # of trials that were stopped
+    shutil.rmtree(setup.folder / NESTED, ignore_errors=True)  # remains of stopped trials
 
 
 # ---- before -----------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _one_worker(config: TuneConfig) -> ray.train.ScalingConfig:
-    """Where the number of workers is not given a trial has one: more trials at a time beat more workers in each."""
+    """Ranks of a trial; one by default, because more trials at a time are better than more workers in each trial."""
     return train_scaling(replace(config.train, num_workers=1))
 
 
@@ -147,7 +147,7 @@ def _write_best(
     ran = {"num_workers": scaling.num_workers, "use_gpu": scaling.use_gpu}
     settings = {**best.user_attrs["settings"], **ran}
     if scaling.num_workers == 1 and "scoring.engine" not in settings:
-        # What the trial has done.
+        # With the epochs that the trial has trained.
         settings["scoring.engine"] = scoring_here(space.config(settings, best.params)[0]).scoring.engine
     text = space.config(settings, best.params)[1]
     tree = {**yaml.safe_load(text), "name": f"{folder.path.name}-best"}
