@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 # Sizes in bytes of the words in which rows are copied: the largest that divides all distances and the row size.
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_WORDS = {8: "int64", 4: "int32", 2: "int16", 1: "uint8"}
 
 
 class Span:
@@ -37,6 +36,10 @@ class Span:
         return cls(arrays) if alike and first.dtype.kind != "O" and all(a.nbytes for a in arrays) else None
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        # Imported where rows are copied: processes that only know of shards (coordinator, holders, tasks that make
+        # shards) start a second sooner without it.
+        import torch
+
         self.dtype = arrays[0].dtype
         self._arrays = tuple(arrays)  # the references keep the arrays' memory alive
         addresses = [array.ctypes.data for array in arrays]
@@ -44,13 +47,13 @@ class Span:
         end = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True))
         row_bytes = math.prod(arrays[0].shape[1:]) * arrays[0].itemsize
         step = math.gcd(row_bytes, *(address - base for address in addresses))
-        self._word = next(size for size in _WORDS if step % size == 0)
-        kind = _WORDS[self._word]
-        memory = torch.frombuffer((ctypes.c_byte * (end - base)).from_address(base), dtype=kind)
-        words = row_bytes // self._word
+        word = next(size for size in _WORDS if step % size == 0)
+        self._kind: torch.dtype = getattr(torch, _WORDS[word])
+        memory = torch.frombuffer((ctypes.c_byte * (end - base)).from_address(base), dtype=self._kind)
+        words = row_bytes // word
         steps = (end - base - row_bytes) // step + 1
         # Overlapping rows: a row begins at each step.
-        shape, strides = ((steps,), (step // self._word,)) if words == 1 else ((steps, words), (step // self._word, 1))
+        shape, strides = ((steps,), (step // word,)) if words == 1 else ((steps, words), (step // word, 1))
         self._rows = memory.as_strided(shape, strides)
         self._starts = np.array([(address - base) // step for address in addresses])
         self._row_steps = row_bytes // step
@@ -65,6 +68,8 @@ class Span:
         """
         if len(rows) == 0:
             return  # torch refuses an empty buffer
+        import torch
+
         index = torch.from_numpy(self._starts[arrays] + rows * self._row_steps)
-        words = torch.frombuffer(out, dtype=_WORDS[self._word]).view(len(out), *self._rows.shape[1:])
+        words = torch.frombuffer(out, dtype=self._kind).view(len(out), *self._rows.shape[1:])
         torch.index_select(self._rows, 0, index, out=words)
