@@ -53,12 +53,15 @@ def _names_of_ray() -> Iterator[None]:
 
 
 with _names_of_ray():
+    from ray._private import worker as _worker
     from ray._private.label_utils import validate_label_selector
+    from ray._private.node import Node
     from ray._private.state import state as _state
     from ray._raylet import GlobalStateAccessor  # type: ignore[attr-defined]  # Ray ships no types
     from ray.core.generated import gcs_pb2
 
     _ = (
+        *(_worker._global_node, Node.is_head),
         *(_state.available_resources_per_node, _state.get_cluster_config, _state._connect_and_get_accessor),
         *(GlobalStateAccessor.get_actor_info, GlobalStateAccessor.get_actor_table),
         *(GlobalStateAccessor.get_placement_group_table, ray.experimental.get_object_locations),
@@ -81,6 +84,15 @@ def near(node: str) -> NodeAffinitySchedulingStrategy:
     """The strategy of an actor that goes to a node while the node is there and has room, and else elsewhere."""
     # Without the spilling it would wait forever for a node that others have filled.
     return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+
+
+def is_alone() -> bool:
+    """Whether this process has started Ray, and the cluster has no other node than its own.
+
+    Nobody adds nodes to such a cluster or takes them away, so a run there needs nothing that Ray starts for that.
+    """
+    node = _worker._global_node
+    return node is not None and node.is_head() and sum(entry["Alive"] for entry in ray.nodes()) == 1
 
 
 class NodeGroup(NamedTuple):
@@ -202,6 +214,8 @@ class TrainParts:
     """What Ray Train has no public way for.
 
     Attributes:
+        fixed_policy: Makes Ray Train's policy for a fixed number of ranks, but asks no autoscaler for their nodes: Ray
+            starts an actor to ask.
         scaling_policy: Makes Ray Train's policy for elastic ranks, with a function that corrects the number of ranks
             that Ray takes for possible.
         before_start: Makes a callback that calls a function in the controller, before it reserves anything for the
@@ -210,6 +224,7 @@ class TrainParts:
         controller: Returns the handle of the controller, in a rank.
     """
 
+    fixed_policy: Callable[[ray.train.ScalingConfig], object]
     scaling_policy: Callable[[ray.train.ScalingConfig, Callable[[int], int]], object]
     before_start: Callable[[Callable[[], None]], object]
     trainer: type[ray.train.torch.TorchTrainer]
@@ -225,16 +240,26 @@ def train_parts() -> TrainParts:
     """
     with _names_of_ray():
         from ray.train.torch import TorchTrainer
+        from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.context import TrainContext, get_train_context
-        from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+        from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
         _ = (
             *(TorchTrainer._create_default_callbacks, TorchTrainer._initialize_and_run_controller),
+            *(FixedScalingPolicy._send_resource_request, FixedScalingPolicy._maybe_send_resource_request),
+            FixedScalingPolicy._cancel_resource_request,
             *(ElasticScalingPolicy._count_possible_workers, WorkerGroupCallback.before_worker_group_start),
             TrainContext.__dataclass_fields__["controller_actor"],
         )
+
+    class FixedPolicy(FixedScalingPolicy):  # type: ignore[misc]
+        def _send_resource_request(self) -> None: ...
+
+        def _maybe_send_resource_request(self) -> None: ...
+
+        def _cancel_resource_request(self) -> None: ...
 
     class LimitedPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         def __init__(self, scaling: ray.train.ScalingConfig, limit: Callable[[int], int]) -> None:
@@ -257,16 +282,17 @@ def train_parts() -> TrainParts:
             self._policy = policy
 
         def _create_default_callbacks(self) -> list[object]:
-            # Ray's cleaner is a detached actor, which outlives the run; in its place: `orphaned_placement_groups`.
-            made = super()._create_default_callbacks()
-            return [callback for callback in made if not isinstance(callback, PlacementGroupCleanerCallback)]
+            # Ray's cleaner is a detached actor, which outlives the run; in its place: `orphaned_placement_groups`. The
+            # other callback starts an actor for datasets that the trainer is given, and ours is given none.
+            unused, made = (PlacementGroupCleanerCallback, DatasetsCallback), super()._create_default_callbacks()
+            return [callback for callback in made if not isinstance(callback, unused)]
 
         def _initialize_and_run_controller(self, **settings: object) -> ray.train.Result:
             if self._policy is not None:
                 settings["scaling_policy"] = self._policy
             return super()._initialize_and_run_controller(**settings)
 
-    return TrainParts(LimitedPolicy, BeforeStart, Trainer, lambda: get_train_context().controller_actor)
+    return TrainParts(FixedPolicy, LimitedPolicy, BeforeStart, Trainer, lambda: get_train_context().controller_actor)
 
 
 # ---- loggers of Ray Tune ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bss_ray.data.shards import Shards
 from bss_ray.placement.cluster import read_nodes
 from bss_ray.placement.packing import Node, ProcessGroup, most
-from bss_ray.runtime.ray_internals import orphaned_placement_groups, train_parts
+from bss_ray.runtime.ray_internals import is_alone, orphaned_placement_groups, train_parts
 
 
 def seats_of_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counted: int, *, at_least: int) -> int:
@@ -130,13 +130,15 @@ def fit_ranks(
         run_config: Name and storage of the run.
     """
     parts = train_parts()
-    policy = None
+    policy, alone = None, is_alone()
     # A selector for each rank makes several kinds of ranks, of which Ray starts the first ones.
     if scaling_config.elasticity_enabled and not isinstance(scaling_config.label_selector, list):
         policy = parts.scaling_policy(
             scaling_config,
             lambda counted: seats_of_ranks(read_nodes(), groups, counted, at_least=scaling_config.min_workers),
         )
+    elif alone and not scaling_config.elasticity_enabled:
+        policy = parts.fixed_policy(scaling_config)
     before = parts.before_start(AwaitLostShards(shards, wait_limit_s))
     trainer = parts.trainer(
         train_loop,
@@ -146,22 +148,28 @@ def fit_ranks(
         run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), before]),
     )
     # Without ranks of their own the loop runs in this process, whose environment stays what it is.
-    with _limited_waits(wait_limit_s) if scaling_config.num_workers else contextlib.nullcontext():
+    ranks_elsewhere = scaling_config.num_workers != 0
+    with _controller_environment(wait_limit_s, preemptions=not alone) if ranks_elsewhere else contextlib.nullcontext():
         return trainer.fit()
 
 
 @contextlib.contextmanager
-def _limited_waits(limit_s: float) -> Iterator[None]:
+def _controller_environment(limit_s: float, *, preemptions: bool) -> Iterator[None]:
     """Ray Train's own waits end as this project's do, unless the user has set a limit.
 
     Ranks wait in its barriers without one. Its controller asks every rank how it is, and where the network was out at
     that moment the answer may never come: it gives a rank up after ten minutes.
+
+    Args:
+        limit_s: Longest wait.
+        preemptions: Whether a node can be taken away with notice. If not, no actor needs to watch for that.
     """
-    limits = {
+    settings = {
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": limit_s,
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": min(limit_s, 600.0),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": int(preemptions),
     }
-    ours = {name: str(limit) for name, limit in limits.items() if name not in os.environ}
+    ours = {name: str(value) for name, value in settings.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
