@@ -7,7 +7,6 @@ Handwritten digits (8x8 images), each paired with the same digit spoken in noise
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +14,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bss_ray.errors import DataError, nearest
-
-if TYPE_CHECKING:
-    import ray.data
 
 FILE = Path(__file__).with_name("av_digits.parquet")
 SPLITS = ("train", "validation", "test")
@@ -32,19 +28,14 @@ AUDIO_DB_RANGE = (-65.0, -10.0)  # decibels stored as level 0 and level 255
 IMAGE_MEAN, IMAGE_STD = 4.9, 6.0  # pixel levels
 AUDIO_MEAN, AUDIO_STD = -40.0, 4.6  # decibels
 
-_BLOCKS = 4  # enough for two ranks to read at once, and for tests to cross a block's boundary
 
-
-def av_digits(split: str, *, mispaired: float = 0.0, seed: int = 0) -> ray.data.Dataset:
-    """One split of AV-Digits as a Ray Dataset of four blocks, in the row order of `av_digits_table`.
+def av_digits(split: str, *, mispaired: float = 0.0, seed: int = 0) -> pa.Table:
+    """One split of AV-Digits as an Arrow table, in the row order of `av_digits_table`.
 
     Arguments, errors and columns are those of `av_digits_table`, with `image` and `audio` as tensors.
     """
-    import ray.data  # imported late: it takes seconds, and the table does not need it
-
     table = av_digits_table(split, mispaired=mispaired, seed=seed)
-    arrow = pa.table({name: _to_arrow(column) for name, column in table.items()})
-    return ray.data.from_arrow(arrow, override_num_blocks=_BLOCKS)
+    return pa.table({name: _to_arrow(column) for name, column in table.items()})
 
 
 def av_digits_table(split: str, *, mispaired: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:

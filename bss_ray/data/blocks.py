@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import pyarrow as pa
+import ray
 import ray.data
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import DataError, nearest
 from bss_ray.runtime.ray_internals import ref_bundles
-from bss_ray.runtime.wait import call_with_timeout, iterate_with_timeout
+from bss_ray.runtime.wait import WaitError, call_with_timeout, iterate_with_timeout
+
+# What shards are made of. The rows of a table are in this process's memory already.
+Rows: TypeAlias = ray.data.Dataset | pa.Table
 
 
 class Block(NamedTuple):
@@ -43,32 +48,46 @@ class Cut(NamedTuple):
         ]
 
 
-def execute(dataset: ray.data.Dataset, columns: Columns) -> Generator[Block, None, None]:
+def execute(rows: Rows, columns: Columns) -> Generator[Block, None, None]:
     """Execute the dataset and yield its blocks in order, as they are made.
 
     Raises:
-        DataError: The dataset has no rows, or lacks a column.
+        DataError: The dataset lacks a column.
     """
+    if isinstance(rows, pa.Table):
+        check_columns(rows.schema, columns)
+        yield from _table_block(rows.select(list(columns.all)))
+        return
     try:
-        schema = _schema_of(dataset)
+        schema = rows.schema(fetch_if_missing=False)
     except ValueError:
         # Ray Data has no type for a column of tensors in some blocks and of tensors and nulls in others, and needs a
-        # type if blocks exist already. Of blocks that are still to be made it reads the first only.
-        dataset = dataset.map_batches(lambda block: block, batch_size=None, batch_format="pyarrow")
-        schema = _schema_of(dataset)
-    check_columns(schema, columns)
-    dataset = dataset.select_columns(list(columns.all))
-    dataset.context.execution_options.preserve_order = True  # row ids are positions
-    return blocks_of(dataset)
+        # type if blocks exist already. For blocks that are still to be made it needs none.
+        rows = rows.map_batches(lambda block: block, batch_size=None, batch_format="pyarrow")
+        schema = None
+    if schema is not None:
+        check_columns(schema, columns)
+    selected = rows.select_columns(list(columns.all))
+    selected.context.execution_options.preserve_order = True  # row ids are positions
+    try:
+        yield from blocks_of(selected)
+    except (WaitError, GeneratorExit):
+        raise
+    except Exception:
+        # To ask for the columns first would execute the dataset twice, once for its first rows: more than half of the
+        # time of a small dataset. So only an error has them read; an error of the user's function is raised again.
+        if schema is None:
+            found = call_with_timeout(rows.schema, "the dataset's first rows")
+            check_columns(found, columns)
+        raise
 
 
-def _schema_of(dataset: ray.data.Dataset) -> ray.data.Schema | None:
-    """Schema of the first rows, which Ray Data may have to make."""
-    schema: ray.data.Schema | None = call_with_timeout(dataset.schema, "the dataset's first rows")
-    return schema
+def _table_block(table: pa.Table) -> Iterator[Block]:
+    if table.num_rows:
+        yield Block(ray.put(table), 0, table.num_rows, 0, table.nbytes)
 
 
-def check_columns(schema: ray.data.Schema | None, columns: Columns) -> None:
+def check_columns(schema: ray.data.Schema | pa.Schema | None, columns: Columns) -> None:
     """Refuse a dataset that lacks a column.
 
     Raises:

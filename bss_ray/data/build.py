@@ -14,9 +14,10 @@ from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
+import pyarrow as pa
 import ray
 
-from bss_ray.data.blocks import cut_as_they_come, cut_evenly, drain, execute, take_until
+from bss_ray.data.blocks import Rows, cut_as_they_come, cut_evenly, drain, execute, take_until
 from bss_ray.data.columns import Columns
 from bss_ray.data.disk import DiskWriter
 from bss_ray.data.manifest import FORMAT, digest, fingerprint
@@ -25,6 +26,7 @@ from bss_ray.data.store import StoreConfig
 from bss_ray.data.tasks import OnProgress, Report, Tasks
 from bss_ray.errors import DataError, raise_first_problem
 from bss_ray.names import presence_column
+from bss_ray.runtime.ray_internals import is_alone
 from bss_ray.runtime.wait import wait_for
 
 # Large enough that a shard's overhead (a few hundred microseconds to open) is negligible, small enough
@@ -38,7 +40,7 @@ OnNotice = Callable[[str], None]
 
 
 def build_shards(
-    dataset: ray.data.Dataset,
+    dataset: Rows,
     columns: Columns,
     *,
     num_classes: int | None = None,
@@ -52,8 +54,8 @@ def build_shards(
     """Execute a Ray Dataset once, check every row, and cut it into shards.
 
     Args:
-        dataset: Any Ray Dataset. Each modality is a column of numeric tensors of one shape. Where it is null, the row
-            lacks the modality: its input is zeros, and `has_<modality>` among the features says so.
+        dataset: Any Ray Dataset, or an Arrow table. Each modality is a column of numeric tensors of one shape. Where it
+            is null, the row lacks the modality: its input is zeros, and `has_<modality>` among the features says so.
         columns: Roles of the dataset's columns.
         num_classes: Number of values a head returns: classes C, or the D numbers of a regression. None takes the number
             that the labels have, and for a multiclass task the largest label + 1.
@@ -94,7 +96,14 @@ def build_shards(
     wanted = max(min_shards, math.ceil(sum(block.size_bytes for block in held) / SHARD_BYTES))
     cuts = cut_evenly(list(held), wanted) if complete else cut_as_they_come(chain(drain(held), blocks), SHARD_BYTES)
 
-    tasks = Tasks(writer=writer, columns=columns, num_classes=num_classes, on_progress=on_progress)
+    tasks = Tasks(
+        writer=writer,
+        columns=columns,
+        num_classes=num_classes,
+        on_progress=on_progress,
+        # On a cluster tasks spread the shards over the nodes, and make again what one of them takes along.
+        here=isinstance(dataset, pa.Table) and is_alone(),
+    )
     try:
         tasks.run(cuts)
         return writer.finish(_check(tasks), key)
@@ -107,7 +116,7 @@ def build_shards(
 
 def build_split(
     split: str,
-    dataset: ray.data.Dataset,
+    dataset: Rows,
     columns: Columns,
     *,
     train: Shards | None = None,

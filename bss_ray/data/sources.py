@@ -1,4 +1,4 @@
-"""From the value of `--data` to Ray Datasets."""
+"""From the value of `--data` to Ray Datasets, or to the tables of AV-Digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import pyarrow.fs
 import ray.data
 
-from bss_ray.data.av_digits import av_digits
+from bss_ray.data.av_digits import SPLITS, av_digits
+from bss_ray.data.blocks import Rows
 from bss_ray.data.columns import Columns
 from bss_ray.data.manifest import digest
 from bss_ray.errors import ConfigError, DataError, nearest
@@ -17,13 +18,11 @@ from bss_ray.storage import StoragePath
 AV_DIGITS = "av-digits"
 AV_DIGITS_COLUMNS = Columns(modalities=("audio", "image"), label="label", extra=("mispaired",))
 
-SPLITS = ("train", "validation", "test")
-
 
 def load_splits(
     source: str, *, validation: str | None = None, test: str | None = None, mispaired: float = 0.0, seed: int = 0
-) -> dict[str, ray.data.Dataset | None]:
-    """Ray Datasets of the splits; None for a split that does not exist.
+) -> dict[str, Rows | None]:
+    """Rows of the splits; None for a split that does not exist.
 
     Args:
         source: `av-digits`; the path or URI of a Parquet file or folder, or of a folder with the sub-folders `train`,

@@ -23,7 +23,7 @@ from bss_ray.data.store import Arrays
 from bss_ray.errors import BssRayError, DataError, Problem
 from bss_ray.names import presence_column
 from bss_ray.runtime.ray_internals import block_accessor
-from bss_ray.runtime.wait import wait_limit, wait_timeout_error
+from bss_ray.runtime.wait import wait_for, wait_limit, wait_timeout_error
 
 OnProgress = Callable[[int, int], None]
 
@@ -71,6 +71,7 @@ class Tasks:
         columns: Roles of the columns.
         num_classes: See `build_shards`.
         on_progress: Function that is called with (shards made, shards begun).
+        here: Whether this process makes the shards, one after the other: each task would take longer to start.
         starts: Row id of each shard's first row.
         reports: References to the reports of the tasks, in the order of the shards, like the next two.
         kept: References to the results of the writer.
@@ -81,6 +82,7 @@ class Tasks:
     columns: Columns
     num_classes: int | None
     on_progress: OnProgress | None = None
+    here: bool = False
     starts: list[int] = field(default_factory=list)
     reports: list[Any] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
@@ -123,16 +125,13 @@ class Tasks:
         """Start the task of a shard as soon as another task may run."""
         self._wait(self._at_once - 1)
         # No CPU for tasks that take from a stream: Ray Data may hold all CPUs until its blocks are taken.
-        refs = _make_shard.options(num_cpus=0 if self.writer.streams else 1).remote(
-            self.writer,
-            self.columns,
-            self.num_classes,
-            self._shapes,
-            index,
-            cut.start,
-            cut.slices,
-            *(block.ref for block in cut.blocks),
-        )
+        task = _task_of_shard.options(num_cpus=0 if self.writer.streams else 1)
+        call = (self.writer, self.columns, self.num_classes, self._shapes, index, cut.start, cut.slices)
+        blocks = [block.ref for block in cut.blocks]
+        if self.here:
+            refs = [ray.put(part) for part in _make_shard(*call, *wait_for(blocks, "rows of this process"))]
+        else:
+            refs = task.remote(*call, *blocks)
         self.reports[index], self.kept[index], self.ids[index] = refs
         self._pending[refs[0]] = index, cut
 
@@ -158,7 +157,6 @@ class Tasks:
                 self.on_progress(begun - len(self._pending) - len(self._waiting), begun)
 
 
-@ray.remote(num_returns=3, name="bss_ray.build_shard")
 def _make_shard(
     writer: Writer,
     columns: Columns,
@@ -187,6 +185,9 @@ def _make_shard(
     except BssRayError as error:
         report = dataclasses.replace(report, failure=error)
     return report, kept, hashes.get(columns.id or "", np.empty(0, np.uint64))
+
+
+_task_of_shard = ray.remote(num_returns=3, name="bss_ray.build_shard")(_make_shard)
 
 
 def _read_rows(

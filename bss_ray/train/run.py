@@ -37,6 +37,7 @@ from bss_ray.runtime.messages import (
     Status,
 )
 from bss_ray.runtime.profiling import ProfileFolder
+from bss_ray.runtime.ray_internals import is_alone
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, wait_for
 from bss_ray.sample.holder_actors import SavedScores
 from bss_ray.sample.plan import Tail
@@ -232,9 +233,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     chosen, row = _choose(outcome, choose_by)
     result: dict[str, Any] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
     if splits.test is not None:
-        task = _test_checkpoint.options(num_cpus=1, num_gpus=1 if scaling.use_gpu else 0)
-        tested = task.remote(config, SavedCheckpoint(chosen), splits.test)
-        result["test"] = wait_for(tested, "the test of the chosen epoch")
+        result["test"] = _test_checkpoint(config, SavedCheckpoint(chosen), splits.test, use_gpu=scaling.use_gpu)
     if last.manifest().position.version:
         write_scores(folder.path / "scores.parquet", last, splits.train)
         result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits.train.columns.extra)
@@ -425,10 +424,30 @@ def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
 
 
-@ray.remote(name="bss_ray.test_checkpoint")
-def _test_checkpoint(config: TrainConfig, saved: SavedCheckpoint, shards: Shards) -> dict[str, float]:
+def _test_checkpoint(config: TrainConfig, saved: SavedCheckpoint, shards: Shards, *, use_gpu: bool) -> dict[str, float]:
     """Test metrics of a checkpoint's model."""
+    if is_alone() and not use_gpu:  # this node is as good as any, and a task would import torch again
+        with _one_thread():  # as a task of one CPU has
+            return test_model(config, saved.state("model"), shards)
+    task = _test_task.options(num_cpus=1, num_gpus=int(use_gpu)).remote(config, saved, shards)
+    tested: dict[str, float] = wait_for(task, "the test of the chosen epoch")
+    return tested
+
+
+@ray.remote(name="bss_ray.test_checkpoint")
+def _test_task(config: TrainConfig, saved: SavedCheckpoint, shards: Shards) -> dict[str, float]:
     return test_model(config, saved.state("model"), shards)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes in one thread meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_model(config: TrainConfig, state: dict[str, Any], shards: Shards) -> dict[str, float]:
