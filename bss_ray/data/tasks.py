@@ -124,13 +124,13 @@ class Tasks:
     def _make(self, index: int, cut: Cut) -> None:
         """Start the task of a shard as soon as another task may run."""
         self._wait(self._at_once - 1)
-        # No CPU for tasks that take from a stream: Ray Data may hold all CPUs until its blocks are taken.
-        task = _task_of_shard.options(num_cpus=0 if self.writer.streams else 1)
         call = (self.writer, self.columns, self.num_classes, self._shapes, index, cut.start, cut.slices)
         blocks = [block.ref for block in cut.blocks]
         if self.here:
             refs = [ray.put(part) for part in _make_shard(*call, *wait_for(blocks, "rows of this process"))]
         else:
+            # No CPU for tasks that take from a stream: Ray Data may hold all CPUs until its blocks are taken.
+            task = _task_of_shard.options(num_cpus=0 if self.writer.streams else 1)
             refs = task.remote(*call, *blocks)
         self.reports[index], self.kept[index], self.ids[index] = refs
         self._pending[refs[0]] = index, cut

@@ -16,12 +16,15 @@ from bss_ray.data.arrays import shards_of_arrays
 from bss_ray.data.build import build_shards
 from bss_ray.data.columns import Columns
 from bss_ray.data.sources import load_splits
+from bss_ray.data.store import StoreConfig
 from bss_ray.errors import ConfigError, DataError, ResourceError
 from bss_ray.placement.resources import Placement, check_resources, settle_engine
+from bss_ray.runtime.ray_internals import is_alone
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
 from bss_ray.sample.coordinator import check_batch_size
 from bss_ray.scoring.config import Scoring
 from tests.runs import COLUMNS, make_columns, make_dataset
+from tests.scoring import make_table
 from tests.support import join_calls
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -156,8 +159,43 @@ def test_the_engine_follows_from_what_the_ranks_leave() -> None:
     assert settled(1, engine="online") == ("online", "as set")
 
 
-@pytest.mark.parametrize(("stuck", "what"), [({0, 1}, "first rows"), ({1}, "next rows")])
-def test_rows_that_do_not_come_are_not_waited_for_without_end(stuck: set[int], what: str, tmp_path: Path) -> None:
+def test_a_computed_dataset_is_executed_once_and_errors_still_name_its_columns(tmp_path: Path) -> None:
+    columns = make_columns()
+
+    def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        (tmp_path / f"{batch['id'][0]}-{time.time_ns()}").touch()
+        if len(batch["id"]) == 1:
+            raise ArithmeticError("the user's own")
+        return {name: values[batch["id"]] for name, values in columns.items()}
+
+    dataset = ray.data.range(200, override_num_blocks=4).map_batches(make, batch_size=None)
+    shards = build_shards(dataset, COLUMNS)
+    assert len(list(tmp_path.iterdir())) == 4
+    np.testing.assert_array_equal(shards.gather(np.arange(200))["a"], columns["a"][:200])
+    with pytest.raises(DataError, match=r"no column 'lable'; did you mean 'label'"):
+        build_shards(dataset, Columns(modalities=("a", "b"), label="lable"))
+    with pytest.raises(Exception, match="the user's own"):
+        build_shards(ray.data.range(3, override_num_blocks=3).map_batches(make, batch_size=None), COLUMNS)
+
+
+def test_a_table_becomes_shards_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = make_columns()
+    table = make_table(columns)
+    whole = build_shards(make_dataset(columns), COLUMNS, min_shards=3)
+    assert is_alone()
+    monkeypatch.setattr("bss_ray.data.tasks._task_of_shard", None)
+    for store in (StoreConfig(), StoreConfig(kind="disk", folder=str(tmp_path))):
+        shards = build_shards(table, COLUMNS, min_shards=3, store=store)
+        assert (shards.fingerprint, shards.parts) == (whole.fingerprint, whole.parts)
+        np.testing.assert_array_equal(shards.gather(np.arange(203))["b"], columns["b"])
+    with pytest.raises(DataError, match=r"no column 'lable'; did you mean 'label'"):
+        build_shards(table, Columns(modalities=("a", "b"), label="lable"))
+    with pytest.raises(DataError, match="the data set has no rows"):
+        build_shards(table.slice(0, 0), COLUMNS)
+
+
+@pytest.mark.parametrize("stuck", [{0, 1}, {1}])
+def test_rows_that_do_not_come_are_not_waited_for_without_end(stuck: set[int], tmp_path: Path) -> None:
     def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         while batch["id"][0] in stuck and not (tmp_path / "go on").exists():
             time.sleep(0.05)
@@ -166,7 +204,7 @@ def test_rows_that_do_not_come_are_not_waited_for_without_end(stuck: set[int], w
     dataset = ray.data.range(2, override_num_blocks=2).map_batches(make, batch_size=None)
     set_wait_limit(5)
     try:
-        with pytest.raises(WaitError, match=f"waited 5 s for the dataset's {what}"):
+        with pytest.raises(WaitError, match="waited 5 s for the dataset's next rows"):
             build_shards(dataset, COLUMNS)
     finally:
         set_wait_limit(DEFAULT_LIMIT_S)
