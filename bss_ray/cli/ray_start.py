@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -28,16 +29,19 @@ def start_ray(config: Any, display: Any) -> None:
     import ray
     import ray.data
 
+    from bss_ray.runtime.ray_internals import without_helpers
+
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     display.status(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     level = logging.INFO if config.verbose else logging.ERROR
-    ray.init(
-        address=address or "local",
-        log_to_driver=config.verbose,
-        logging_level=level,
-        **({} if address else {"include_dashboard": False}),
-        **ray_logging(config.log_format),
-    )
+    with contextlib.nullcontext() if address else without_helpers(logs=config.verbose):
+        ray.init(
+            address=address or "local",
+            log_to_driver=config.verbose,
+            logging_level=level,
+            **({} if address else {"include_dashboard": False}),
+            **ray_logging(config.log_format),
+        )
     if config.log_format == "json":  # which turns all of this process's loggers up as well
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("ray").setLevel(level)

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -53,6 +54,8 @@ def _names_of_ray() -> Iterator[None]:
 
 
 with _names_of_ray():
+    from ray._private import parameter as _parameter
+    from ray._private import services as _services
     from ray._private import worker as _worker
     from ray._private.label_utils import validate_label_selector
     from ray._private.node import Node
@@ -61,17 +64,38 @@ with _names_of_ray():
     from ray.core.generated import gcs_pb2
 
     _ = (
-        *(_worker._global_node, Node.is_head),
+        *(_worker._global_node, Node.is_head, _services.start_api_server),
         *(_state.available_resources_per_node, _state.get_cluster_config, _state._connect_and_get_accessor),
         *(GlobalStateAccessor.get_actor_info, GlobalStateAccessor.get_actor_table),
         *(GlobalStateAccessor.get_placement_group_table, ray.experimental.get_object_locations),
         *(gcs_pb2.ActorTableData.FromString, gcs_pb2.PlacementGroupTableData.FromString),
     )
+    if not {"no_monitor", "include_log_monitor"} <= inspect.signature(_parameter.RayParams).parameters.keys():
+        raise AttributeError("RayParams has no argument no_monitor or include_log_monitor")
     if "_spill_on_unavailable" not in inspect.signature(NodeAffinitySchedulingStrategy).parameters:
         raise AttributeError("NodeAffinitySchedulingStrategy has no argument _spill_on_unavailable")
 
 
 # ---- the core: nodes, actors, placement groups, objects ---------------------------------------
+
+
+@contextlib.contextmanager
+def without_helpers(*, logs: bool) -> Iterator[None]:
+    """Have `ray.init` start Ray's servers and workers, but no process that only watches them.
+
+    Such processes are the autoscaler's monitor, which has nothing to scale; the server of the dashboard, which without
+    a dashboard only reports the use of Ray, and for which `ray.init` waits; and the monitor of logs.
+
+    Args:
+        logs: Whether to start the monitor of logs, which brings what other processes print to this process.
+    """
+    settings = functools.partial(_parameter.RayParams, no_monitor=True, include_log_monitor=logs)
+    no_server = mock.Mock(return_value=("", None))  # neither an address nor a process
+    with (
+        mock.patch.object(_parameter, "RayParams", settings),
+        mock.patch.object(_services, "start_api_server", no_server),
+    ):
+        yield
 
 
 def label_problem(selector: Mapping[str, str]) -> str | None:

@@ -38,6 +38,7 @@ from bss_ray.runtime.messages import (
 )
 from bss_ray.runtime.profiling import ProfileFolder
 from bss_ray.runtime.ray_internals import is_alone
+from bss_ray.runtime.threads import in_threads
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, wait_for
 from bss_ray.sample.holder_actors import SavedScores
 from bss_ray.sample.plan import Tail
@@ -55,12 +56,17 @@ from bss_ray.train.trainer import BalancedTrainer
 
 def write_scores(path: StoragePath, saved: SavedCheckpoint, shards: Shards) -> None:
     """Write a checkpoint's scores as a folder of Parquet files, one a shard, replacing an older one."""
+    count = len(shards.parts)
     with path.replaced() as folder:
-        written = [_write_part.remote(folder, saved, shards, index) for index in range(len(shards.parts))]
-        wait_for(written, "the scores of the run to be written")
+        if is_alone():  # a thread imports nothing
+            for _ in in_threads(functools.partial(_write_part, folder, saved, shards), range(count)):
+                pass
+        else:
+            task = ray.remote(name="bss_ray.write_scores")(_write_part)
+            written = [task.remote(folder, saved, shards, index) for index in range(count)]
+            wait_for(written, "the scores of the run to be written")
 
 
-@ray.remote(name="bss_ray.write_scores")
 def _write_part(folder: StoragePath, saved: SavedCheckpoint, shards: Shards, index: int) -> None:
     part, columns = shards.parts[index], shards.columns
     names = {"similarity": np.float32, "information": np.float32, "score": np.float32}

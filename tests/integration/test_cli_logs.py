@@ -80,6 +80,12 @@ def test_logs_of_the_processes_are_json_with_epoch_version_rank_and_rays_ids(job
     assert sorted(saved) == list(range(EPOCHS))
 
 
+def test_ray_starts_no_process_that_only_watches_others(job: Job) -> None:
+    names = {path.name.rpartition(".")[0] for path in job.ray_logs.iterdir()}
+    assert {"gcs_server", "raylet"} <= names
+    assert not {"monitor", "log_monitor", "dashboard"} & names
+
+
 def operators(job: Job, file: str) -> list[dict[str, Any]]:
     trace = json.loads((job.profile / file).read_text())
     events: list[dict[str, Any]] = trace["traceEvents"]

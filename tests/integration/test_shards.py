@@ -190,7 +190,7 @@ def test_a_table_becomes_shards_in_this_process(tmp_path: Path, monkeypatch: pyt
         np.testing.assert_array_equal(shards.gather(np.arange(203))["b"], columns["b"])
     with pytest.raises(DataError, match=r"no column 'lable'; did you mean 'label'"):
         build_shards(table, Columns(modalities=("a", "b"), label="lable"))
-    with pytest.raises(DataError, match="the data set has no rows"):
+    with pytest.raises(DataError, match="the dataset has no rows"):
         build_shards(table.slice(0, 0), COLUMNS)
 
 
