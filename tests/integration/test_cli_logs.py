@@ -110,7 +110,7 @@ def test_the_timeline_shows_what_processes_did(job: Job) -> None:
     events = json.loads((job.profile / "timeline.json").read_text())
     assert {event["ph"] for event in events} == {"X"}
     names = {event["name"] for event in events}
-    assert {"bss_ray.data.tasks._make_shard", "bss_ray.train.run._test_task", "measure"} <= names
+    assert {"__init__", "measure"} <= names
     assert min(event["ts"] for event in events) > 1e6 * (job.folder / "config.yaml").stat().st_mtime
 
 
