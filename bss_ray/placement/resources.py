@@ -30,17 +30,18 @@ class Placement:
     """Where ranks and scorers run, and what they leave to others.
 
     Args:
-        ranks: `pack` them onto few nodes, or `spread` them over many.
-        label_selector: nodes that ranks and scorers may be on, by label: `{zone: a}`; also `!a`, `in(a,b)`, `!in(a,b)`.
-        accelerator_type: of the ranks' nodes, by Ray's name of it (A100, H100, TPU-V4, ...), and of scorers that have a
-            share of a GPU.
-        cpus_per_rank: logical CPUs of a rank; null takes 1, and with GPUs none.
-        spare_cpus: CPUs that ranks and scorers leave: rows in memory that are lost with a node are made again by tasks
-            of one CPU each, which wait where there is none. null leaves 1 where there are several nodes.
-        wait_for_nodes: an autoscaler adds nodes: wait for them, where those of now cannot hold the run, in place of an
-            error. Ray itself knows the limits of some autoscalers only (docs/placement.md).
-        resize_interval_s: with `num_workers: [lo, hi]`, seconds between two looks at whether more ranks would fit. A
-            change costs what was trained since the last checkpoint, and a start of the ranks.
+        ranks: Whether to `pack` ranks onto few nodes, or `spread` them over many.
+        label_selector: Labels of the nodes that ranks and scorers may be on: `{zone: a}`; also `!a`, `in(a,b)`,
+            `!in(a,b)`.
+        accelerator_type: Accelerator, by Ray's name (A100, H100, TPU-V4, ...), of the nodes of ranks and of scorers
+            that have a share of a GPU.
+        cpus_per_rank: Logical CPUs of a rank; null takes 1, or 0 with GPUs.
+        spare_cpus: Number of CPUs that ranks and scorers leave free: rows in memory that are lost with a node are made
+            again by tasks of one CPU each, which wait if no CPU is free. null leaves 1 if there are several nodes.
+        wait_for_nodes: Whether to wait for nodes of an autoscaler, instead of an error, if the existing nodes cannot
+            hold the run. Ray itself knows the limits of some autoscalers only (docs/placement.md).
+        resize_interval_s: Seconds between two checks of whether more ranks would fit, with `num_workers: [lo, hi]`. A
+            change costs the training since the last checkpoint, and a start of the ranks.
 
     Raises:
         ConfigError: a setting is unknown or out of its range.

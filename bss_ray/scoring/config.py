@@ -40,21 +40,22 @@ class Scoring(Accumulation, ScoringPass):
     """How and where rows are scored.
 
     Args:
-        engine: `actors`: scorer actors forward all rows, between epochs or, with `overlap`, beside the next one;
-            `workers`: the ranks forward their own node's rows between epochs; `online`: the outputs of the training
-            pass are the measures, and no forward pass is made for them; `auto`: actors where scorers have resources of
-            their own, else workers, and says so.
-        overlap: `actors`: epoch e+1 trains while the scores of epoch e's model are made; they are published after it.
-        sweep_every: `online`: every so many updates the ranks forward all rows; 0 never.
-        num_holders: actors that hold scores; the order of rows does not depend on it.
-        num_scorers: `actors`: scorer actors, each with a model of its own.
-        max_failed_updates: so many updates of the scores in a row may fail, because scorers are lost; the run goes on
-            with the scores it has.
-        restart_timeout_s: seconds to wait for a lost scorer while no other is left.
-        cpus_per_holder: logical CPUs of a holder, which also works with so many threads, at least one. 0, because
-            holders work while the ranks wait; give large data sets more (docs/scale.md).
-        cpus_per_scorer: likewise of a scorer.
-        gpus_per_scorer: share of a GPU of a scorer; leave the ranks the rest of it.
+        engine: Who measures rows. `actors`: scorer actors forward all rows, between epochs or, with `overlap`, during
+            the next epoch; `workers`: the ranks forward the rows of their own nodes between epochs; `online`: the
+            outputs of training are measured, without another forward pass; `auto`: `actors` if scorers have resources
+            of their own, else `workers`, with a message.
+        overlap: Whether epoch e+1 trains while `actors` score the model of epoch e; its scores are published after
+            epoch e+1.
+        sweep_every: Number k: with `online`, the ranks forward all rows at every k-th update; 0 never.
+        num_holders: Number of actors that hold scores; the order of rows does not depend on it.
+        num_scorers: Number of scorer actors of the engine `actors`, each with its own copy of the model.
+        max_failed_updates: Number of updates of the scores in a row that may fail because scorers are lost; the run
+            continues with the scores it has.
+        restart_timeout_s: Seconds to wait for a lost scorer if there is no other scorer.
+        cpus_per_holder: Logical CPUs of a holder, which also uses that number of threads, at least one. The default is
+            0 because holders work while the ranks wait; give large datasets more (docs/scale.md).
+        cpus_per_scorer: Logical CPUs of a scorer, which also uses that number of threads, at least one.
+        gpus_per_scorer: Share of a GPU of a scorer; leave the rest of the GPU to the ranks.
 
     Raises:
         ConfigError: a setting is unknown, out of its range, or without effect.
@@ -110,10 +111,10 @@ def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ran
     """The engine that `auto` stands for, and why.
 
     Args:
-        scoring: the settings.
+        scoring: Settings of scoring.
         spare_cpus: CPUs of the cluster that the ranks leave.
         spare_gpus: GPUs of the cluster that the ranks leave.
-        ranks_use_gpu: whether ranks train on GPUs.
+        ranks_use_gpu: Whether ranks train on GPUs.
     """
     if scoring.engine != "auto":
         return scoring.engine, "as set"

@@ -30,9 +30,9 @@ class ModelSpec:
     """A model by import path, built on every rank.
 
     Args:
-        class_path: a module that maps a batch to `{modality: logits, ..., "fused": logits}`. If its
-            constructor takes `shapes` (`{modality: row shape}`) or `num_classes`, it is given them.
-        init_args: its other arguments.
+        class_path: Import path of a module that maps a batch to `{modality: logits, ..., "fused": logits}`. If its
+            constructor takes `shapes` (`{modality: row shape}`) or `num_classes`, it gets them.
+        init_args: Other arguments of the module.
     """
 
     class_path: str = "bss_ray.models.LateFusion"
@@ -64,17 +64,20 @@ class LoopConfig:
     """Settings of the default loop.
 
     Args:
-        epochs: of the whole run.
-        optimizer: `adamw` or `sgd`.
-        lr: learning rate after warm-up.
-        weight_decay: of the optimiser.
-        sgd_momentum: of `sgd`.
-        lr_schedule: `cosine` to 0 over the run, `constant`, or `step` (times 0.1 every third of the run).
-        warmup_epochs: epochs of linear warm-up before it.
-        clip_norm: largest norm of the gradients; None does not clip.
-        precision: `auto` (bf16 or fp16 on a GPU that has it, else fp32), `fp32`, `bf16` or `fp16`.
-        checkpoint_every: also save a checkpoint every so many batches; None only at the epochs' ends.
-        eval_batch_size: rows of a rank's forward pass in evaluation.
+        epochs: Number of epochs of the whole run.
+        optimizer: Optimiser: `adamw` or `sgd`.
+        lr: Learning rate after warm-up.
+        weight_decay: Weight decay of the optimiser.
+        sgd_momentum: Momentum of `sgd`.
+        lr_schedule: Schedule of the learning rate: `cosine` to 0 over the run, `constant`, or `step` (times 0.1 every
+            third of the run).
+        warmup_epochs: Number of epochs of linear warm-up before the schedule.
+        clip_norm: Largest norm of the gradients; None does not clip.
+        precision: Precision of training: `auto` (bf16 or fp16 on a GPU that has it, else fp32), `fp32`, `bf16` or
+            `fp16`.
+        checkpoint_every: Number of batches after which a checkpoint is also saved within an epoch; None saves only at
+            the ends of epochs.
+        eval_batch_size: Number of rows of a rank's forward pass in evaluation.
 
     Raises:
         ConfigError: a setting is unknown or out of its range.

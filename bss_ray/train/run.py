@@ -102,45 +102,48 @@ class TrainConfig:
     """Settings of `bss-ray train`.
 
     Args:
-        data: `av-digits` (embedded), a Parquet file or folder (or one with the sub-folders train, validation,
-            test), or `module:function` that is called with a split's name and returns a Ray Dataset or None.
-        validation: Parquet file or folder of validation rows; chooses the epoch.
-        test: Parquet file or folder of test rows; read once, at the end.
-        columns: which columns are modalities, label, id and extras; null takes those of av-digits.
-        num_classes: values a head returns: classes C, or the D numbers of a regression; null takes what the training
-            labels have.
-        mispaired: share of av-digits' training rows that is paired wrongly, to see whether scores find them.
-        model: class by import path, and its arguments.
-        scheduler: Uniform, Heuristic (BSS-H), Learning (BSS-L), or your own by import path.
-        measurer: how the balance of a row is measured, and the weights of the training loss.
-        scoring: how and where rows are scored.
-        initial_scores: Parquet file or folder of scores, of `bss-ray score` or of another run, that the first epoch is
+        data: Training data: `av-digits` (embedded), a Parquet file or folder (or one with the sub-folders train,
+            validation, test), or `module:function` that is called with a split's name and returns a Ray Dataset or
+            None.
+        validation: Parquet file or folder of validation rows, which choose the epoch.
+        test: Parquet file or folder of test rows, which are read once, at the end.
+        columns: Roles of the columns (modalities, label, id and extras); null takes those of av-digits.
+        num_classes: Number of values that a head returns: classes C, or the D numbers of a regression; null takes the
+            number that the training labels have.
+        mispaired: Share of av-digits' training rows that is paired wrongly, to test whether scores find these rows.
+        model: Class of the model by import path, and its arguments.
+        scheduler: Scheduler: Uniform, Heuristic (BSS-H), Learning (BSS-L), or your own by import path.
+        measurer: How the balance of a row is measured, and the weights of the training loss.
+        scoring: How and where rows are scored.
+        initial_scores: Parquet file or folder of scores, from `bss-ray score` or another run, that the first epoch is
             drawn from; there is no burn-in then.
-        initial_checkpoint: checkpoint or state dict of a pre-trained model of this kind; rows are scored with it before
-            the first epoch, and there is no burn-in then. The model that is trained starts from scratch.
-        store: where rows are kept: in memory, on the nodes' disks, or in Lance.
-        loop: epochs, optimiser, learning rate, precision, checkpoints.
-        batch_size: rows of a global batch, over all ranks.
-        tail: keep or drop the last, smaller batch of an epoch.
-        seed: of the order of rows and of the model.
-        choose_by: validation metric whose best epoch is tested; null takes val_accuracy_fused, or val_r2_fused for a
-            regression. Of mae and rmse the lowest is the best.
-        num_workers: ranks; null takes one per GPU, or two on CPUs. [lo, hi] is elastic: as many as fit; nodes may come
-            and go, and the global batches stay the same.
-        use_gpu: one GPU per rank; null where the cluster has one.
-        placement: where ranks and scorers run, and what they leave to others.
-        max_failures: how often a lost rank, node or actor may restart training from its last checkpoint.
-        max_preemptions: likewise, for nodes that the cloud takes away with notice (spot); -1 is without limit.
-        wait_limit_s: longest time, in seconds, that one process waits for another, and that no rank lives; raise it
-            where a scoring pass or a validation takes longer.
-        name: of the run; the same name and settings: it goes on where it stopped.
-        storage_path: folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
-        ray_address: of a running cluster; null starts Ray here, or takes RAY_ADDRESS.
-        log_format: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per line); `auto` is rich
-            on a terminal and plain elsewhere.
-        profile: record a training step, a scoring pass and a timeline of all processes in `profile/` of the run folder,
-            for chrome://tracing or Perfetto.
-        verbose: show what Ray prints.
+        initial_checkpoint: Checkpoint or state dict of a pre-trained model of the same kind, which scores the rows
+            before the first epoch; there is no burn-in then. The trained model starts from scratch.
+        store: Where rows are kept: in memory, on the nodes' disks, or in Lance.
+        loop: Epochs, optimiser, learning rate, precision, checkpoints.
+        batch_size: Number of rows of a global batch, over all ranks.
+        tail: Whether to keep or drop the last, smaller batch of an epoch.
+        seed: Seed of the order of rows and of the model.
+        choose_by: Validation metric whose best epoch is tested; null takes val_accuracy_fused, or val_r2_fused for a
+            regression. Of mae and rmse the lowest value is the best.
+        num_workers: Number of ranks; null takes one per GPU, or two on CPUs. [lo, hi] is elastic: as many ranks as fit;
+            nodes may come and go, and the global batches stay the same.
+        use_gpu: Whether each rank gets a GPU; null gives GPUs if the cluster has any.
+        placement: Where ranks and scorers run, and what they leave to others.
+        max_failures: Number of times that training may restart from its last checkpoint after a rank, node or actor was
+            lost.
+        max_preemptions: Number of times that training may restart because the cloud took a (spot) node away with
+            notice; -1 is without limit.
+        wait_limit_s: Longest time, in seconds, that one process waits for another, and that a run continues without a
+            live rank; raise it if a scoring pass or a validation takes longer.
+        name: Name of the run; a run with the same name and settings is resumed.
+        storage_path: Folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
+        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
+        log_format: Format of the output: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per
+            line); `auto` is rich on a terminal and plain elsewhere.
+        profile: Whether to record a training step, a scoring pass and a timeline of all processes in `profile/` of the
+            run folder, for chrome://tracing or Perfetto.
+        verbose: Whether Ray's own output is shown.
     """
 
     data: str = AV_DIGITS
@@ -192,9 +195,9 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     Ray must be running. A run that was stopped goes on.
 
     Args:
-        config: all settings.
-        folder: claimed for this configuration.
-        on_message: called with what happens (see `BalancedTrainer`), for progress displays.
+        config: All settings.
+        folder: Folder that is claimed for this configuration.
+        on_message: Function that is called with each message of the run, for progress displays.
 
     Returns:
         The content of `result.json`.

@@ -55,33 +55,35 @@ class BalancedTrainer:
     """Trains with `ray.train.torch.TorchTrainer`; inside the loop `bss_ray.get_sampler()` hands out batches.
 
     Args:
-        train_loop: function of no or one argument (`train_loop_config`), run by every rank.
+        train_loop: Function with no or one argument (`train_loop_config`), which every rank runs.
         dataset: Training rows: a Ray Dataset, or `Shards` that are shared by several runs; or a function that returns
             one of them, called when it is known that the cluster can hold the run.
-        columns: roles of the columns.
-        validation: validation rows, likewise; optional.
-        scheduler: from scores to sampling weights; default `Learning()`.
-        measurer: how balance is measured; default `Measurer()`.
-        scoring: how and where rows are scored; default `Scoring()`.
-        batch_size: rows of a *global* batch, over all ranks.
-        tail: `keep` or `drop` the last, smaller batch of an epoch.
-        seed: of the order of rows, in [0, 2**64).
-        num_classes: C; None takes the largest training label + 1.
-        store: where the rows of a Ray Dataset are kept; default `StoreConfig()`.
-        train_loop_config: handed to `train_loop`.
-        scaling_config: ranks and their resources; default one rank. `num_workers=0` trains in this process, without
-            any other for the sampler unless scoring asks for scorers: for debugging, and for trials of a search.
-        run_config: name and storage of the run. The same name and storage go on where the run stopped.
-        wait_limit_s: longest time, in seconds, that one process of the run waits for another, and that no rank lives;
-            then the ranks start again from the last checkpoint, or the run ends.
-        initial_scores: Parquet file or folder of scores (of `bss-ray score`, or a run's `scores.parquet`), or whatever
-            else reads scores of rows, that the first epoch is drawn from; there is no burn-in then.
-        placement: Where ranks and scorers run, and what they leave to others; default `Placement()`. What it leaves at
-            its default is as `scaling_config` says.
-        session: keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps none.
-        profile: record a training step and a scoring pass; they come as messages (see `bss_ray.runtime.profiling`).
-        on_message: called in the driver with each message of the run, for progress displays; the classes of messages
-            are in `bss_ray.runtime.messages`. None logs the notices.
+        columns: Roles of the columns.
+        validation: Validation rows, in the same forms as `dataset`; optional.
+        scheduler: Scheduler, from scores to sampling weights; default `Learning()`.
+        measurer: How balance is measured; default `Measurer()`.
+        scoring: How and where rows are scored; default `Scoring()`.
+        batch_size: Number of rows of a *global* batch, over all ranks.
+        tail: Whether to `keep` or `drop` the last, smaller batch of an epoch.
+        seed: Seed of the order of rows, in [0, 2**64).
+        num_classes: Number of classes C; None takes the largest training label + 1.
+        store: Where the rows of a Ray Dataset are kept; default `StoreConfig()`.
+        train_loop_config: Argument of `train_loop`.
+        scaling_config: Ranks and their resources; default one rank. `num_workers=0` trains in this process, without
+            other processes for the sampler unless scoring requires scorers: for debugging, and for trials of a search.
+        run_config: Name and storage of the run. A run with the same name and storage is resumed.
+        wait_limit_s: Longest time, in seconds, that one process of the run waits for another, and that a run continues
+            without a live rank; then the ranks start again from the last checkpoint, or the run ends.
+        initial_scores: Parquet file or folder of scores (from `bss-ray score`, or a run's `scores.parquet`), or another
+            reader of scores, that the first epoch is drawn from; there is no burn-in then.
+        placement: Where ranks and scorers run, and what they leave to others; default `Placement()`. Settings at their
+            default are taken from `scaling_config`.
+        session: Backend that keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps no
+            checkpoints.
+        profile: Whether to record a training step and a scoring pass; they come as messages (see
+            `bss_ray.runtime.profiling`).
+        on_message: Function that is called in the driver with each message of the run, for progress displays; the
+            classes of messages are in `bss_ray.runtime.messages`. None logs the notices.
 
     Raises:
         ConfigError: a setting is out of its range.

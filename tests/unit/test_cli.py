@@ -50,7 +50,7 @@ def test_help_teaches_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
-    for words in ("Learning", "--loop.epochs", "rows of a global batch", "--model.NAME VALUE", "goes on where"):
+    for words in ("Learning", "--loop.epochs", "rows of a global batch", "--model.NAME VALUE", "is resumed"):
         assert words in " ".join(out.split()), words
     assert len(out.splitlines()) < 420, "torch's own modules are no choices"
 
