@@ -30,6 +30,9 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from bss_ray.sample.coordinator_actor import CoordinatorActor
+from bss_ray.sample.start import coordinator_settings
+from bss_ray.scoring.actor import ScoringJob
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
@@ -38,12 +41,9 @@ import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, ObjectStore
 from bss_ray.runtime.messages import EpochFinished
-from bss_ray.sample.coordinator_actor import CoordinatorActor
+from bss_ray.sample.actors import EVERY, ActorHolders
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.holder_actors import EVERY, ActorHolders
-from bss_ray.sample.start import coordinator_settings
 from bss_ray.sample.state import MeasureBatch
-from bss_ray.scoring.actor import ScoringJob
 from bss_ray.scoring.pool import ScorerPool, ShardReport
 
 CLASSES = 4

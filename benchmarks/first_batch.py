@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 import torch
+from bss_ray.sample.start import start_coordinator, start_holders
 
 from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
 from bss_ray.load.loader import Loader
 from bss_ray.sample.plan import Order
-from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import ScoreBlock
 
 

@@ -14,12 +14,12 @@ import time
 
 import numpy as np
 import ray
+from bss_ray.sample.start import start_coordinator, start_holders
 
 from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import ObjectStore
 from bss_ray.measure.normalise import NORMALISE
-from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import MeasureBatch
 
 # Rows of one delivery.

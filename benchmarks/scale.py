@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from bss_ray import Learning
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import ScoreBlock
 

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
+from bss_ray.scoring.actor import ScoringJob
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -37,9 +39,7 @@ from bss_ray.measure.forward import Forward, evaluating
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.models import LateFusion
 from bss_ray.runtime.memory import keep_freed_memory
-from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
 from bss_ray.schedule import Uniform
-from bss_ray.scoring.actor import ScoringJob
 from bss_ray.scoring.pool import ScorerPool
 from bss_ray.scoring.scorer import Scorer
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Plan
 from bss_ray.sample.state import ScoreBlock

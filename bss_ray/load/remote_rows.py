@@ -11,8 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import Arrays
 from bss_ray.load.rows import Receive
+from bss_ray.runtime.logs import Named
 from bss_ray.runtime.wait import wait_for
-from bss_ray.sample.holder_actors import Named
 
 # Requests that a node's server answers at a time.
 _SERVER_THREADS = 2
@@ -76,7 +76,7 @@ class RemoteRows:
                     get_if_exists=True,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                     num_cpus=0,
-                    memory=1,  # a byte: see `start._near`
+                    memory=1,  # a byte: see `actors.near`
                     max_concurrency=_SERVER_THREADS,
                 )
                 .remote()

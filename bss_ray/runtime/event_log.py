@@ -5,8 +5,33 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from typing import Protocol
 
 from bss_ray.runtime.messages import Message, OnMessage
+
+
+class UnavailableError(RuntimeError):
+    """The event log does not answer now: its process is lost, or cut off, and perhaps being restarted."""
+
+
+class EventLogClient(Protocol):
+    """A run's event log, as ranks and the driver call it; see `EventLog` for what the methods do.
+
+    Raises:
+        UnavailableError: it does not answer now.
+    """
+
+    def post(self, message: Message, *, wait: bool = False) -> None: ...
+
+    def read(self, log: str, start: int) -> tuple[str, list[Message]]: ...
+
+    def beat(self) -> None: ...
+
+    def silence(self) -> float: ...
+
+    def request_stop(self) -> None: ...
+
+    def stop_requested(self) -> bool: ...
 
 
 class EventLog:
@@ -26,26 +51,26 @@ class EventLog:
         self._stopping = False
         self._lock = threading.Lock()
 
-    def post(self, message: Message) -> None:
-        """Put a message on the board."""
+    def post(self, message: Message, *, wait: bool = False) -> None:
+        """Put a message into the log."""
         with self._lock:
             self._messages.append(message)
             if self._listener is not None:
                 self._listener(message)
             self._heard = time.monotonic()
 
-    def read(self, board: str, start: int) -> tuple[str, list[Message]]:
+    def read(self, log: str, start: int) -> tuple[str, list[Message]]:
         """What is new to a reader.
 
         Args:
-            board: that was read before: a coordinator that was restarted has another, an empty one.
+            log: Id of the log that was read before: a coordinator that was restarted has another, an empty one.
             start: messages that were read of it.
 
         Returns:
-            Name of this board, and its messages that were not read.
+            Id of this log, and its messages that were not read.
         """
         with self._lock:
-            return self._id, self._messages[start if board == self._id else 0 :]
+            return self._id, self._messages[start if log == self._id else 0 :]
 
     def beat(self) -> None:
         """The ranks are alive."""
@@ -55,10 +80,10 @@ class EventLog:
         """Seconds since the ranks gave a sign of life."""
         return time.monotonic() - self._heard
 
-    def ask_to_stop(self) -> None:
+    def request_stop(self) -> None:
         """Have the ranks save a checkpoint and end."""
         self._stopping = True
 
-    def stopping(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether the ranks are to stop."""
         return self._stopping

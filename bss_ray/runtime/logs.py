@@ -48,3 +48,12 @@ class RunLogger(logging.LoggerAdapter[logging.Logger]):
     def at(self, **place: object) -> RunLogger:
         """The same logger with more, or other, attributes: `epoch` and `version`."""
         return RunLogger(**{**(self.extra or {}), **place})
+
+
+class Named:
+    """An actor that Ray's logs and `ray list actors` show by its name."""
+
+    def __repr__(self) -> str:
+        import ray
+
+        return ray.get_runtime_context().get_actor_name() or type(self).__name__

@@ -6,13 +6,13 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bss_ray.runtime.messages import OnMessage, ProfileRecorded
+from bss_ray.runtime.messages import Message, ProfileRecorded
 from bss_ray.runtime.wait import WaitError, wait_for
 from bss_ray.storage import StoragePath
 
@@ -23,7 +23,7 @@ _ROWS = 15
 
 
 @contextlib.contextmanager
-def recorded(file: str, post: OnMessage) -> Iterator[None]:
+def recorded(file: str, post: Callable[[Message], object]) -> Iterator[None]:
     """Profile what is done inside, and put it on the board unless that fails.
 
     Args:
@@ -66,7 +66,7 @@ class Profiler:
         post: puts a message on the board.
     """
 
-    def __init__(self, wanted: bool, post: OnMessage) -> None:
+    def __init__(self, wanted: bool, post: Callable[[Message], object]) -> None:
         self._left = {STEP, SCORING} if wanted else set()
         self._post = post
         self._steps = 0

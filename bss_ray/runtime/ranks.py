@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import abc
 from typing import TypeVar
 
-import ray.train
-import ray.train.collective
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RankGroup:
+class RankGroup(abc.ABC):
     """This rank among all ranks. All of them make the same calls.
 
     Attributes:
-        rank: of this process.
-        count: of all.
+        rank: Number of this rank, from 0.
+        count: Number of all ranks.
     """
 
-    rank: int
-    count: int
+    def __init__(self, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
 
-    @staticmethod
-    def here() -> RankGroup:
-        """Of the Ray Train worker that calls."""
-        context = ray.train.get_context()
-        return RankGroup(context.get_world_rank(), context.get_world_size())
-
+    @abc.abstractmethod
     def gather(self, own: T) -> list[T]:
         """A small object of every rank, on every rank."""
-        everyones = [own] * self.count
-        if self.count > 1:
-            torch.distributed.all_gather_object(everyones, own)
-        return everyones
+
+    @abc.abstractmethod
+    def add(self, values: Tensor) -> None:
+        """Replace (k,) numbers by their sums over all ranks, in place."""
+
+    @abc.abstractmethod
+    def broadcast(self, values: Tensor) -> None:
+        """Replace a tensor by rank 0's, in place."""
+
+    @abc.abstractmethod
+    def barrier(self) -> None:
+        """Wait for all ranks."""
 
     def from_first(self, own: T) -> T:
         """Rank 0's object, on every rank."""
@@ -45,11 +45,42 @@ class RankGroup:
     def sum(self, values: Tensor) -> list[float]:
         """Sums of (k,) numbers over all ranks."""
         total = values.clone()
-        if self.count > 1:
-            torch.distributed.all_reduce(total)
+        self.add(total)
         return [float(value) for value in total]
 
+
+class OneRank(RankGroup):
+    """The only rank of a run."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def gather(self, own: T) -> list[T]:
+        return [own]
+
+    def add(self, values: Tensor) -> None:
+        """They are the sums already."""
+
+    def broadcast(self, values: Tensor) -> None:
+        """It is rank 0's already."""
+
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.count > 1:
-            ray.train.collective.barrier()
+        """Nobody else is waited for."""
+
+
+class TorchRanks(RankGroup):
+    """Ranks of `torch.distributed`, whose process group has been made."""
+
+    def gather(self, own: T) -> list[T]:
+        everyones = [own] * self.count
+        torch.distributed.all_gather_object(everyones, own)
+        return everyones
+
+    def add(self, values: Tensor) -> None:
+        torch.distributed.all_reduce(values)
+
+    def broadcast(self, values: Tensor) -> None:
+        torch.distributed.broadcast(values, 0)
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()

@@ -8,6 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Generic, TypeVar
@@ -83,9 +84,8 @@ def users_errors() -> Iterator[None]:
 
 def unwrap_ray_error(error: BaseException) -> BaseException:
     """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
-    import ray
-
-    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+    ray = sys.modules.get("ray")  # where Ray is not at work there are no wrappers
+    while ray is not None and isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     if isinstance(error, BssRayError) and _ADDED_BY_RAY in str(error):
         return type(error)(str(error).partition(_ADDED_BY_RAY)[0])

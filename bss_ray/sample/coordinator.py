@@ -1,7 +1,7 @@
 """The coordinator: score versions, the plan of each epoch, and reductions over all holders.
 
 It sees counts, sums and bounds of every holder, and one window of row ids at a time; never the
-scores of all rows. `Coordinator` is a plain class; `CoordinatorActor` puts it into a Ray actor.
+scores of all rows. `Coordinator` is a plain class; `CoordinatorService` says who asks it for what when.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import collections
 import itertools
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Concatenate, NamedTuple, ParamSpec
 
 import numpy as np
 
@@ -27,13 +27,16 @@ from bss_ray.errors import (
 )
 from bss_ray.measure.normalise import join
 from bss_ray.measure.score import Accumulation
+from bss_ray.sample.client import Holders, Publication, Review
 from bss_ray.sample.draw import Draw, Keys, Moments
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
 from bss_ray.sample.plan import TAILS, Plan, Tail
 from bss_ray.sample.radix import Window, cut_windows, radix_select
-from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, ScoreBlock
+from bss_ray.sample.state import Ages, LostStateError, SavedScores, ScoreBlock
 from bss_ray.schedule.schedulers import Scheduler, Uniform
+
+P = ParamSpec("P")
 
 # A row is neglected when it has not been drawn for so many epochs.
 NEGLECT_EPOCHS = 5
@@ -43,63 +46,6 @@ _PEAKED = 0.1
 
 # Above this share of all rows so are neglected ones.
 _NEGLECTED = 0.1
-
-
-class Holders(Protocol):
-    """All holders of scores, called together."""
-
-    def map(self, method: str, *args: Any) -> list[Any]:
-        """Call `method` of every holder; results in the holders' order."""
-        ...
-
-
-class LocalHolders:
-    """Holders in this process."""
-
-    def __init__(self, holders: Sequence[Holder]) -> None:
-        self._holders = holders
-
-    def map(self, method: str, *args: Any) -> list[Any]:
-        return [getattr(holder, method)(*args) for holder in self._holders]
-
-    def deliver(self, delivery: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
-        """Bring measures to those who hold their rows."""
-        for holder in self._holders:
-            holder.receive(delivery, epoch=epoch, attempt=attempt, version=version)
-
-
-class Review(NamedTuple):
-    """What an epoch that was presented leaves to say.
-
-    Attributes:
-        neglected_rows: rows drawn neither in it nor in the `NEGLECT_EPOCHS` - 1 epochs before it.
-        ages: of the scores that it was drawn from.
-        warnings: what the user should know, in plain words, by the kind of trouble.
-    """
-
-    neglected_rows: int
-    ages: Ages
-    warnings: dict[str, str]
-
-
-class Publication(NamedTuple):
-    """What became of measures that were to be published.
-
-    Attributes:
-        version: score version in force now.
-        measured: rows that were measured for it.
-        refused: publications and deliveries that were refused so far, because they were stale or came twice.
-        failure: why there is no new version; empty if there is.
-        notices: what the user should read.
-        seconds: that a scoring pass took; 0 where there was none.
-    """
-
-    version: int
-    measured: int = 0
-    refused: int = 0
-    failure: str = ""
-    notices: tuple[str, ...] = ()
-    seconds: float = 0.0
 
 
 class _Planned(NamedTuple):
@@ -170,7 +116,7 @@ class Coordinator:
     def reset(self) -> None:
         """Start over without scores."""
         self._attempt = secrets.token_hex(4)  # a number would begin anew with a restarted coordinator
-        self._holders.map("reset", self._attempt)
+        self._holders.map(Holder.reset, self._attempt)
         self._replace(0)
 
     def publish(self, version: int, *, expected: int | None = None) -> Publication:
@@ -190,7 +136,7 @@ class Coordinator:
             self._refused += 1
             return Publication(self._version, refused=self._refused)
         similarity, information, measured, unpaired, refused = zip(
-            *self._holders.map("summary", self._accumulation.normalise), strict=True
+            *self._holders.map(Holder.summary, self._accumulation.normalise), strict=True
         )
         found = sum(measured)
         if found == 0:
@@ -201,26 +147,26 @@ class Coordinator:
             problems = sorted(itertools.chain.from_iterable(unpaired), key=lambda problem: problem.first_ids[0])
             raise_first_problem(problems, DataError)
         norms = join(similarity), join(information)
-        self._holders.map("publish", version, norms, self._accumulation)
+        self._holders.map(Holder.publish, version, norms, self._accumulation)
         self._replace(version)
         return Publication(version, found, self._refused + sum(refused))
 
     def forget(self) -> None:
         """Forget the measures that are not published."""
-        self._holders.map("forget")
+        self._holders.map(Holder.forget)
 
-    def load(self, parts: Any, version: int) -> None:
+    def load(self, saved: SavedScores | list[ScoreBlock], version: int) -> None:
         """Go back to saved scores.
 
         Args:
-            parts: handed to every holder's `load`: a list of `ScoreBlock`, or where to read it.
+            saved: the scores, or where each holder reads those of its rows.
             version: the saved version.
 
         Raises:
-            CheckpointError: the parts do not hold a score for every row.
+            CheckpointError: there is no score for every row.
         """
         self._attempt = secrets.token_hex(4)
-        found = sum(self._holders.map("load", parts, version, self._attempt))
+        found = sum(self._holders.map(Holder.load, saved, version, self._attempt))
         if found != self._rows:
             raise CheckpointError(
                 f"the checkpoint holds scores of {found} of the {self._rows} rows; a part of it is missing. "
@@ -236,7 +182,7 @@ class Coordinator:
 
     def state(self) -> list[ScoreBlock]:
         """Scores and measures of all rows; only for small data and tests, it gathers every row."""
-        return [part for parts in self._holders.map("state", self._version) for part in parts]
+        return [part for parts in self._holders.map(Holder.state, self._version) for part in parts]
 
     # ---- plans --------------------------------------------------------------------------------
 
@@ -267,7 +213,7 @@ class Coordinator:
         window = windows[index]
         wanted = plan.window_ends[index] - (plan.window_ends[index - 1] if index else 0)
         pieces: list[Keys] = [
-            keys for held in self._holders.map("window", draw, window.low, window.high) for keys in held
+            keys for held in self._holders.map(Holder.window, draw, window.low, window.high) for keys in held
         ]
         # Rows ascend within a piece and pieces do not overlap, so a stable sort breaks ties by row id.
         pieces = sorted((piece for piece in pieces if len(piece.rows)), key=lambda piece: int(piece.rows[0]))
@@ -276,14 +222,14 @@ class Coordinator:
         assert len(rows) == window.rows, f"window of {window.rows} rows brought {len(rows)}"
         del pieces  # one window at a time: they hold as much as their concatenation
         order = sort_by_key(keys)[:wanted]
-        self._holders.map("mark_drawn", draw, window.low, float(keys[order[-1]]), int(rows[order[-1]]))
+        self._holders.map(Holder.mark_drawn, draw, window.low, float(keys[order[-1]]), int(rows[order[-1]]))
         return np.asarray(rows[order])
 
     def review(self, epoch: int) -> Review:
         """Look back at `epoch`, all of whose windows have been made."""
         if epoch not in self._reviews:
-            rows = sum(self._holders.map("neglected", epoch, NEGLECT_EPOCHS))
-            ages = sum(self._holders.map("ages", self._version), start=Ages())
+            rows = sum(self._holders.map(Holder.neglected, epoch, NEGLECT_EPOCHS))
+            ages = sum(self._holders.map(Holder.ages, self._version), start=Ages())
             self._reviews = {epoch: Review(rows, ages, _neglect_warnings(epoch, rows, self._rows, self._scheduler))}
         return self._reviews[epoch]
 
@@ -314,7 +260,9 @@ class Coordinator:
         if scheduler.replacement:
             draw = replace(draw, horizon=horizon_for(size, total))
         windows = cut_windows(
-            lambda prefixes, shift: self._sum("key_counts", draw, prefixes, shift), size=size, limit=self._window_rows
+            lambda prefixes, shift: self._sum(Holder.key_counts, draw, prefixes, shift),
+            size=size,
+            limit=self._window_rows,
         )
         ends = np.minimum(np.cumsum([window.rows for window in windows]), size)
         plan = Plan(
@@ -331,8 +279,12 @@ class Coordinator:
 
     def _cutoff(self, subset: int) -> tuple[int, int]:
         """The last of the `subset` rows of highest score, ties by lower row id: (score bits, row id)."""
-        bits, among_ties = radix_select(lambda prefixes, shift: self._sum("score_counts", prefixes, shift), subset - 1)
-        row, _ = radix_select(lambda prefixes, shift: self._sum("tie_counts", bits, prefixes, shift), among_ties)
+
+        def count(prefixes: Sequence[int], shift: int) -> np.ndarray:
+            return self._sum(Holder.score_counts, prefixes, shift)
+
+        bits, among_ties = radix_select(count, subset - 1)
+        row, _ = radix_select(lambda prefixes, shift: self._sum(Holder.tie_counts, bits, prefixes, shift), among_ties)
         return bits, row
 
     def _mixed(self, draw: Draw, moments: Moments, subset: int) -> Draw:
@@ -343,13 +295,15 @@ class Coordinator:
         return replace(draw, added_weight=mix / (1 - mix) * float(moments.total) / subset)
 
     def _moments(self, draw: Draw) -> Moments:
-        moments = sum(self._holders.map("moments", draw), start=Moments())
+        moments = sum(self._holders.map(Holder.moments, draw), start=Moments())
         raise_first_problem(sorted(moments.problems, key=lambda problem: problem.first_ids[0]), WeightError)
         return moments
 
-    def _sum(self, method: str, *args: Any) -> np.ndarray:
+    def _sum(
+        self, method: Callable[Concatenate[Holder, P], np.ndarray], *args: P.args, **kwargs: P.kwargs
+    ) -> np.ndarray:
         """Sum of the holders' integer counts."""
-        counts: np.ndarray = np.sum(self._holders.map(method, *args), axis=0)
+        counts: np.ndarray = np.sum(self._holders.map(method, *args, **kwargs), axis=0)
         return counts
 
 

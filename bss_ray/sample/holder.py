@@ -25,7 +25,7 @@ from bss_ray.runtime.threads import in_threads
 from bss_ray.sample.draw import Draw, Keys, Moments
 from bss_ray.sample.permutation import arrivals, race_keys
 from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, ordered_bits
-from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, ScoreBlock
+from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, SavedScores, ScoreBlock
 
 # Rows whose weights and keys are made at a time: they stay in cache, and nothing beside the state grows.
 _CHUNK_ROWS = 1 << 17
@@ -236,11 +236,11 @@ class Holder:
             for run in self._runs
         ]
 
-    def load(self, parts: list[ScoreBlock], version: int, attempt: str = "") -> int:
-        """Take over scores that were saved by any holders; rows of others are passed over.
+    def load(self, saved: SavedScores | list[ScoreBlock], version: int, attempt: str = "") -> int:
+        """Take over scores that were saved by any holders; rows of other holders are passed over.
 
         Args:
-            parts: the saved scores.
+            saved: the saved scores, or where they are read from: only what overlaps the own rows is.
             version: of them.
             attempt: of the ranks; from now on measures of another one are refused.
 
@@ -248,23 +248,24 @@ class Holder:
             How many own rows were found.
         """
         runs = [ScoreBlock.empty(run.first_row, len(run.score)) for run in self._runs]
+        parts = saved if isinstance(saved, list) else saved.scores(runs[0].first_row, runs[-1].stop_row)
         found = 0
         for index, own in enumerate(runs):
             seen = np.zeros(len(own.score), dtype=bool)
-            for saved in parts:
-                start, stop = max(own.first_row, saved.first_row), min(own.stop_row, saved.stop_row)
+            for part in parts:
+                start, stop = max(own.first_row, part.first_row), min(own.stop_row, part.stop_row)
                 if start >= stop:
                     continue
                 here = slice(start - own.first_row, stop - own.first_row)
-                there = slice(start - saved.first_row, stop - saved.first_row)
+                there = slice(start - part.first_row, stop - part.first_row)
                 for name, values in own.arrays.items():
-                    values[here] = getattr(saved, name)[there]
-                if saved.pending is not None:
+                    values[here] = getattr(part, name)[there]
+                if part.pending is not None:
                     if own.pending is None:
                         runs[index] = own = replace(own, pending=PendingMeasures.empty(len(own.score)))
                     assert own.pending is not None
                     for name, values in own.pending.arrays.items():
-                        values[here] = getattr(saved.pending, name)[there]
+                        values[here] = getattr(part.pending, name)[there]
                 seen[here] = True
             found += int(seen.sum())
         self._attempt = attempt

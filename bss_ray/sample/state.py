@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -61,6 +61,14 @@ class ScoreBlock:
 
 
 STATE_COLUMNS = ("score", "similarity", "information", "last_drawn", "last_measured")
+
+
+class SavedScores(Protocol):
+    """Saved scores that every node can read, such as a checkpoint."""
+
+    def scores(self, start: int, stop: int) -> list[ScoreBlock]:
+        """Saved scores that overlap rows [start, stop)."""
+        ...
 
 
 @dataclass(frozen=True)

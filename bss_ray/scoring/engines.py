@@ -13,10 +13,9 @@ import abc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor, nn
 
@@ -28,14 +27,11 @@ from bss_ray.measure.observation import Observation
 from bss_ray.measure.snapshot import pack_model, unwrap_model
 from bss_ray.runtime.profiling import Profiler
 from bss_ray.runtime.ranks import RankGroup
-from bss_ray.runtime.wait import wait_for
-from bss_ray.sample.coordinator import Publication
-from bss_ray.sample.holder_actors import StartedHolders
+from bss_ray.sample.client import CoordinatorClient, Here, Holders, Publication, ScoringFailedError, ScoringJob
 from bss_ray.sample.state import LostStateError, MeasureBatch
 from bss_ray.schedule.schedulers import Scheduler
-from bss_ray.scoring.actor import ScoringJob
 from bss_ray.scoring.config import Scoring
-from bss_ray.scoring.pool import ScoringFailedError, kept_rows_notice
+from bss_ray.scoring.pool import kept_rows_notice
 from bss_ray.scoring.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
 
 # Rows that are measured after an epoch have later measures than those that training has made in it.
@@ -60,8 +56,8 @@ class EngineContext:
         profiler: of this rank.
     """
 
-    coordinator: Any
-    holders: StartedHolders
+    coordinator: CoordinatorClient
+    holders: Holders
     attempt: str
     shards: Shards
     loader: Loader
@@ -125,8 +121,7 @@ class ActorsEngine(Engine):
         if context.ranks.rank == 0:
             if at_once and not overlapped:
                 self._start(epoch, version, model)
-            scored = context.coordinator.finish_scoring.remote(version + 1)
-            publication = wait_for(scored, f"the scorers to measure all rows for score version {version + 1}")
+            publication = context.coordinator.finish_scoring(version + 1)
         return context.ranks.from_first(publication)
 
     def go_on(self, epoch: int, version: int, model: nn.Module) -> None:
@@ -149,20 +144,19 @@ class ActorsEngine(Engine):
     def _start(self, epoch: int, version: int, model: nn.Module) -> None:
         context = self._context
         job = ScoringJob(
-            model=ray.put(pack_model(model)),
+            model=Here(pack_model(model)),
             shards=context.shards,
             epoch=epoch,
             version=version + 1,
             attempt=context.attempt,
-            bad_rows=context.scoring.bad_rows,
             # The last: whoever gets it has most likely measured one before.
             profiled=len(context.shards.parts) - 1 if context.profiler.takes_scoring() else -1,
         )
-        wait_for(context.coordinator.start_scoring.remote(job), "the coordinator to start scoring")
+        context.coordinator.start_scoring(Here(job), [part.node for part in context.shards.parts])
 
 
 class DeliveringEngine(Engine):
-    """RankGroup deliver measures themselves."""
+    """Ranks deliver measures themselves."""
 
     def _deliver(self, epoch: int, version: int, found: RowMeasures, step: np.ndarray | int = 0) -> None:
         delivery = MeasureBatch.of(found.rows, found.similarity, found.information, step).sound()
@@ -190,10 +184,8 @@ class DeliveringEngine(Engine):
         publication = None
         if context.ranks.rank == 0:
             sound = sum(report.rows for report in reports) - sum(problem.count for problem in problems)
-            call = context.coordinator.publish.remote(version, sound if whole else None)
-            publication = wait_for(call, f"the holders to publish score version {version}")._replace(
-                notices=_notices(reports, problems)
-            )
+            published = context.coordinator.publish(version, sound if whole else None)
+            publication = published._replace(notices=_notices(reports, problems))
         return context.ranks.from_first(publication)  # type: ignore[return-value]  # rank 0's is none
 
 

@@ -1,32 +1,31 @@
-"""All rows through the scorers: which shard goes to whom, and what happens when one is lost."""
+"""All rows through scorers: which shard goes to whom, what a scorer does with a shard, and what is said at the end."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import ray
-
-from bss_ray.errors import ModelOutputError, Problem, first_line, raise_first_problem
+from bss_ray.errors import ModelOutputError, Problem, raise_first_problem
+from bss_ray.runtime.messages import Message
+from bss_ray.runtime.profiling import SCORING, recorded
 from bss_ray.runtime.wait import wait_limit, wait_timeout_error
+from bss_ray.sample.client import ActorLostError, BadRows, Holders, ScoringFailedError, ScoringJob, Shared
+from bss_ray.sample.state import MeasureBatch
+from bss_ray.scoring.scorer import Scorer
 
-# A shard that so many scorers have died of is not given to another.
-_MAX_DEATHS = 3
+T_co = TypeVar("T_co", covariant=True)
 
 _POLL_S = 1.0
 
 # A scorer may start on a node that is itself still starting.
 _START_TIMEOUT_S = 600.0
 
-
-class ScoringFailedError(RuntimeError):
-    """The rows could not be scored, because scorers were lost and did not come back.
-
-    No error of the user's, and none of the run's: it can go on with the scores it has.
-    """
+# A shard that so many scorers have died of is not given to another.
+_MAX_DEATHS = 3
 
 
 class ShardReport(NamedTuple):
@@ -83,74 +82,97 @@ class ShardQueue:
         self.waiting.insert(0, shard)
 
 
+def measure_shard(
+    scorer: Scorer, job: ScoringJob, shard: int, holders: Holders, post: Callable[[Message], object]
+) -> ShardReport:
+    """Measure one shard of a job with a scorer that has the job's model, and deliver the measures to the holders.
+
+    Args:
+        scorer: Measures the rows.
+        job: The job.
+        shard: Index of the shard.
+        holders: Take the measures.
+        post: Puts the profile, if the job wants one of this shard, into the run's event log.
+    """
+    arrays, shards = job.shards.read(shard), job.shards
+    columns = {name: arrays[name] for name in shards.features}
+    with recorded(SCORING, post) if shard == job.profiled else contextlib.nullcontext():
+        found = scorer.measure(columns, shards.parts[shard].first_row)
+    batch = MeasureBatch.of(found.rows, found.similarity, found.information).sound()
+    holders.deliver(batch, epoch=job.epoch, version=job.version, attempt=job.attempt)
+    return ShardReport(len(found.rows), found.problems, found.notices)
+
+
+class Answer(Protocol[T_co]):
+    """What a scorer will answer. A `concurrent.futures.Future` is one."""
+
+    def result(self) -> T_co:
+        """The answer, once it is there.
+
+        Raises:
+            ActorLostError: the scorer is lost.
+        """
+        ...
+
+
+class Scorers(Protocol):
+    """The scorers of a pool by name: in Ray's actors, or in threads of this process."""
+
+    def node(self, name: str) -> Answer[str] | None:
+        """Id of the node that a scorer is on, as soon as it is there; None if it does not come back any more."""
+        ...
+
+    def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> Answer[ShardReport]:
+        """Have a scorer measure a shard of the job and deliver the measures to the holders."""
+        ...
+
+    def wait(self, answers: Sequence[Answer[object]], timeout_s: float) -> Sequence[Answer[Any]]:
+        """Answers that are there; waits for one."""
+        ...
+
+
 class ScorerPool:
-    """Scorer actors that share the shards out among them as they get done.
+    """A `ScoringPool` of scorers that share the shards out among them as they get done.
 
     A scorer that is lost is not waited for while others are there; Ray restarts it meanwhile.
 
     Args:
-        scorers: the actors' names.
-        restart_timeout_s: seconds to wait for a lost one to come back.
-        find: from a name to its handle; ValueError if Ray does not restart it any more.
+        names: Names of the scorers.
+        restart_timeout_s: Seconds to wait for a lost scorer to come back.
+        scorers: The scorers themselves.
+        bad_rows: What is done with rows whose outputs are not finite.
     """
 
     def __init__(
-        self, scorers: Sequence[str], restart_timeout_s: float, find: Callable[[str], Any] = ray.get_actor
+        self, names: Sequence[str], restart_timeout_s: float, scorers: Scorers, bad_rows: BadRows = "error"
     ) -> None:
-        self._scorers, self._find = scorers, find
-        self._timeout_s = restart_timeout_s
+        self._names, self._timeout_s = tuple(names), restart_timeout_s
+        self._scorers, self._bad_rows = scorers, bad_rows
 
-    def run(self, job: Any, homes: Sequence[str]) -> tuple[int, list[str]]:
-        """Have all shards measured.
-
-        Args:
-            job: a `ScoringJob`, for all of them.
-            homes: node of each shard.
-
-        Returns:
-            How many rows have sound measures, and what the user should read.
+    def run(self, job: Shared[ScoringJob], homes: Sequence[str]) -> tuple[int, list[str]]:
+        """See `ScoringPool.run`.
 
         Raises:
             ScoringFailedError: scorers were lost and did not come back.
             ModelOutputError: outputs are not finite, and that is an error.
         """
-        run = _Run(ShardQueue(homes), self._scorers, job, self._timeout_s, self._find)
+        run = _Run(ShardQueue(homes), self._names, job, self._timeout_s, self._scorers)
         run.loop()
-        problems = sorted((p for report in run.reports for p in report.problems), key=lambda p: p.first_ids[0])
-        if job.bad_rows == "error":
-            raise_first_problem(problems, ModelOutputError)
-        notices = [*run.notices, *(notice for report in run.reports for notice in report.notices)]
-        bad = sum(problem.count for problem in problems)
-        if bad:
-            notices.append(kept_rows_notice(problems))
-        return sum(report.rows for report in run.reports) - bad, list(dict.fromkeys(notices))
-
-
-def kept_rows_notice(problems: Sequence[Problem]) -> str:
-    """What to say of rows that keep their score."""
-    ids = [row for problem in problems for row in problem.first_ids][:5]
-    count = sum(problem.count for problem in problems)
-    return (
-        f"Warning: the model's outputs are NaN or infinite for {count} rows (first row ids "
-        f"{', '.join(map(str, ids))}): they keep their score, as bad_rows=keep says"
-    )
+        return summary(run.reports, self._bad_rows, run.notices)
 
 
 class _Run:
     """One pass over all shards. A scorer is present, with or without a shard, or absent: starting, or lost."""
 
     def __init__(
-        self, queue: ShardQueue, scorers: Sequence[str], job: Any, timeout_s: float, find: Callable[[str], Any]
+        self, queue: ShardQueue, names: Sequence[str], job: Shared[ScoringJob], timeout_s: float, scorers: Scorers
     ) -> None:
-        self._queue, self._find = queue, find
-        self._actors: dict[str, Any] = {}
-        self._job = ray.put(job)
-        self._timeout_s = timeout_s
+        self._queue, self._scorers, self._timeout_s, self._job = queue, scorers, timeout_s, job
         self._nodes: dict[str, str] = {}  # of those present
-        self._measuring: dict[Any, tuple[str, int, float]] = {}  # scorer, shard, since when
+        self._measuring: dict[Answer[ShardReport], tuple[str, int, float]] = {}  # scorer, shard, since when
         now = time.monotonic()
-        self._absent = {name: _Absence(now + max(timeout_s, _START_TIMEOUT_S), "it did not start") for name in scorers}
-        self._asked: dict[Any, str] = {}
+        self._absent = {name: _Absence(now + max(timeout_s, _START_TIMEOUT_S), "it did not start") for name in names}
+        self._asked: dict[Answer[str], str] = {}
         self.reports: list[ShardReport] = []
         self.notices: list[str] = []
 
@@ -163,12 +185,11 @@ class _Run:
         while not self._queue.finished:
             self._ask_absent()
             self._check_waits()
-            ready, _ = ray.wait([*self._measuring, *self._asked], num_returns=1, timeout=_POLL_S)
-            for ref in ready:
-                if ref in self._asked:
-                    self._answered(self._asked.pop(ref), ref)
+            for answer in self._scorers.wait([*self._measuring, *self._asked], _POLL_S):
+                if (name := self._asked.pop(answer, None)) is not None:
+                    self._answered(name, answer)
                 else:
-                    self._measured(*self._measuring.pop(ref)[:2], ref)
+                    self._measured(*self._measuring.pop(answer)[:2], answer)
 
     def _check_waits(self) -> None:
         """A scorer that is cut off or stuck is not waited for without end.
@@ -188,38 +209,34 @@ class _Run:
             if name in asked or now < absence.next_question:
                 continue
             absence.next_question = now + _POLL_S
-            try:
-                self._actors[name] = self._find(name)
-            except ValueError:  # Ray does not restart it any more
+            answer = self._scorers.node(name)
+            if answer is None:  # it is not restarted any more
                 absence.deadline = now
             else:
-                self._asked[self._actors[name].node.remote()] = name
+                self._asked[answer] = name
         for name in [name for name, absence in self._absent.items() if now >= absence.deadline]:
             self.notices.append(f"Warning: {_role(name)} is lost: {self._absent.pop(name).why}")
         if not self._nodes and not self._absent:
             raise ScoringFailedError(f"no scorer is left. {' '.join(self.notices)}")
 
-    def _answered(self, name: str, ref: Any) -> None:
+    def _answered(self, name: str, answer: Answer[str]) -> None:
         try:
-            node: str = ray.get(ref)
-        except ray.exceptions.RayActorError as error:
+            node = answer.result()
+        except ActorLostError as error:
             if name in self._absent:
-                self._absent[name].why = first_line(error)
+                self._absent[name].why = str(error)
         else:
             self._absent.pop(name, None)
             self._nodes[name] = node
             self._next(name)
 
-    def _measured(self, name: str, shard: int, ref: Any) -> None:
+    def _measured(self, name: str, shard: int, answer: Answer[ShardReport]) -> None:
         try:
-            self.reports.append(ray.get(ref))
-        except ray.exceptions.RayTaskError:
-            raise  # the scorer is there: what it ran has failed, also when that was a call of a lost holder
-        except ray.exceptions.RayActorError as error:
-            why = first_line(error)
+            self.reports.append(answer.result())
+        except ActorLostError as error:
             del self._nodes[name]
-            self._absent[name] = _Absence(time.monotonic() + self._timeout_s, why)
-            self._queue.put_back(shard, why)
+            self._absent[name] = _Absence(time.monotonic() + self._timeout_s, str(error))
+            self._queue.put_back(shard, str(error))
             busy = {other for other, *_ in self._measuring.values()}
             for idle in self._nodes.keys() - busy:  # it had nothing left to do
                 self._next(idle)
@@ -230,8 +247,7 @@ class _Run:
     def _next(self, name: str) -> None:
         shard = self._queue.take(self._nodes[name])
         if shard is not None:
-            ref = self._actors[name].measure.options(name=f"scorer.measure shard {shard}").remote([self._job], shard)
-            self._measuring[ref] = (name, shard, time.monotonic())
+            self._measuring[self._scorers.measure(name, self._job, shard)] = (name, shard, time.monotonic())
 
 
 @dataclass
@@ -252,3 +268,34 @@ class _Absence:
 def _role(name: str) -> str:
     """`scorer-0` of an actor's name."""
     return "-".join(name.rsplit("-", 2)[-2:])
+
+
+def summary(reports: Sequence[ShardReport], bad_rows: BadRows, notices: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """Number of rows with sound measures, and what the user should read of a pass over all shards.
+
+    Args:
+        reports: Reports on all shards.
+        bad_rows: What is done with rows whose outputs are not finite.
+        notices: What else the user should read, to begin with.
+
+    Raises:
+        ModelOutputError: outputs are not finite, and that is an error.
+    """
+    problems = sorted((p for report in reports for p in report.problems), key=lambda p: p.first_ids[0])
+    if bad_rows == "error":
+        raise_first_problem(problems, ModelOutputError)
+    texts = [*notices, *(notice for report in reports for notice in report.notices)]
+    bad = sum(problem.count for problem in problems)
+    if bad:
+        texts.append(kept_rows_notice(problems))
+    return sum(report.rows for report in reports) - bad, list(dict.fromkeys(texts))
+
+
+def kept_rows_notice(problems: Sequence[Problem]) -> str:
+    """What to say of rows that keep their score."""
+    ids = [row for problem in problems for row in problem.first_ids][:5]
+    count = sum(problem.count for problem in problems)
+    return (
+        f"Warning: the model's outputs are NaN or infinite for {count} rows (first row ids "
+        f"{', '.join(map(str, ids))}): they keep their score, as bad_rows=keep says"
+    )

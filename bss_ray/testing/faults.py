@@ -16,10 +16,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -63,6 +65,8 @@ class KillRank:
     """Kill -9 the process that the train loop runs in."""
 
     def __call__(self) -> None:
+        if (local := _local()) is not None and local.current_cluster() is not None:
+            raise local.RankKilledError
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -77,7 +81,10 @@ class KillActor:
     role: str
 
     def __call__(self) -> None:
-        _kill_actor(_actor_of_this_run(self.role), self.role)
+        if (local := _local()) is not None and (cluster := local.current_cluster()) is not None:
+            cluster.kill(self.role)
+        else:
+            _kill_actor(_actor_of_this_run(self.role), self.role)
 
 
 @dataclass(frozen=True)
@@ -127,16 +134,18 @@ class FullDisk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes, hard))
 
 
+def _local() -> ModuleType | None:
+    """The module of `LocalCluster`, if this process has such clusters."""
+    return sys.modules.get("bss_ray.testing.cluster")
+
+
 def _actor_of_this_run(role: str) -> Any:
-    """The actor by its role. Others of that role may live beside it: of another run, or one that is ending."""
+    """The actor by its role. Others of that role may live next to it: of another run, or one that is ending."""
     import ray
 
-    from bss_ray.runtime.ray_internals import run_in_actor
     from bss_ray.train.sampler import get_sampler
 
-    coordinator = get_sampler()._context.coordinator
-    name: str = ray.get(run_in_actor(coordinator, _own_name))
-    return ray.get_actor(name.removesuffix("coordinator") + role)
+    return ray.get_actor(get_sampler()._context.prefix + role)
 
 
 def _kill_actor(actor: Any, role: str) -> None:
@@ -149,13 +158,6 @@ def _kill_actor(actor: Any, role: str) -> None:
     except ray.exceptions.RayActorError:
         return
     raise AssertionError(f"{role} answered, although it was killed")
-
-
-def _own_name(_actor: Any) -> str | None:
-    import ray
-
-    name: str | None = ray.get_runtime_context().get_actor_name()
-    return name
 
 
 def _kill(_actor: Any) -> None:

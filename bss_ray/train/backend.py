@@ -1,21 +1,35 @@
-"""What a rank is given to work with, and the backend that keeps its checkpoints and takes its reports."""
+"""What a rank is given to work with, and the backend that runs it: without Ray, so that it also runs in threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-import ray.train
+import pyarrow.fs
+import torch
+from torch import nn
 
 from bss_ray.data.shards import Shards
 from bss_ray.measure.measurer import Measurer
+from bss_ray.runtime.messages import PlacementMap
 from bss_ray.runtime.ranks import RankGroup
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S
-from bss_ray.sample.holder_actors import SavedScores, StartedHolders
-from bss_ray.sample.state import ScoreBlock
+from bss_ray.sample.client import CoordinatorClient, Holders
+from bss_ray.sample.state import SavedScores, ScoreBlock
 from bss_ray.schedule.schedulers import Scheduler
 from bss_ray.scoring.config import Scoring
+
+
+class StoredFolder(Protocol):
+    """A folder of a checkpoint on any file system, such as a `ray.train.Checkpoint`."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def filesystem(self) -> pyarrow.fs.FileSystem: ...
 
 
 class TrainBackend(Protocol):
@@ -25,12 +39,24 @@ class TrainBackend(Protocol):
         """The calling rank among all."""
         ...
 
-    def checkpoint(self) -> ray.train.Checkpoint | None:
-        """The checkpoint to go on from."""
+    def device(self) -> torch.device:
+        """Device of the calling rank."""
         ...
 
-    def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
-        """Keep a row of metrics, and a checkpoint whose folder is gone afterwards."""
+    def node(self) -> str:
+        """Id of the node that the calling rank runs on."""
+        ...
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on the calling rank's device, wrapped so that gradients are averaged over the ranks."""
+        ...
+
+    def checkpoint(self) -> StoredFolder | None:
+        """The checkpoint to resume from."""
+        ...
+
+    def report(self, row: Mapping[str, Any], folder: Path | None) -> None:
+        """Keep a row of metrics, and a copy of a folder with this rank's files of a checkpoint."""
         ...
 
     def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
@@ -41,31 +67,14 @@ class TrainBackend(Protocol):
         """Whether a node of the ranks is about to be taken away; all ranks ask, and have the same answer."""
         ...
 
+    def process_map(self, prefix: str, rank_nodes: Sequence[str]) -> PlacementMap | None:
+        """Where the processes of the run are; None where there is only the calling one.
 
-class RayTrainBackend:
-    """Ray Train keeps them; with `num_workers=0` it keeps none.
-
-    Args:
-        start: checkpoint, of another run of the same data and seed, to begin with where there is none of this run.
-    """
-
-    def __init__(self, start: ray.train.Checkpoint | None = None) -> None:
-        self._start = start
-
-    def ranks(self) -> RankGroup:
-        return RankGroup.here()
-
-    def checkpoint(self) -> ray.train.Checkpoint | None:
-        return ray.train.get_checkpoint() or self._start
-
-    def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
-        ray.train.report(dict(row), checkpoint=checkpoint)
-
-    def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
-        """They are in the first checkpoint."""
-
-    def preempted(self) -> bool:
-        return ray.train.get_preemption_info() is not None
+        Args:
+            prefix: Prefix of the names of the run's actors.
+            rank_nodes: Id of the node of each rank.
+        """
+        ...
 
 
 class Stateful(Protocol):
@@ -78,10 +87,29 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerContext:
-    """What the trainer sends to every rank."""
+    """What the trainer sends to every rank.
 
-    coordinator: Any
-    holders: StartedHolders
+    Attributes:
+        coordinator: Publishes scores and plans epochs.
+        holders: Take measures.
+        prefix: Prefix of the names of the run's actors.
+        backend: Runs the ranks.
+        train: The training rows.
+        validation: The validation rows, if there are any.
+        scheduler: From scores to weights and sizes.
+        measurer: How rows are measured.
+        scoring: How and where rows are scored, with the engine settled.
+        seed: Seed of the order of rows.
+        wait_limit_s: Longest time, in seconds, that one process waits for another.
+        run: Name of the run.
+        profile: Whether a training step and a scoring pass are recorded.
+        initial_scores: Scores that the first epoch is drawn from.
+    """
+
+    coordinator: CoordinatorClient
+    holders: Holders
+    prefix: str
+    backend: TrainBackend
     train: Shards
     validation: Shards | None
     scheduler: Scheduler
@@ -92,4 +120,3 @@ class SamplerContext:
     run: str = "run"
     profile: bool = False
     initial_scores: SavedScores | None = None
-    session: TrainBackend = field(default_factory=RayTrainBackend)

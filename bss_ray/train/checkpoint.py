@@ -15,24 +15,22 @@ import io
 import json
 import pickle
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray.train
 import torch
 from torch import nn
 
 from bss_ray.errors import CheckpointError
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.runtime.ranks import RankGroup
-from bss_ray.runtime.wait import wait_for
 from bss_ray.sample.score_files import ScoreFile, digest, read_scores, write_file, write_scores
-from bss_ray.sample.state import ScoreBlock
+from bss_ray.sample.state import SavedScores, ScoreBlock
 from bss_ray.storage import StoragePath
-from bss_ray.train.backend import SamplerContext, Stateful
+from bss_ray.train.backend import SamplerContext, Stateful, StoredFolder
 from bss_ray.train.observed import Sums
 
 # 3: scores know the version in which a row was last measured, and measures of the next version belong to the state.
@@ -120,7 +118,7 @@ class SavedCheckpoint:
     All that reads a file raises a StorageError where its file system does not answer, or refuses.
     """
 
-    def __init__(self, checkpoint: ray.train.Checkpoint) -> None:
+    def __init__(self, checkpoint: StoredFolder) -> None:
         self._path = StoragePath.of(checkpoint.path, checkpoint.filesystem)
         self._manifest: Manifest | None = None  # once read and checked: every other file is checked against it
 
@@ -257,7 +255,7 @@ class Saver:
         Raises:
             CheckpointError: of other data or another seed, or damaged.
         """
-        checkpoint, initial = self._context.session.checkpoint(), self._context.initial_scores
+        checkpoint, initial = self._context.backend.checkpoint(), self._context.initial_scores
         saved = None if checkpoint is None else SavedCheckpoint(checkpoint)
         manifest = None
         if saved is not None:
@@ -268,11 +266,9 @@ class Saver:
         # No rank may plan before the holders stand where the checkpoint stands.
         return ResumeState(self._ranks.from_first(attempt), position, saved, manifest)
 
-    def _begin(self, scores: Any, version: int) -> str:
+    def _begin(self, scores: SavedScores | None, version: int) -> str:
         coordinator = self._context.coordinator
-        begun = coordinator.reset.remote() if scores is None else coordinator.load.remote(scores, version)
-        attempt: str = wait_for(begun, "the holders to stand where the checkpoint stands")
-        return attempt
+        return coordinator.reset() if scores is None else coordinator.load(scores, version)
 
     def save(
         self,
@@ -313,26 +309,18 @@ class Saver:
                 )
                 write_manifest(folder, manifest)
             # A rank without a file of its own reports without one, and still takes part in the barrier.
-            checkpoint = ray.train.Checkpoint.from_directory(folder) if any(folder.iterdir()) else None
-            self._context.session.report(row, checkpoint)
+            self._context.backend.report(row, folder if any(folder.iterdir()) else None)
 
     def _write_scores(self, folder: Path, version: int) -> list[ScoreFile]:
         """This rank's share of the score files: those of every so manieth holder."""
         rank, ranks = self._ranks.rank, self._ranks.count
         written: list[ScoreFile] = []
-        for index, held in enumerate(self._parts(version, rank, ranks)):
+        for index, held in enumerate(self._context.coordinator.states(version, rank, ranks)):
             holder = rank + index * ranks
-            parts = wait_for(held, f"the scores of holder {holder}")
-            written += write_scores(folder, holder, version, parts)
+            written += write_scores(folder, holder, version, held.get(f"the scores of holder {holder}"))
         return written
 
     def scores(self, version: int) -> list[ScoreBlock]:
         """Scores of all rows."""
-        return [part for parts in wait_for(self._parts(version), "the scores of all holders") for part in parts]
-
-    def _parts(self, version: int, rank: int = 0, ranks: int = 1) -> Sequence[Any]:
-        """References to the scores of holders, see `CoordinatorActor.parts`."""
-        parts: Sequence[Any] = wait_for(
-            self._context.coordinator.parts.remote(version, rank, ranks), f"the holders' scores of version {version}"
-        )
-        return parts
+        states = self._context.coordinator.states(version)
+        return [block for held in states for block in held.get("the scores of all holders")]

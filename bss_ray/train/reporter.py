@@ -6,12 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import ray
-
-from bss_ray.placement.process_map import process_map_message
 from bss_ray.runtime.logs import RunLogger
 from bss_ray.runtime.messages import BatchProgress, Message, Notice
-from bss_ray.sample.holder_actors import ActorHolders
+from bss_ray.sample.client import LocalHolders
 from bss_ray.sample.plan import Plan
 from bss_ray.train.backend import SamplerContext
 from bss_ray.train.checkpoint import Position
@@ -40,8 +37,7 @@ class Reporter:
         if self._rank == 0:
             at = self._position()
             epoch = at.epoch if message.epoch is None else message.epoch
-            message = replace(message, epoch=epoch, version=at.version, rank=0)
-            self._context.coordinator.board.remote("post", message)
+            self._context.coordinator.events.post(replace(message, epoch=epoch, version=at.version, rank=0))
 
     def notice(self, text: str) -> None:
         """Something that the user should read."""
@@ -79,8 +75,7 @@ class Reporter:
 
     def placement(self, rank_nodes: Sequence[str]) -> None:
         """What runs where, if there is more than this process."""
-        holders = self._context.holders
-        if self._rank == 0 and isinstance(holders, ActorHolders):
-            here = ray.get_runtime_context()
-            takes = here.get_assigned_resources() if here.get_actor_id() else {}  # a driver that trains has none
-            self.post(process_map_message(holders.prefix, rank_nodes, takes))
+        if self._rank == 0 and not isinstance(self._context.holders, LocalHolders):
+            message = self._context.backend.process_map(self._context.prefix, rank_nodes)
+            if message is not None:
+                self.post(message)

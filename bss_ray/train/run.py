@@ -40,8 +40,8 @@ from bss_ray.runtime.profiling import ProfileFolder
 from bss_ray.runtime.ray_internals import is_alone
 from bss_ray.runtime.threads import in_threads
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, wait_for
-from bss_ray.sample.holder_actors import SavedScores
 from bss_ray.sample.plan import Tail
+from bss_ray.sample.state import SavedScores
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.scoring.config import Scoring
 from bss_ray.storage import StoragePath, absolute
@@ -262,7 +262,7 @@ def make_trainer(
     *,
     on_message: OnMessage,
     run_config: ray.train.RunConfig | None = None,
-    session: TrainBackend | None = None,
+    backend: TrainBackend | None = None,
     initial_scores: SavedScores | None = None,
     profile: bool = False,
 ) -> BalancedTrainer:
@@ -274,7 +274,7 @@ def make_trainer(
         scaling: Ranks of the run.
         on_message: Function that is called with each message of the run.
         run_config: Name and storage of the run; see `BalancedTrainer`.
-        session: Backend that keeps the run's checkpoints; see `BalancedTrainer`.
+        backend: Backend that keeps the run's checkpoints; see `BalancedTrainer`.
         initial_scores: Scores to begin with, in place of those that `config` names.
         profile: Whether a training step and a scoring pass are recorded.
     """
@@ -301,7 +301,7 @@ def make_trainer(
         run_config=run_config,
         wait_limit_s=config.wait_limit_s,
         initial_scores=config.initial_scores if initial_scores is None else initial_scores,
-        session=session,
+        backend=backend,
         profile=profile,
         on_message=on_message,
     )

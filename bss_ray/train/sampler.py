@@ -7,35 +7,36 @@ publish scores and report. All ranks make the same calls.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
-from bss_ray.errors import CheckpointError, ConfigError, ModelOutputError
+from bss_ray.errors import BssRayError, CheckpointError, ConfigError, ModelOutputError
 from bss_ray.load.loader import FILLER, Loader, Transform
 from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
-from bss_ray.runtime.messages import AttemptStarted, EpochFinished, Status
+from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.runtime.messages import AttemptStarted, EpochFinished, FatalError, Status
 from bss_ray.runtime.profiling import Profiler
-from bss_ray.runtime.wait import wait_for
-from bss_ray.sample.coordinator import Review
+from bss_ray.runtime.wait import set_wait_limit, unwrap_ray_error
+from bss_ray.sample.client import Review
 from bss_ray.sample.plan import Order, Plan
 from bss_ray.scoring.engines import Engine, EngineContext, ScoreUpdates, make_engine
 from bss_ray.train.backend import SamplerContext, Stateful
 from bss_ray.train.checkpoint import Position, Saver
 from bss_ray.train.observed import Observed, Sums
 from bss_ray.train.reporter import Reporter
-from bss_ray.train.supervise import StopAction, Stopped, StopPoll
+from bss_ray.train.supervise import EventReader, StopAction, Stopped, StopPoll, heartbeat
 
 
 class Sampler:
@@ -53,15 +54,16 @@ class Sampler:
 
     def __init__(self, context: SamplerContext) -> None:
         self.measurer = context.measurer
-        self.device = ray.train.torch.get_device()
         self.loss_scale = 1.0
         self._context = context
-        self._ranks = context.session.ranks()
+        self._backend = context.backend
+        self.device = self._backend.device()
+        self._ranks = self._backend.ranks()
         self.rank = self._ranks.rank
         self._say = Reporter(context, self.rank, lambda: self._position)
         self._saver = Saver(context, self._ranks)
         self.shards = self._as_they_lie(context.train)
-        nodes = self._ranks.gather(ray.get_runtime_context().get_node_id())
+        nodes = self._ranks.gather(self._backend.node())
         self._loader, self._validation = self._make_loaders(nodes)
         self._plan: Plan | None = None
         self._ended = False
@@ -80,7 +82,7 @@ class Sampler:
         self.resumed = self._saved is not None
         self._restored = False
         self._stateful: dict[str, Stateful] = {}
-        self._stops = StopPoll(self._ranks, self._stopping, self._taken_away)
+        self._stops = StopPoll(self._ranks, context.coordinator.events.stop_requested, self._taken_away)
         self._preempted = False
         self._say.post(AttemptStarted(self._position.batch, restarts=int(self.resumed)))
         self._say.placement(nodes)
@@ -98,7 +100,7 @@ class Sampler:
                 rank_nodes=nodes,
                 device=self.device,
                 seed=self._context.seed,
-                prefix=self._context.holders.prefix,
+                prefix=self._context.prefix,
             )
 
         validation = self._context.validation
@@ -125,11 +127,8 @@ class Sampler:
     # ---- the loop -----------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """`ray.train.torch.prepare_model`: the model on this rank's device, wrapped by DDP among several ranks."""
-        if self._ranks.count == 1:  # which also works in a trial of a search, where Ray Train's functions do not
-            return model.to(self.device)
-        prepared: nn.Module = ray.train.torch.prepare_model(model)
-        return prepared
+        """The model on this rank's device, wrapped among several ranks (by DDP, as `ray.train.torch.prepare_model`)."""
+        return model.to(self.device) if self._ranks.count == 1 else self._backend.prepare(model)
 
     def restore(self, *, model: nn.Module, **stateful: Stateful) -> bool:
         """Load model, optimiser and the like from the checkpoint, if this run goes on from one.
@@ -186,7 +185,7 @@ class Sampler:
                     "sampler.epochs(n, model=model), or set burn_in >= 1"
                 )
             self._update_scores(-1, model)
-            self._context.session.scored_first(lambda: self._saver.scores(self._position.version))
+            self._backend.scored_first(lambda: self._saver.scores(self._position.version))
         self._epochs = n
         while self._position.epoch < n:
             epoch = self._position.epoch
@@ -221,8 +220,7 @@ class Sampler:
         started = time.perf_counter()
         epoch = self._position.epoch
         at = self._position
-        coordinator = self._context.coordinator
-        plan: Plan = wait_for(coordinator.plan.remote(epoch, at.version, at.batch), f"the plan of epoch {epoch}")
+        plan = self._context.coordinator.plan(epoch, at.version, at.batch)
         self._say.warn(plan.warnings)
         order = Order(plan, self._window)
         profiled = not self._context.scheduler.is_burn_in(epoch) or epoch + 1 == self._epochs
@@ -252,7 +250,7 @@ class Sampler:
         """Rank 0's running statistics on all ranks, as DDP shares them before a step: all measure the saved model."""
         if self._model is not None and self._ranks.count > 1:
             for buffer in unwrap_model(self._model).buffers():
-                torch.distributed.broadcast(buffer, 0)
+                self._ranks.broadcast(buffer)
 
     @property
     def position(self) -> Position:
@@ -335,9 +333,10 @@ class Sampler:
         if not self._ended:
             return self._save_unfinished(metrics, model, stateful)
         epoch, plan = self._position.epoch, self.plan
-        review: Review = wait_for(
-            self._context.coordinator.review.remote(epoch, plan.version), f"the review of epoch {epoch}"
-        )
+        # Rank 0 asks for all: one that asked later might find that rank 0 has published new scores already.
+        asks = self.rank == 0
+        review = self._ranks.from_first(self._context.coordinator.review(epoch, plan.version) if asks else None)
+        assert review is not None, "rank 0 has asked"
         self._say.warn(review.warnings)
         self._model = model
         self._update_scores(epoch, model)
@@ -414,19 +413,13 @@ class Sampler:
 
     # ---- internals ----------------------------------------------------------------------------
 
-    def _window(self, index: int) -> Any:
-        what = f"window {index} of epoch {self.plan.epoch}"
-        window = self._context.coordinator.window.remote(self.plan.epoch, index, self.plan.version)
-        return wait_for(wait_for(window, what)[0], what)
-
-    def _stopping(self) -> bool:
-        """Whether the run is to stop."""
-        stopping: bool = wait_for(self._context.coordinator.board.remote("stopping"), "the coordinator's board")
-        return stopping
+    def _window(self, index: int) -> np.ndarray:
+        window = self._context.coordinator.window(self.plan.epoch, index, self.plan.version)
+        return window.get(f"window {index} of epoch {self.plan.epoch}")
 
     def _taken_away(self) -> bool:
         """Whether a node is about to be, and nothing was saved for that yet."""
-        return not self._preempted and self._context.session.preempted()
+        return not self._preempted and self._backend.preempted()
 
     def _heed(self, wish: StopAction) -> None:
         """Save before a node goes, once, or before the run stops.
@@ -448,12 +441,16 @@ class Sampler:
 
 
 _current: Sampler | None = None
+_of_thread = threading.local()  # of a rank that is a thread
 
 
-def set_sampler(sampler: Sampler | None) -> None:
-    """Make `sampler` the one that `get_sampler` returns in this process (the trainer does)."""
+def set_sampler(sampler: Sampler | None, *, of_thread: bool = False) -> None:
+    """Make `sampler` the one that `get_sampler` returns in this process, or in this thread."""
     global _current
-    _current = sampler
+    if of_thread:
+        _of_thread.sampler = sampler
+    else:
+        _current = sampler
 
 
 def get_sampler() -> Sampler:
@@ -462,9 +459,39 @@ def get_sampler() -> Sampler:
     Raises:
         ConfigError: not inside a train loop of `BalancedTrainer`.
     """
-    if _current is None:
+    current: Sampler | None = getattr(_of_thread, "sampler", None) or _current
+    if current is None:
         raise ConfigError(
             "get_sampler() works inside the train loop of BalancedTrainer(train_loop, ...).fit(). Without Ray use "
             "bss_ray.weighted_permutation; see examples/plain_torch.py"
         )
-    return _current
+    return current
+
+
+def run_rank(
+    context: SamplerContext, train_loop: Callable[..., object], config: object, *, is_thread: bool = False
+) -> object:
+    """What every rank runs: the user's loop, with the sampler at hand.
+
+    Args:
+        context: What the rank is given to work with.
+        train_loop: The user's loop, a function of no or one argument.
+        config: Its argument.
+        is_thread: Whether other ranks are threads of the same process.
+    """
+    set_wait_limit(context.wait_limit_s)
+    events = EventReader(context.coordinator.events, lambda _: None)
+    if events.fatal_error() is not None or events.stopping():
+        return None  # another attempt would only fail again, and the trainer raises the error; or none is wanted
+    keep_freed_memory()
+    try:
+        with heartbeat(context.coordinator.events):
+            set_sampler(Sampler(context), of_thread=is_thread)
+            return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
+    except Stopped:
+        return None
+    except BssRayError as error:
+        context.coordinator.events.post(FatalError(unwrap_ray_error(error)), wait=True)
+        raise
+    finally:
+        set_sampler(None, of_thread=is_thread)

@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
-import ray
-
+from bss_ray.runtime.event_log import EventLogClient, UnavailableError
 from bss_ray.runtime.messages import FatalError, Notice, OnMessage
 from bss_ray.runtime.ranks import RankGroup
 from bss_ray.runtime.wait import InThread, wait_limit, wait_timeout_error
@@ -65,57 +64,56 @@ class StopPoll:
         return self._stopping(), max(1, round(self._every_s / max(seconds, 1e-6)))
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _POLL_S = 0.25
-# An answer of the board takes a millisecond. One that does not come is asked for again.
-_ANSWER_S = 30.0
-# RankGroup say so often that they live.
+# Seconds between two signs of life of a rank.
 BEAT_S = 5.0
 
 
 class EventReader:
-    """The driver's end of the coordinator's board.
+    """The driver's end of the run's event log.
 
     Args:
-        coordinator: handle.
-        on_message: called with each message.
+        events: The event log.
+        on_message: Called with each message.
     """
 
-    def __init__(self, coordinator: Any, on_message: OnMessage) -> None:
-        self._coordinator, self._on_message = coordinator, on_message
-        self._board, self._seen = "", 0
+    def __init__(self, events: EventLogClient, on_message: OnMessage) -> None:
+        self._events, self._on_message = events, on_message
+        self._log, self._seen = "", 0
         self._heard = time.monotonic()
 
     def look(self) -> None:
         """Hand on what is new."""
-        answer = self._ask("read", self._board, self._seen)
+        answer = _answer_of(self._events.read, self._log, self._seen)
         if answer is None:
             return
-        board, messages = answer
-        if board != self._board:
-            self._board, self._seen = board, 0
+        log, messages = answer
+        if log != self._log:
+            self._log, self._seen = log, 0
         for message in messages:
             self._seen += 1
             self._on_message(message)
 
     def fatal_error(self) -> BaseException | None:
         """The first user error that a rank has met."""
-        answer = self._ask("read", "", 0)
+        answer = _answer_of(self._events.read, "", 0)
         messages = [] if answer is None else answer[1]
         return next((message.error for message in messages if isinstance(message, FatalError)), None)
 
     def stopping(self) -> bool:
         """Whether the ranks have been asked to stop."""
-        return bool(self._ask("stopping"))
+        return bool(_answer_of(self._events.stop_requested))
 
     def notice(self, text: str) -> None:
         """Something that the user should read."""
         self._on_message(Notice(text))
 
     def ask_to_stop(self) -> None:
-        """Have the ranks save a checkpoint and end; to be repeated, for the board may be a new one."""
-        self._ask("ask_to_stop")
+        """Have the ranks save a checkpoint and end; to be repeated, for the event log may be a new one."""
+        _answer_of(self._events.request_stop)
 
     def check_life(self) -> None:
         """The ranks have given a sign of life not too long ago.
@@ -125,19 +123,22 @@ class EventReader:
         """
         if time.monotonic() - self._heard < 2 * BEAT_S:  # no need to ask
             return
-        silence = self._ask("silence")
+        silence = _answer_of(self._events.silence)
         if silence is not None:
             self._heard = max(self._heard, time.monotonic() - silence)
         if time.monotonic() - self._heard > wait_limit():
+            import ray
+
             there = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
             raise wait_timeout_error(f"a sign of life of the ranks (the cluster has {there} now)")
 
-    def _ask(self, method: str, *args: Any) -> Any:
-        """An answer of the board; None if there is none now."""
-        try:
-            return ray.get(self._coordinator.board.remote(method, *args), timeout=_ANSWER_S)
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
-            return None  # the coordinator is in trouble, and perhaps being restarted
+
+def _answer_of(ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """An answer of the event log; None while there is none, since its process is in trouble or being restarted."""
+    try:
+        return ask(*args, **kwargs)
+    except UnavailableError:
+        return None
 
 
 def supervise(fit: Callable[[], T], board: EventReader) -> tuple[T, bool]:
@@ -216,14 +217,14 @@ def watch(board: EventReader) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def heartbeat(coordinator: Any) -> Iterator[None]:
-    """Tell the board that this rank lives, from a thread, also while it computes."""
+def heartbeat(events: EventLogClient) -> Iterator[None]:
+    """Tell the event log that this rank lives, from a thread, also while it computes."""
     done = threading.Event()
 
     def beat() -> None:
         while True:  # at once: the driver has heard nothing since the attempt before
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(coordinator.board.remote("beat"), timeout=_ANSWER_S)
+            with contextlib.suppress(UnavailableError):
+                events.beat()
             if done.wait(BEAT_S):
                 return
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -13,12 +13,13 @@ from typing import Any, TypeAlias
 import ray
 import ray.train
 import ray.train.torch
+from ray.actor import ActorHandle
 
 from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
-from bss_ray.errors import BssRayError, ConfigError, first_line
+from bss_ray.errors import ConfigError, first_line
 from bss_ray.measure.measurer import Measurer
 from bss_ray.placement.packing import ProcessGroup
 from bss_ray.placement.resources import (
@@ -30,23 +31,28 @@ from bss_ray.placement.resources import (
     in_this_process,
     scorer_options,
 )
-from bss_ray.runtime.memory import ONE_ARENA, keep_freed_memory
-from bss_ray.runtime.messages import FatalError, Message, Notice, OnMessage, ShardsProgress, Status
-from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit, unwrap_ray_error, wait_for
-from bss_ray.sample.coordinator import check_batch_size
-from bss_ray.sample.holder_actors import SavedScores, StartedHolders
-from bss_ray.sample.local import start_here
+from bss_ray.runtime.memory import ONE_ARENA
+from bss_ray.runtime.messages import Message, Notice, OnMessage, ShardsProgress, Status
+from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit
+from bss_ray.sample.actors import start_coordinator, start_holders
+from bss_ray.sample.client import CoordinatorClient, Holders, LocalHolders
+from bss_ray.sample.coordinator import Coordinator, check_batch_size
+from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Tail
-from bss_ray.sample.start import start_coordinator, start_holders, start_scorers
+from bss_ray.sample.service import CoordinatorService
+from bss_ray.sample.state import SavedScores
 from bss_ray.schedule.schedulers import Learning, Scheduler
+from bss_ray.scoring.actors import RayScorers, scorer_names, start_scorers
 from bss_ray.scoring.config import Scoring
+from bss_ray.scoring.pool import ScorerPool
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
-from bss_ray.train.backend import RayTrainBackend, SamplerContext, TrainBackend
+from bss_ray.train.backend import SamplerContext, TrainBackend
 from bss_ray.train.initial import ScoresFile
 from bss_ray.train.rank_trainer import fit_ranks, remove_orphaned_placement_groups
-from bss_ray.train.sampler import Sampler, set_sampler
-from bss_ray.train.supervise import EventReader, Stopped, heartbeat, supervise, watch
+from bss_ray.train.ray_backend import RayTrainBackend
+from bss_ray.train.sampler import run_rank
+from bss_ray.train.supervise import EventReader, supervise, watch
 
 Rows: TypeAlias = "ray.data.Dataset | Shards"
 
@@ -78,8 +84,8 @@ class BalancedTrainer:
             reader of scores, that the first epoch is drawn from; there is no burn-in then.
         placement: Where ranks and scorers run, and what they leave to others; default `Placement()`. Settings at their
             default are taken from `scaling_config`.
-        session: Backend that keeps the run's checkpoints; default Ray Train, which with `num_workers=0` keeps no
-            checkpoints.
+        backend: Backend that runs the ranks and keeps their checkpoints; default Ray Train, which with `num_workers=0`
+            keeps no checkpoints.
         profile: Whether to record a training step and a scoring pass; they come as messages (see
             `bss_ray.runtime.profiling`).
         on_message: Function that is called in the driver with each message of the run, for progress displays; the
@@ -110,7 +116,7 @@ class BalancedTrainer:
         wait_limit_s: float = DEFAULT_LIMIT_S,
         initial_scores: str | SavedScores | None = None,
         placement: Placement | None = None,
-        session: TrainBackend | None = None,
+        backend: TrainBackend | None = None,
         profile: bool = False,
         on_message: OnMessage | None = None,
     ) -> None:
@@ -127,7 +133,7 @@ class BalancedTrainer:
             self._scheduler = replace(self._scheduler, burn_in=0)
         self._initial_scores = initial_scores
         self._placement = placement or Placement()
-        self._session = session or RayTrainBackend()
+        self._backend = backend or RayTrainBackend()
         self._measurer = measurer or Measurer()
         self._scoring = scoring or Scoring()
         self._batch_size, self._tail, self._seed = batch_size, tail, seed
@@ -171,7 +177,7 @@ class BalancedTrainer:
             self._on_message(Notice(text))
         self._on_message(Status("starting holders and ranks"))
         context, actors = self._start_actors(train, validation, request)
-        board = EventReader(context.coordinator, self._on_message)
+        board = EventReader(context.coordinator.events, self._on_message)
         try:
             return self._run_ranks(context, board, request.groups)
         finally:
@@ -204,7 +210,7 @@ class BalancedTrainer:
 
     def _fit_once(self, context: SamplerContext, groups: Sequence[ProcessGroup]) -> ray.train.Result:
         return fit_ranks(
-            functools.partial(_run_rank, context, self._train_loop, self._train_loop_config),
+            functools.partial(run_rank, context, self._train_loop, self._train_loop_config),
             groups=groups,
             shards=[split for split in (context.train, context.validation) if split is not None],
             wait_limit_s=self._wait_limit_s,
@@ -228,35 +234,46 @@ class BalancedTrainer:
 
     def _start_actors(
         self, train: Shards, validation: Shards | None, request: ResourceRequest
-    ) -> tuple[SamplerContext, list[Any]]:
+    ) -> tuple[SamplerContext, list[ActorHandle]]:
         """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
         measurer, scoring = self._measurer.for_task(train.columns.task), request.scoring
         initial = self._initial_scores
         if isinstance(initial, str):
             initial = ScoresFile(initial, train)
-        of_plan: dict[str, Any] = {
-            "scheduler": self._scheduler,
-            "scoring": scoring,
-            "seed": self._seed,
-            "batch_size": self._batch_size,
-            "tail": self._tail,
-            "run": str(self._run_config.name),
-        }
-        holders: StartedHolders
-        actors: list[Any] = []
+        run = str(self._run_config.name)
+        make = functools.partial(
+            Coordinator,
+            rows=train.rows,
+            scheduler=self._scheduler,
+            seed=self._seed,
+            batch_size=self._batch_size,
+            tail=self._tail,
+            accumulation=scoring,
+        )
+        holders: Holders
+        coordinator: CoordinatorClient
+        actors: list[ActorHandle] = []
         if in_this_process(self._scaling_config, scoring):
-            holders, coordinator = start_here(train, **of_plan)
+            holders = LocalHolders([Holder([(part.first_row, part.rows) for part in train.parts])])
+            coordinator = CoordinatorService(holders, make, run=run)
+            prefix = f"bss_ray-{uuid.uuid4().hex[:8]}-"
         else:
             seats = request.seats(train)
-            holders, actors = start_holders(train, scoring, seats[HOLDERS], run=of_plan["run"])
-            coordinator = start_coordinator(holders, rows=train.rows, **of_plan)
-            actors.append(coordinator)
+            count, cpus = scoring.num_holders, scoring.cpus_per_holder
+            holders, actors = start_holders(train, count=count, cpus=cpus, nodes=seats[HOLDERS], run=run)
+            prefix, pool = holders.prefix, None
             if scoring.engine == "actors":
                 options = scorer_options(self._scaling_config, scoring)
                 actors += start_scorers(train, measurer, scoring, holders, seats[SCORERS], options)
+                names = scorer_names(holders, scoring)
+                pool = ScorerPool(names, scoring.restart_timeout_s, RayScorers(), scoring.bad_rows)
+            coordinator, handle = start_coordinator(holders, make, pool, run=run)
+            actors.append(handle)
         return SamplerContext(
             coordinator=coordinator,
             holders=holders,
+            prefix=prefix,
+            backend=self._backend,
             train=train,
             validation=validation,
             scheduler=self._scheduler,
@@ -264,10 +281,9 @@ class BalancedTrainer:
             scoring=scoring,
             seed=self._seed,
             wait_limit_s=self._wait_limit_s,
-            run=of_plan["run"],
+            run=run,
             profile=self._profile,
             initial_scores=initial,
-            session=self._session,
         ), actors
 
     def _build_shards(self) -> tuple[Shards, Shards | None]:
@@ -301,24 +317,3 @@ def _log_notice(message: Message) -> None:
     """What the user should read, where nobody shows messages."""
     if isinstance(message, Notice):
         logging.getLogger("bss_ray").warning(message.text)
-
-
-def _run_rank(context: SamplerContext, train_loop: Callable[..., Any], config: Any) -> Any:
-    """What every rank runs: the user's loop, with the sampler at hand."""
-    set_wait_limit(context.wait_limit_s)
-    board = EventReader(context.coordinator, lambda _: None)
-    if board.fatal_error() is not None or board.stopping():
-        return None  # another attempt would only fail again, and the trainer raises the error; or none is wanted
-    keep_freed_memory()
-    try:
-        with heartbeat(context.coordinator):
-            set_sampler(Sampler(context))
-            return train_loop(config) if inspect.signature(train_loop).parameters else train_loop()
-    except Stopped:
-        return None
-    except BssRayError as error:
-        posted = context.coordinator.board.remote("post", FatalError(unwrap_ray_error(error)))
-        wait_for(posted, "the coordinator's board")
-        raise
-    finally:
-        set_sampler(None)

@@ -23,12 +23,12 @@ import yaml
 
 from bss_ray.errors import CheckpointError
 from bss_ray.runtime.messages import Message
-from bss_ray.runtime.ranks import RankGroup
+from bss_ray.runtime.ranks import OneRank, RankGroup
 from bss_ray.sample.score_files import ScoreFile, read_scores, write_scores
 from bss_ray.sample.state import ScoreBlock
 from bss_ray.schedule.schedulers import Heuristic, Learning, Uniform
-from bss_ray.train.backend import RayTrainBackend, TrainBackend
 from bss_ray.train.checkpoint import SavedCheckpoint
+from bss_ray.train.ray_backend import RayTrainBackend
 from bss_ray.train.run import Splits, TrainConfig, make_trainer
 from bss_ray.train.settings import overlay, training_config
 from bss_ray.tune.nested import fit_nested
@@ -208,7 +208,7 @@ def train_once(
             scoring_here(config),
             lambda: splits,
             replace(scaling, num_workers=0),
-            session=_InTrial(begin, after),
+            backend=_InTrial(begin, after),
             initial_scores=begin.scores,
             on_message=_quiet,
         ).fit()
@@ -227,7 +227,7 @@ def train_once(
                     callbacks=callbacks,
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=3),
                 ),
-                session=RayTrainBackend(start),
+                backend=RayTrainBackend(start),
                 initial_scores=begin.scores,
                 on_message=_quiet,
             ),
@@ -245,22 +245,23 @@ def scoring_here(config: TrainConfig) -> TrainConfig:
     return replace(config, scoring=replace(config.scoring, engine="workers"))
 
 
-class _InTrial(TrainBackend):
+class _InTrial(RayTrainBackend):
     """Backend of a run in a trial's own process, in which Ray Train's functions raise errors because of Ray Tune."""
 
     def __init__(self, begin: WarmStart, after: Callable[[ray.train.Checkpoint], None]) -> None:
+        super().__init__()
         self._begin, self._after = begin, after
 
     def ranks(self) -> RankGroup:
-        return RankGroup(rank=0, count=1)
+        return OneRank()
 
     def checkpoint(self) -> ray.train.Checkpoint | None:
         return self._begin.checkpoint
 
-    def report(self, row: Mapping[str, Any], checkpoint: ray.train.Checkpoint | None) -> None:
+    def report(self, row: Mapping[str, Any], folder: Path | None) -> None:
         if "batch" not in row:  # else it is a checkpoint in the middle of an epoch
-            assert checkpoint is not None, "one rank writes all files"
-            self._after(checkpoint)
+            assert folder is not None, "one rank writes all files"
+            self._after(ray.train.Checkpoint.from_directory(folder))
 
     def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
         if self._begin.keep_scores is not None:

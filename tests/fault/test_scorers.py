@@ -15,6 +15,8 @@ import pytest
 import ray
 import ray.train
 import torch
+from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
+from bss_ray.scoring.actor import ScoringJob
 from torch import Tensor
 
 import bss_ray
@@ -22,9 +24,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import ScoringError
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.runtime.messages import EpochFinished, Message, Notice
-from bss_ray.sample.coordinator import Publication
-from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
-from bss_ray.scoring.actor import ScoringJob
+from bss_ray.sample.client import Publication
 from bss_ray.scoring.scorer import Scorer
 from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from bss_ray.sample.start import start_coordinator, start_holders
 
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import ObjectStore
+from bss_ray.sample.actors import ActorHolders
 from bss_ray.sample.coordinator import Coordinator
-from bss_ray.sample.holder_actors import ActorHolders
 from bss_ray.sample.plan import Plan
-from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.scoring.config import Scoring
 from bss_ray.testing import Setup
 from tests.support import cut, saved

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from bss_ray.sample.start import start_coordinator, start_holders
 
 from bss_ray import Learning, Scoring
 from bss_ray.data.shards import Shards
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit
-from bss_ray.sample.start import start_coordinator, start_holders
 from bss_ray.sample.state import LostStateError, ScoreBlock
 from tests.runs import ROWS, make_shards
 from tests.support import local_coordinator, order_of, saved

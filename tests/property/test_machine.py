@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from bss_ray.measure.score import Accumulation
 from bss_ray.sample import permutation
-from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
+from bss_ray.sample.client import LocalHolders, Publication
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Order, share_out
 from bss_ray.sample.state import LostStateError, MeasureBatch

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from bss_ray.sample import permutation
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.permutation import race_keys, weighted_permutation
 from bss_ray.sample.plan import Order, share_out

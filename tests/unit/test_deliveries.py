@@ -18,9 +18,11 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import MinMaxNorm
 from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.runtime.profiling import Profiler
-from bss_ray.runtime.ranks import RankGroup
-from bss_ray.sample.coordinator import Coordinator, LocalHolders, Publication
+from bss_ray.runtime.ranks import OneRank
+from bss_ray.sample.client import LocalHolders, Publication
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
+from bss_ray.sample.service import CoordinatorService
 from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, ScoreBlock
 from bss_ray.schedule import Learning
 from bss_ray.scoring import engines
@@ -464,11 +466,9 @@ class TestOnline:
         index = torch.tensor(rows)
         return {"row_id": index, "label": self.LABELS[index]}
 
-    def engine(self, monkeypatch: pytest.MonkeyPatch, run: Published, **scoring: Any) -> engines.OnlineEngine:
-        monkeypatch.setattr(engines, "wait_for", lambda answer, _what: answer)
-        publish = SimpleNamespace(remote=lambda version, expected: run.coordinator.publish(version, expected=expected))
+    def engine(self, run: Published, **scoring: Any) -> engines.OnlineEngine:
         context = SimpleNamespace(
-            coordinator=SimpleNamespace(publish=publish),
+            coordinator=CoordinatorService(run.holders, lambda _: run.coordinator),
             holders=run.holders,
             attempt=run.coordinator.attempt,
             shards=SimpleNamespace(columns=SimpleNamespace(label="label")),
@@ -476,7 +476,7 @@ class TestOnline:
             scheduler=Learning(burn_in=0),
             measurer=Measurer(),
             scoring=Scoring(engine="online", **scoring),
-            ranks=RankGroup(0, 1),
+            ranks=OneRank(),
             device=torch.device("cpu"),
             profiler=Profiler(False, pytest.fail),
         )
@@ -492,9 +492,9 @@ class TestOnline:
         found: list[float] = Measurer().measure(Fixed(sharpness)(batch), batch["label"]).information.tolist()
         return found
 
-    def test_outputs_of_training_are_the_measures(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_outputs_of_training_are_the_measures(self) -> None:
         run = Published()
-        engine = self.engine(monkeypatch, run)
+        engine = self.engine(run)
         found = engine.update(-1, 0, Fixed(1.0))
         assert found is not None
         assert found.measured == ROWS  # all, before the first epoch
@@ -510,10 +510,10 @@ class TestOnline:
         assert run.column("information") == pytest.approx(expected, rel=1e-6)
         assert run.column("last_measured") == [2 if row in (0, 3, 4, 9) else 1 for row in EVERYONE]
 
-    def test_a_sweep_replaces_what_training_has_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_sweep_replaces_what_training_has_measured(self) -> None:
         """It is made after the epoch, with the model of then."""
         run = Published()
-        engine = self.engine(monkeypatch, run, sweep_every=2)
+        engine = self.engine(run, sweep_every=2)
         engine.update(-1, 0, Fixed(1.0))
         self.train(engine, 1, [0, 3, 4, 5], sharpness=0.5)
         self.train(engine, 40, [6, 7, 8, 11], sharpness=0.6)

@@ -7,7 +7,8 @@ import pytest
 
 from bss_ray.errors import WeightError
 from bss_ray.sample import holder as holder_module
-from bss_ray.sample.coordinator import NEGLECT_EPOCHS, Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import NEGLECT_EPOCHS, Coordinator
 from bss_ray.sample.draw import Draw
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.radix import TOP_SHIFT

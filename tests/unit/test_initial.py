@@ -17,7 +17,8 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.errors import DataError
 from bss_ray.measure.score import Accumulation, balance_scores
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import MeasureBatch, ScoreBlock
 from bss_ray.schedule import Learning

@@ -62,9 +62,6 @@ def test_folders_use_only_folders_above_them_in_the_table() -> None:
             here, there = folder_of(module), folder_of(other)
             if here != there and rows[there] >= rows[here]:
                 upwards[here, there].append(f"{module} imports {other}")
-    # Until the seam between coordinator and scorers is there.
-    pending = upwards.pop(("sample", "scoring"))
-    assert pending
     assert not upwards
 
 

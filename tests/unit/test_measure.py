@@ -24,7 +24,8 @@ from bss_ray.measure.forward import Forward, autocast, evaluating
 from bss_ray.measure.measurer import Measurer, per_row_loss
 from bss_ray.measure.score import Accumulation, balance_scores
 from bss_ray.measure.snapshot import pack_model, unpack_model, unwrap_model
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import MeasureBatch, ScoreBlock
 from bss_ray.schedule import Learning

@@ -14,7 +14,8 @@ from bss_ray.errors import ConfigError, WeightError
 from bss_ray.measure import normalise
 from bss_ray.measure.normalise import NORMALISATIONS, MinMaxNorm, RankNorm, join
 from bss_ray.measure.score import Accumulation, balance_scores
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import MeasureBatch
 from bss_ray.schedule import Learning

@@ -38,5 +38,5 @@ def test_sampler_without_ray() -> None:
 
 def test_holders_without_torch() -> None:
     # A second of start and 120 MB for each of many processes.
-    code = "import bss_ray.sample.holder_actors, sys; sys.exit('torch' in sys.modules)"
+    code = "import bss_ray.sample.actors, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,7 +18,8 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError
 from bss_ray.load.loader import FILLER, Loader, RankBatch
-from bss_ray.sample.coordinator import Coordinator, LocalHolders
+from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Order, share_out
 from bss_ray.schedule import Scheduler

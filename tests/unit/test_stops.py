@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
 
 import pytest
 
-from bss_ray.runtime.ranks import RankGroup
+from bss_ray.runtime.ranks import OneRank, RankGroup
+from bss_ray.testing.cluster import Meeting, ThreadRanks
 from bss_ray.train.supervise import StopPoll
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class ThreadRanks(RankGroup):
-    """RankGroup that are threads of this process."""
-
-    said: dict[int, object] = field(default_factory=dict)
-    meet: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
-
-    def from_first(self, own: T) -> T:
-        self.said[self.rank] = own
-        self.meet.wait(30)
-        first = self.said[0]
-        self.meet.wait(30)
-        return first  # type: ignore[return-value]
-
-
-def run_ranks(count: int, loop: Callable[[ThreadRanks], int]) -> list[int]:
-    said: dict[int, object] = {}
-    meet = threading.Barrier(count)
+def run_ranks(count: int, loop: Callable[[RankGroup], int]) -> list[int]:
+    meeting = Meeting(count)
     ended = [0] * count
 
     def run(rank: int) -> None:
-        ended[rank] = loop(ThreadRanks(rank, count, said, meet))
+        ended[rank] = loop(ThreadRanks(rank, meeting))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
     for thread in threads:
@@ -50,7 +31,7 @@ def run_ranks(count: int, loop: Callable[[ThreadRanks], int]) -> list[int]:
 def test_all_ranks_stop_before_the_same_batch_soon_after_the_wish(every_s: float) -> None:
     asked_at = 500
 
-    def loop(ranks: ThreadRanks) -> int:
+    def loop(ranks: RankGroup) -> int:
         at = 0
         stops = StopPoll(ranks, lambda: at >= asked_at, lambda: False, every_s=every_s)
         pause = threading.Event()
@@ -75,13 +56,13 @@ def test_the_question_is_rare() -> None:
         questions += 1
         return False
 
-    stops = StopPoll(RankGroup(0, 1), stopping, lambda: False, every_s=1e9)
+    stops = StopPoll(OneRank(), stopping, lambda: False, every_s=1e9)
     assert {stops.wish() for _ in range(10_000)} == {"go on"}
     assert questions == 1  # the second step, which says how long one takes
 
 
 def test_a_node_that_goes_is_saved_for_and_a_stop_comes_first() -> None:
-    stops = StopPoll(RankGroup(0, 1), lambda: False, lambda: True, every_s=0.0)
+    stops = StopPoll(OneRank(), lambda: False, lambda: True, every_s=0.0)
     assert [stops.wish() for _ in range(3)] == ["go on", "save", "save"]
-    stops = StopPoll(RankGroup(0, 1), lambda: True, lambda: True, every_s=0.0)
+    stops = StopPoll(OneRank(), lambda: True, lambda: True, every_s=0.0)
     assert [stops.wish() for _ in range(2)] == ["go on", "stop"]

@@ -1,4 +1,4 @@
-"""The driver while the ranks work, with a board in this process."""
+"""The driver while the ranks work, with an event log in this process."""
 
 from __future__ import annotations
 
@@ -13,52 +13,65 @@ import ray
 
 from bss_ray.errors import ConfigError
 from bss_ray.runtime import wait
-from bss_ray.runtime.event_log import EventLog
-from bss_ray.runtime.messages import FatalError, Notice
+from bss_ray.runtime.event_log import EventLog, UnavailableError
+from bss_ray.runtime.messages import FatalError, Message, Notice
 from bss_ray.train import supervise as module
 from bss_ray.train.supervise import EventReader, supervise
 
 
 class Coordinator:
-    """Answers as the actor's handle does."""
+    """The event log of an actor that may be lost and restarted."""
 
     def __init__(self) -> None:
-        self.its_board = EventLog()
+        self.its_log = EventLog()
         self.lost = False
         self.asked = threading.Event()
 
-    @property
-    def board(self) -> Coordinator:
-        return self
-
-    def remote(self, method: str, *args: Any) -> Any:
+    def _log(self) -> EventLog:
         self.asked.set()
         if self.lost:
-            raise ray.exceptions.ActorUnavailableError("lost", b"0" * 16)
-        return getattr(self.its_board, method)(*args)
+            raise UnavailableError("lost")
+        return self.its_log
+
+    def post(self, message: Message, *, wait: bool = False) -> None:
+        self._log().post(message)
+
+    def read(self, log: str, start: int) -> tuple[str, list[Message]]:
+        return self._log().read(log, start)
+
+    def beat(self) -> None:
+        self._log().beat()
+
+    def silence(self) -> float:
+        return self._log().silence()
+
+    def request_stop(self) -> None:
+        self._log().request_stop()
+
+    def stop_requested(self) -> bool:
+        return self._log().stop_requested()
 
 
 @pytest.fixture
 def coordinator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
-    monkeypatch.setattr(module.ray, "get", lambda answer, timeout: answer)
-    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(module, "_POLL_S", 0.01)
     yield Coordinator()
     wait.set_wait_limit(wait.DEFAULT_LIMIT_S)
 
 
-def test_messages_are_handed_on_once_also_of_a_new_board(coordinator: Coordinator) -> None:
+def test_messages_are_handed_on_once_also_of_a_new_log(coordinator: Coordinator) -> None:
     seen: list[Any] = []
     reader = EventReader(coordinator, lambda message: seen.append(message))
     for n in range(3):
-        coordinator.its_board.post(Notice(str(n)))
+        coordinator.its_log.post(Notice(str(n)))
         reader.look()
     coordinator.lost = True
     reader.look()  # in trouble: nothing is read, and nothing forgotten
     coordinator.lost = False
     reader.look()
-    coordinator.its_board = EventLog()  # restarted
-    coordinator.its_board.post(Notice("3"))
+    coordinator.its_log = EventLog()  # restarted
+    coordinator.its_log.post(Notice("3"))
     reader.look()
     assert seen == [Notice(text) for text in "0123"]
 
@@ -68,7 +81,7 @@ def test_the_result_the_last_messages_and_errors_come_through(coordinator: Coord
     reader = EventReader(coordinator, seen.append)
 
     def fit() -> str:
-        coordinator.its_board.post(FatalError(ConfigError("no")))
+        coordinator.its_log.post(FatalError(ConfigError("no")))
         return "result"
 
     assert supervise(fit, reader) == ("result", False)
@@ -90,13 +103,13 @@ def handler_of_ray_train() -> Iterator[None]:
 def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: Coordinator) -> None:
     theirs = signal.getsignal(signal.SIGINT)
     notices: list[Any] = []
-    board = coordinator.its_board
+    board = coordinator.its_log
 
     def fit() -> str:
         coordinator.asked.wait(30)  # the main thread is looking on by now, and not still starting this one
         signal.raise_signal(signal.SIGINT)  # delivered to the main thread
         deadline = time.monotonic() + 30
-        while not board.stopping() and time.monotonic() < deadline:
+        while not board.stop_requested() and time.monotonic() < deadline:
             time.sleep(0.01)
         return "saved"
 
@@ -131,7 +144,7 @@ def test_ranks_that_give_no_sign_of_life_end_the_run(coordinator: Coordinator, m
 
     def living() -> str:
         while time.monotonic() - started < 0.9:
-            coordinator.its_board.beat()
+            coordinator.its_log.beat()
             time.sleep(0.02)
         return "done"
 
