@@ -1,4 +1,4 @@
-"""The message board of a run: what ranks say to the driver, and the driver's wish that they stop."""
+"""The event log of a run: messages of the ranks to the driver, and the driver's request that the ranks stop."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bss_ray.runtime.messages import Message, OnMessage
 
 
 class UnavailableError(RuntimeError):
-    """The event log does not answer now: its process is lost, or cut off, and perhaps being restarted."""
+    """The event log does not answer now: its process is lost or cut off, and may be restarted."""
 
 
 class EventLogClient(Protocol):
-    """A run's event log, as ranks and the driver call it; see `EventLog` for what the methods do.
+    """A run's event log, as ranks and the driver call it; `EventLog` describes the methods.
 
     Raises:
-        UnavailableError: it does not answer now.
+        UnavailableError: The event log does not answer now.
     """
 
     def post(self, message: Message, *, wait: bool = False) -> None: ...
@@ -35,12 +35,12 @@ class EventLogClient(Protocol):
 
 
 class EventLog:
-    """Messages in the order of their arrival, the ranks' signs of life, and whether they are to stop.
+    """Messages in the order of their arrival, the time of the last heartbeat, and whether the ranks are to stop.
 
-    Called from several threads.
+    Several threads may call it at a time.
 
     Args:
-        listener: is told each message, too.
+        listener: Function that is also called with each message.
     """
 
     def __init__(self, listener: OnMessage | None = None) -> None:
@@ -52,7 +52,7 @@ class EventLog:
         self._lock = threading.Lock()
 
     def post(self, message: Message, *, wait: bool = False) -> None:
-        """Put a message into the log."""
+        """Append a message. `wait` is for clients in other processes: return only when the message is in the log."""
         with self._lock:
             self._messages.append(message)
             if self._listener is not None:
@@ -60,28 +60,28 @@ class EventLog:
             self._heard = time.monotonic()
 
     def read(self, log: str, start: int) -> tuple[str, list[Message]]:
-        """What is new to a reader.
+        """Messages that a reader has not read yet.
 
         Args:
-            log: Id of the log that was read before: a coordinator that was restarted has another, an empty one.
-            start: messages that were read of it.
+            log: Id of the log that was read before. A coordinator that was restarted has a new, empty log.
+            start: Number of messages that were read from that log.
 
         Returns:
-            Id of this log, and its messages that were not read.
+            Id of this log, and its messages that were not read yet.
         """
         with self._lock:
             return self._id, self._messages[start if log == self._id else 0 :]
 
     def beat(self) -> None:
-        """The ranks are alive."""
+        """A rank is alive."""
         self._heard = time.monotonic()
 
     def silence(self) -> float:
-        """Seconds since the ranks gave a sign of life."""
+        """Seconds since the last message or heartbeat."""
         return time.monotonic() - self._heard
 
     def request_stop(self) -> None:
-        """Have the ranks save a checkpoint and end."""
+        """Ask the ranks to save a checkpoint and end."""
         self._stopping = True
 
     def stop_requested(self) -> bool:

@@ -24,11 +24,11 @@ _ROWS = 15
 
 @contextlib.contextmanager
 def recorded(file: str, post: Callable[[Message], object]) -> Iterator[None]:
-    """Profile what is done inside, and put it on the board unless that fails.
+    """Profile what is done inside, and post the profile unless that fails.
 
     Args:
-        file: name of the trace.
-        post: puts a message on the board.
+        file: Name of the trace.
+        post: Function that posts a message to the event log.
     """
     import ray  # a rank without a profile needs no object store
 
@@ -62,8 +62,8 @@ class Profiler:
     """Records one step and one scoring pass of a rank.
 
     Args:
-        wanted: else it does nothing.
-        post: puts a message on the board.
+        wanted: Whether anything is recorded.
+        post: Function that posts a message to the event log.
     """
 
     def __init__(self, wanted: bool, post: Callable[[Message], object]) -> None:
@@ -77,7 +77,7 @@ class Profiler:
         Args:
             batch: Number of the batch in its epoch.
             batches: Number of batches of the epoch.
-            due: whether it is an epoch whose steps are profiled.
+            due: Whether steps of this epoch are profiled.
         """
         if STEP not in self._left or not due:
             return contextlib.nullcontext()
@@ -102,7 +102,7 @@ class ProfileFolder:
     """Writes `profile/` of a run folder, in the driver.
 
     Args:
-        run: the run folder.
+        run: Folder of the run.
     """
 
     def __init__(self, run: StoragePath) -> None:

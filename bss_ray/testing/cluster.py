@@ -476,7 +476,7 @@ class LocalCluster:
                         break
                     if attempt >= self._max_failures:
                         raise errors[0]
-            stopped = reader.stopping()
+            stopped = reader.stop_requested()
         folders = self.checkpoints()
         return LocalResult(
             metrics=self.reports[-1] if self.reports else {},

@@ -1,4 +1,4 @@
-"""What a rank says: to people, by way of the coordinator's board, where rank 0 speaks for all; and to its own log."""
+"""What a rank reports: messages to the event log, where rank 0 speaks for all ranks, and records to its own log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bss_ray.sample.plan import Plan
 from bss_ray.train.backend import SamplerContext
 from bss_ray.train.checkpoint import Position
 
-# Messages about batches, at most one in so many seconds: the board is for people.
+# Seconds between two messages about batches: people read them.
 _POST_INTERVAL_S = 0.5
 
 
@@ -21,9 +21,9 @@ class Reporter:
     """Speaks for one rank.
 
     Args:
-        context: of the run.
-        rank: number of this rank, from 0.
-        position: where training stands, which all messages carry.
+        context: Context of the run.
+        rank: Number of this rank, from 0.
+        position: Function that returns the current position of training, which all messages carry.
     """
 
     def __init__(self, context: SamplerContext, rank: int, position: Callable[[], Position]) -> None:
@@ -33,14 +33,14 @@ class Reporter:
         self._posted, self._new_rows = 0.0, 0
 
     def post(self, message: Message) -> None:
-        """Put a message on the board."""
+        """Append a message to the event log, with the position of training."""
         if self._rank == 0:
             at = self._position()
             epoch = at.epoch if message.epoch is None else message.epoch
             self._context.coordinator.events.post(replace(message, epoch=epoch, version=at.version, rank=0))
 
     def notice(self, text: str) -> None:
-        """Something that the user should read."""
+        """Tell the user something."""
         self.post(Notice(text))
 
     def warn(self, warnings: Mapping[str, str]) -> None:
@@ -51,18 +51,18 @@ class Reporter:
                 self.notice(f"Warning: {text}")
 
     def log(self, text: str, *args: object) -> None:
-        """For whoever reads this rank's log."""
+        """Write a line to the log of this rank."""
         at = self._position()
         self._logger.at(epoch=at.epoch, version=at.version).info(text, *args)
 
     def progress(self, plan: Plan, batch: int, *, waited_s: float, spent_s: float) -> None:
-        """Now and then, and at the end of an epoch: how far it is, and the rows since the last such message.
+        """Tell, about twice a second and at the end of an epoch, how far training is, and the rows since the last time.
 
         Args:
-            plan: of the epoch.
-            batch: global batch at hand.
-            waited_s: seconds of the epoch that its loop waited for batches.
-            spent_s: seconds of the epoch so far.
+            plan: Plan of the epoch.
+            batch: Current global batch.
+            waited_s: Seconds of the epoch that the loop of this rank waited for batches.
+            spent_s: Seconds of the epoch so far.
         """
         start, stop = plan.span(batch)
         self._new_rows += stop - start
@@ -74,7 +74,7 @@ class Reporter:
         self.post(BatchProgress(batch, plan.batches, rows, stalled))
 
     def placement(self, rank_nodes: Sequence[str]) -> None:
-        """What runs where, if there is more than this process."""
+        """Tell where the processes of the run are, if it has more than this one."""
         if self._rank == 0 and not isinstance(self._context.holders, LocalHolders):
             message = self._context.backend.process_map(self._context.prefix, rank_nodes)
             if message is not None:

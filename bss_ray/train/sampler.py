@@ -232,7 +232,7 @@ class Sampler:
             with contextlib.closing(self._loader.batches(plan, order, self._position.batch, transform)) as loaded:
                 for batch in loaded:
                     if batch.number % step_batches == 0:
-                        self._heed(self._stops.wish())
+                        self._follow(self._stops.next_action())
                     self.loss_scale = batch.loss_scale
                     # Set before the batch is used: who saves in the loop's body has trained on it.
                     self._position = replace(self._position, batch=batch.number + 1)
@@ -421,13 +421,13 @@ class Sampler:
         """Whether a node is about to be, and nothing was saved for that yet."""
         return not self._preempted and self._backend.preempted()
 
-    def _heed(self, wish: StopAction) -> None:
+    def _follow(self, action: StopAction) -> None:
         """Save before a node goes, once, or before the run stops.
 
         Raises:
             Stopped: it stops.
         """
-        if wish == "go on":
+        if action == "continue":
             return
         self._preempted = True
         if self._restored and self._model is not None:
@@ -435,8 +435,8 @@ class Sampler:
             saved = f"saved at epoch {self._position.epoch}, batch {self._position.batch}"
         else:
             saved = "nothing saved: the train loop does not call sampler.restore(model=..., optimizer=...)"
-        self._say.notice(f"{'the run is to stop' if wish == 'stop' else 'a node is about to be taken away'}: {saved}")
-        if wish == "stop":
+        self._say.notice(f"{'the run is to stop' if action == 'stop' else 'a node is about to be taken away'}: {saved}")
+        if action == "stop":
             raise Stopped
 
 
@@ -481,7 +481,7 @@ def run_rank(
     """
     set_wait_limit(context.wait_limit_s)
     events = EventReader(context.coordinator.events, lambda _: None)
-    if events.fatal_error() is not None or events.stopping():
+    if events.fatal_error() is not None or events.stop_requested():
         return None  # another attempt would only fail again, and the trainer raises the error; or none is wanted
     keep_freed_memory()
     try:

@@ -1,4 +1,4 @@
-"""A run that is watched: the driver relays messages, asks for a stop, and notices ranks that are silent."""
+"""Supervision of a run: the driver relays messages, requests a stop, and notices that no rank is alive."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bss_ray.runtime.messages import FatalError, Notice, OnMessage
 from bss_ray.runtime.ranks import RankGroup
 from bss_ray.runtime.wait import InThread, wait_limit, wait_timeout_error
 
-StopAction = Literal["go on", "save", "stop"]
+StopAction = Literal["continue", "save", "stop"]
 
-# About so often the ranks ask each other: a broadcast of a few bytes, against the seconds of grace that a stop gives.
+# Seconds between two questions. A question is a broadcast of a few bytes; a stop gives the ranks some seconds.
 EVERY_S = 1.0
 
 
@@ -27,48 +27,53 @@ class Stopped(BaseException):
 class StopPoll:
     """Asks about once a second whether the run is to stop, on all ranks before the same batch.
 
-    When that is, no rank's own clock can say. Rank 0 measures how long a step takes, and says with each answer after
-    how many of them the next question is due.
+    The clocks of the ranks cannot agree on a batch. So rank 0 measures how long a step takes, and tells the others
+    with each answer after how many steps the next question is due.
 
     Args:
-        ranks: all of them; each calls `wish` equally often.
-        stopping: called on rank 0: is the run to stop?
-        preempted: called on all ranks: is a node about to be taken away?
-        every_s: seconds between questions.
+        ranks: All ranks; each calls `next_action` equally often.
+        stop_requested: Function that rank 0 calls: is the run to stop?
+        preempted: Function that all ranks call: is a node about to be taken away?
+        every_s: Seconds between two questions.
     """
 
     def __init__(
-        self, ranks: RankGroup, stopping: Callable[[], bool], preempted: Callable[[], bool], *, every_s: float = EVERY_S
+        self,
+        ranks: RankGroup,
+        stop_requested: Callable[[], bool],
+        preempted: Callable[[], bool],
+        *,
+        every_s: float = EVERY_S,
     ) -> None:
-        self._ranks, self._stopping, self._preempted, self._every_s = ranks, stopping, preempted, every_s
+        self._ranks, self._stop_requested, self._preempted, self._every_s = ranks, stop_requested, preempted, every_s
         self._steps = 0  # since the last question
         self._due_after = 1
         self._asked = time.monotonic()
 
-    def wish(self) -> StopAction:
-        """What is to be done before the next step."""
+    def next_action(self) -> StopAction:
+        """The action before the next step."""
         if self._steps < self._due_after:
             self._steps += 1
-            return "go on"
+            return "continue"
         stopping, self._due_after = self._ranks.from_first(self._answer())
         self._steps, self._asked = 1, time.monotonic()
         if stopping:
             return "stop"
-        return "save" if self._preempted() else "go on"
+        return "save" if self._preempted() else "continue"
 
     def _answer(self) -> tuple[bool, int]:
-        """Whether to stop, and steps until the next question."""
+        """Whether to stop, and the number of steps until the next question."""
         if self._ranks.rank != 0:
-            return False, 1  # only rank 0's counts
+            return False, 1  # only the answer of rank 0 counts
         seconds = (time.monotonic() - self._asked) / self._steps
-        return self._stopping(), max(1, round(self._every_s / max(seconds, 1e-6)))
+        return self._stop_requested(), max(1, round(self._every_s / max(seconds, 1e-6)))
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _POLL_S = 0.25
-# Seconds between two signs of life of a rank.
+# Seconds between two heartbeats of a rank.
 BEAT_S = 5.0
 
 
@@ -77,7 +82,7 @@ class EventReader:
 
     Args:
         events: The event log.
-        on_message: Called with each message.
+        on_message: Function that is called with each message.
     """
 
     def __init__(self, events: EventLogClient, on_message: OnMessage) -> None:
@@ -85,8 +90,8 @@ class EventReader:
         self._log, self._seen = "", 0
         self._heard = time.monotonic()
 
-    def look(self) -> None:
-        """Hand on what is new."""
+    def relay(self) -> None:
+        """Pass messages that are new to `on_message`."""
         answer = _answer_of(self._events.read, self._log, self._seen)
         if answer is None:
             return
@@ -98,28 +103,28 @@ class EventReader:
             self._on_message(message)
 
     def fatal_error(self) -> BaseException | None:
-        """The first user error that a rank has met."""
+        """The first error of the user that was raised in a rank."""
         answer = _answer_of(self._events.read, "", 0)
         messages = [] if answer is None else answer[1]
         return next((message.error for message in messages if isinstance(message, FatalError)), None)
 
-    def stopping(self) -> bool:
-        """Whether the ranks have been asked to stop."""
+    def stop_requested(self) -> bool:
+        """Whether the ranks are to stop."""
         return bool(_answer_of(self._events.stop_requested))
 
     def notice(self, text: str) -> None:
-        """Something that the user should read."""
+        """Tell the user something."""
         self._on_message(Notice(text))
 
-    def ask_to_stop(self) -> None:
-        """Have the ranks save a checkpoint and end; to be repeated, for the event log may be a new one."""
+    def request_stop(self) -> None:
+        """Ask the ranks to save a checkpoint and end. To be repeated: a restarted coordinator has a new event log."""
         _answer_of(self._events.request_stop)
 
-    def check_life(self) -> None:
-        """The ranks have given a sign of life not too long ago.
+    def check_alive(self) -> None:
+        """Check that some rank is alive.
 
         Raises:
-            WaitError: they have not; the cluster has no room for them any more, say.
+            WaitError: No rank has been heard of for too long; the cluster may have no room for them any more.
         """
         if time.monotonic() - self._heard < 2 * BEAT_S:  # no need to ask
             return
@@ -134,30 +139,30 @@ class EventReader:
 
 
 def _answer_of(ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """An answer of the event log; None while there is none, since its process is in trouble or being restarted."""
+    """An answer of the event log; None while its process is lost, cut off or being restarted."""
     try:
         return ask(*args, **kwargs)
     except UnavailableError:
         return None
 
 
-def supervise(fit: Callable[[], T], board: EventReader) -> tuple[T, bool]:
-    """Run `fit` in a thread of its own, and look after it in this one.
+def supervise(fit: Callable[[], T], events: EventReader) -> tuple[T, bool]:
+    """Run `fit` in a thread of its own, and supervise it in this thread.
 
-    Ray Train's own handler of ctrl-C aborts without a checkpoint. It is installed by whoever calls `fit` in the main
-    thread; so that stays free, and the first ctrl-C there asks the ranks to save and stop, the second ends at once.
+    Ray Train's own handler of ctrl-C aborts without a checkpoint. It is installed only if `fit` is called in the main
+    thread, so `fit` runs in another. The first ctrl-C then asks the ranks to save and stop, the second ends at once.
 
     Args:
-        fit: runs the ranks.
-        board: theirs.
+        fit: Function that runs the ranks.
+        events: Reader of the ranks' event log.
 
     Returns:
-        What `fit` returned, and whether it was asked to stop.
+        Result of `fit`, and whether the ranks were asked to stop.
 
     Raises:
-        KeyboardInterrupt: the second.
-        WaitError: nothing was heard of the ranks for too long.
-        Exception: of `fit`.
+        KeyboardInterrupt: Ctrl-C was pressed twice.
+        WaitError: No rank was heard of for too long.
+        Exception: `fit` has raised it.
     """
     with _ctrl_c_is_an_interrupt():
         running = InThread(fit)
@@ -166,16 +171,16 @@ def supervise(fit: Callable[[], T], board: EventReader) -> tuple[T, bool]:
             try:
                 while not running.done.wait(_POLL_S):
                     if stopping:
-                        board.ask_to_stop()
-                    board.look()
-                    board.check_life()
-                board.look()  # the last messages
+                        events.request_stop()
+                    events.relay()
+                    events.check_alive()
+                events.relay()  # the last messages
                 return running.result(), stopping
             except KeyboardInterrupt:
                 if stopping:
                     raise
                 stopping = True
-                board.notice("stopping at the next batch, with a checkpoint (again: stop at once)")
+                events.notice("stopping at the next batch, with a checkpoint (again: stop at once)")
 
 
 @contextlib.contextmanager
@@ -185,7 +190,7 @@ def _ctrl_c_is_an_interrupt() -> Iterator[None]:
     A process that was started with ctrl-C switched off keeps it so.
     """
     before = signal.getsignal(signal.SIGINT)
-    # None: a handler that was not set from Python, and cannot be put back.
+    # None: a handler that was not set from Python, and cannot be restored.
     ours = threading.current_thread() is threading.main_thread() and before not in (signal.SIG_IGN, None)
     if ours:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -197,17 +202,17 @@ def _ctrl_c_is_an_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watch(board: EventReader) -> Iterator[None]:
-    """Hand messages on from a thread, while this one trains itself."""
+def watch(events: EventReader) -> Iterator[None]:
+    """Relay messages in another thread, while this thread trains."""
     done = threading.Event()
 
-    def look() -> None:
+    def relay() -> None:
         last = False
         while not last:
             last = done.wait(_POLL_S)  # once more after the end, for the last messages
-            board.look()
+            events.relay()
 
-    thread = threading.Thread(target=look, name="bss-ray-board", daemon=True)
+    thread = threading.Thread(target=relay, name="bss-ray-events", daemon=True)
     thread.start()
     try:
         yield
@@ -218,11 +223,11 @@ def watch(board: EventReader) -> Iterator[None]:
 
 @contextlib.contextmanager
 def heartbeat(events: EventLogClient) -> Iterator[None]:
-    """Tell the event log that this rank lives, from a thread, also while it computes."""
+    """Tell the event log regularly that this rank is alive; in another thread, so also while the rank computes."""
     done = threading.Event()
 
     def beat() -> None:
-        while True:  # at once: the driver has heard nothing since the attempt before
+        while True:  # at once: the driver has heard nothing since the last attempt
             with contextlib.suppress(UnavailableError):
                 events.beat()
             if done.wait(BEAT_S):

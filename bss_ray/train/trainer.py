@@ -177,31 +177,31 @@ class BalancedTrainer:
             self._on_message(Notice(text))
         self._on_message(Status("starting holders and ranks"))
         context, actors = self._start_actors(train, validation, request)
-        board = EventReader(context.coordinator.events, self._on_message)
+        events = EventReader(context.coordinator.events, self._on_message)
         try:
-            return self._run_ranks(context, board, request.groups)
+            return self._run_ranks(context, events, request.groups)
         finally:
             for actor in actors:
                 ray.kill(actor)
 
     def _run_ranks(
-        self, context: SamplerContext, board: EventReader, groups: Sequence[ProcessGroup]
+        self, context: SamplerContext, events: EventReader, groups: Sequence[ProcessGroup]
     ) -> ray.train.Result:
         """Have Ray Train run the ranks to the end; a user error that one of them met is raised as itself."""
-        fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context, groups), board)
+        fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context, groups), events)
         stopping = False
         try:
             if self._scaling_config.num_workers == 0:  # the ranks are this thread
-                with watch(board):
+                with watch(events):
                     result = fit()
             else:
-                result, stopping = supervise(fit, board)
+                result, stopping = supervise(fit, events)
         except ray.train.TrainingFailedError as error:
-            fatal = board.fatal_error()
+            fatal = events.fatal_error()
             if fatal is None:
                 raise
             raise fatal from error
-        fatal = board.fatal_error()
+        fatal = events.fatal_error()
         if fatal is not None:
             raise fatal
         if stopping:
@@ -218,7 +218,7 @@ class BalancedTrainer:
             run_config=_with_one_arena(self._run_config),
         )
 
-    def _fit_again(self, fit: Callable[[], ray.train.Result], board: EventReader) -> ray.train.Result:
+    def _fit_again(self, fit: Callable[[], ray.train.Result], events: EventReader) -> ray.train.Result:
         """Also after the loss of Ray Train's controller, which Ray does not restart: the same name goes on."""
         failures = (self._run_config.failure_config or ray.train.FailureConfig()).max_failures
         for attempt in itertools.count(1):
@@ -229,7 +229,7 @@ class BalancedTrainer:
                     raise
                 remove_orphaned_placement_groups()
                 why = first_line(error)
-                board.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
+                events.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
         raise AssertionError("unreachable")
 
     def _start_actors(

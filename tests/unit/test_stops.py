@@ -28,14 +28,14 @@ def run_ranks(count: int, loop: Callable[[RankGroup], int]) -> list[int]:
 
 
 @pytest.mark.parametrize("every_s", [0.0, 0.01])
-def test_all_ranks_stop_before_the_same_batch_soon_after_the_wish(every_s: float) -> None:
+def test_all_ranks_stop_before_the_same_batch_soon_after_the_request(every_s: float) -> None:
     asked_at = 500
 
     def loop(ranks: RankGroup) -> int:
         at = 0
         stops = StopPoll(ranks, lambda: at >= asked_at, lambda: False, every_s=every_s)
         pause = threading.Event()
-        while stops.wish() == "go on" and at < 100_000:
+        while stops.next_action() == "continue" and at < 100_000:
             at += 1
             if ranks.rank == 1 and at % 7 == 0:
                 pause.wait(0.0005)  # one that is slower
@@ -57,12 +57,12 @@ def test_the_question_is_rare() -> None:
         return False
 
     stops = StopPoll(OneRank(), stopping, lambda: False, every_s=1e9)
-    assert {stops.wish() for _ in range(10_000)} == {"go on"}
+    assert {stops.next_action() for _ in range(10_000)} == {"continue"}
     assert questions == 1  # the second step, which says how long one takes
 
 
 def test_a_node_that_goes_is_saved_for_and_a_stop_comes_first() -> None:
     stops = StopPoll(OneRank(), lambda: False, lambda: True, every_s=0.0)
-    assert [stops.wish() for _ in range(3)] == ["go on", "save", "save"]
+    assert [stops.next_action() for _ in range(3)] == ["continue", "save", "save"]
     stops = StopPoll(OneRank(), lambda: True, lambda: True, every_s=0.0)
-    assert [stops.wish() for _ in range(2)] == ["go on", "stop"]
+    assert [stops.next_action() for _ in range(2)] == ["continue", "stop"]

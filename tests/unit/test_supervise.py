@@ -65,14 +65,14 @@ def test_messages_are_handed_on_once_also_of_a_new_log(coordinator: Coordinator)
     reader = EventReader(coordinator, lambda message: seen.append(message))
     for n in range(3):
         coordinator.its_log.post(Notice(str(n)))
-        reader.look()
+        reader.relay()
     coordinator.lost = True
-    reader.look()  # in trouble: nothing is read, and nothing forgotten
+    reader.relay()  # in trouble: nothing is read, and nothing forgotten
     coordinator.lost = False
-    reader.look()
+    reader.relay()
     coordinator.its_log = EventLog()  # restarted
     coordinator.its_log.post(Notice("3"))
-    reader.look()
+    reader.relay()
     assert seen == [Notice(text) for text in "0123"]
 
 
@@ -103,13 +103,13 @@ def handler_of_ray_train() -> Iterator[None]:
 def test_ctrl_c_asks_the_ranks_to_stop_and_the_second_ends_at_once(coordinator: Coordinator) -> None:
     theirs = signal.getsignal(signal.SIGINT)
     notices: list[Any] = []
-    board = coordinator.its_log
+    log = coordinator.its_log
 
     def fit() -> str:
         coordinator.asked.wait(30)  # the main thread is looking on by now, and not still starting this one
         signal.raise_signal(signal.SIGINT)  # delivered to the main thread
         deadline = time.monotonic() + 30
-        while not board.stop_requested() and time.monotonic() < deadline:
+        while not log.stop_requested() and time.monotonic() < deadline:
             time.sleep(0.01)
         return "saved"
 
