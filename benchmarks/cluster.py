@@ -16,23 +16,21 @@ Prints medians over epochs, and how busy the coordinator's process was.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 import ray.train
 import torch
-from bss_ray.sample.coordinator_actor import CoordinatorActor
-from bss_ray.sample.start import coordinator_settings
-from bss_ray.scoring.actor import ScoringJob
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
@@ -41,9 +39,12 @@ import bss_ray
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import Arrays, ObjectStore
 from bss_ray.runtime.messages import EpochFinished
-from bss_ray.sample.actors import EVERY, ActorHolders
+from bss_ray.sample.actors import ActorHolders, CoordinatorActor, RayCoordinator
+from bss_ray.sample.client import Here, ScoringJob, Shared
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.state import MeasureBatch
+from bss_ray.scoring.actors import RayAnswer, RayScorers
 from bss_ray.scoring.pool import ScorerPool, ShardReport
 
 CLASSES = 4
@@ -164,15 +165,16 @@ class Host:
         self._holders[index] = Holder(spans)
 
     @ray.method(concurrency_group="holder")
-    def call(self, index: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._holders[index], method)(*args, **kwargs)
+    def call(self, index: int, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return method(self._holders[index], *args, **kwargs)
 
     @ray.method(concurrency_group="scorer")
     def node(self) -> str:
         return "here"
 
     @ray.method(concurrency_group="scorer")
-    def measure(self, holders: ManyHolders, job: ScoringJob, shard: int) -> ShardReport:
+    def measure(self, holders: ManyHolders, shared: Shared[ScoringJob], shard: int) -> ShardReport:
+        job = shared.get("the job")
         part = job.shards.parts[shard]
         rng = np.random.default_rng([job.version, shard])
         measures = (rng.random(part.rows, dtype=np.float32) for _ in range(2))
@@ -182,23 +184,25 @@ class Host:
         )
         return ShardReport(part.rows, [], [])
 
-    def rank(self, ranks: list[int], step: str, coordinator: Any, *args: Any) -> None:
+    def rank(self, ranks: list[int], step: str, coordinator: RayCoordinator, *args: int) -> None:
         """These ranks, at the same time, take one step of an epoch's boundary."""
         with ThreadPoolExecutor(len(ranks)) as threads:
             list(threads.map(lambda rank: STEPS[step](coordinator, rank, *args), ranks))
 
 
-def _review(coordinator: Any, _rank: int, epoch: int, version: int) -> None:
-    ray.get(coordinator.review.remote(epoch, version))
+def _review(coordinator: RayCoordinator, rank: int, epoch: int, version: int) -> None:
+    if rank == 0:  # which tells the others
+        coordinator.review(epoch, version)
 
 
-def _state(coordinator: Any, rank: int, ranks: int, version: int) -> None:
-    ray.get(ray.get(coordinator.parts.remote(version, rank, ranks)))
+def _state(coordinator: RayCoordinator, rank: int, ranks: int, version: int) -> None:
+    for state in coordinator.states(version, rank, ranks):
+        state.get("the scores of a holder")
 
 
-def _first_window(coordinator: Any, _rank: int, epoch: int, version: int) -> None:
-    ray.get(coordinator.plan.remote(epoch, version, 0))
-    ray.get(ray.get(coordinator.window.remote(epoch, 0, version))[0])
+def _first_window(coordinator: RayCoordinator, _rank: int, epoch: int, version: int) -> None:
+    coordinator.plan(epoch, version, 0)
+    coordinator.window(epoch, 0, version).get("the first window")
 
 
 STEPS = {"review": _review, "state": _state, "plan": _first_window}
@@ -222,43 +226,25 @@ class ManyHolders(ActorHolders):
     def _host(self, index: int) -> Any:
         return self._hosts[index % len(self._hosts)]
 
-    def start(self, method: str, *args: Any, of: slice = EVERY) -> list[Any]:
-        called = range(len(self.names))[of]
-        self.sent += len(called)
-        return [self._host(index).call.remote(index, method, *args) for index in called]
-
-    def deliver(self, delivery: MeasureBatch, *, epoch: int, version: int, attempt: str) -> None:
-        edges = itertools.pairwise([*self._first_rows, np.iinfo(np.int64).max])
-        parts = [(index, delivery.within(*edge)) for index, edge in enumerate(edges)]
-        call = {"epoch": epoch, "version": version, "attempt": attempt}
-        receivers = [(self._host(index), index, part) for index, part in parts if len(part.rows)]
-        ray.get([host.call.remote(index, "receive", part, **call) for host, index, part in receivers])
+    def _call(self, index: int, method: Callable[..., Any], *args: Any, **kwargs: Any) -> ray.ObjectRef:
+        self.sent += 1
+        return self._host(index).call.remote(index, method, *args, **kwargs)
 
 
-@dataclass(frozen=True)
-class FindScorer:
-    """From a scorer's name to what stands for it."""
+class HostedScorers(RayScorers):
+    """Scorers of which each process has many."""
 
-    holders: ManyHolders
-    hosts: list[Any]
+    def __init__(self, holders: ManyHolders, hosts: list[Any]) -> None:
+        self._holders, self._hosts = holders, hosts
 
-    def __call__(self, name: str) -> OneScorer:
-        return OneScorer(self.hosts[int(name.rpartition("-")[2]) % len(self.hosts)], self.holders)
+    def _host(self, name: str) -> Any:
+        return self._hosts[int(name.rpartition("-")[2]) % len(self._hosts)]
 
+    def node(self, name: str) -> RayAnswer[str]:
+        return RayAnswer(self._host(name).node.remote())
 
-class OneScorer:
-    """A scorer as the pool sees an actor's handle."""
-
-    def __init__(self, host: Any, holders: ManyHolders) -> None:
-        self.node = host.node
-        self.measure = self
-        self._host, self._holders = host, holders
-
-    def options(self, name: str) -> OneScorer:
-        return self
-
-    def remote(self, job: list[Any], shard: int) -> Any:
-        return self._host.measure.remote(self._holders, job[0], shard)
+    def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> RayAnswer[ShardReport]:
+        return RayAnswer(self._host(name).measure.remote(self._holders, job, shard))
 
 
 def load(args: argparse.Namespace) -> None:
@@ -273,23 +259,20 @@ def load(args: argparse.Namespace) -> None:
     spans = [[(part.first_row, part.rows) for part in parts[start:stop]] for start, stop in itertools.pairwise(edges)]
     holders = ManyHolders(hosts, [own[0][0] for own in spans])
     ray.get([holders._host(index).hold.remote(index, own) for index, own in enumerate(spans)])
-    settings = coordinator_settings(
-        rows=shards.rows,
-        scheduler=bss_ray.Learning(temperature=0.5),
-        scoring=bss_ray.Scoring(engine="actors"),
-        seed=0,
-        batch_size=args.ranks * 32,
-        tail="keep",
+    make = functools.partial(
+        Coordinator, rows=shards.rows, scheduler=bss_ray.Learning(temperature=0.5), batch_size=args.ranks * 32
     )
     names = [f"scorer-{index}" for index in range(args.scorers)]
-    pool = ScorerPool(names, 60.0, find=FindScorer(holders, hosts))
-    actor = ray.remote(num_cpus=0, concurrency_groups={"board": 1})(CoordinatorActor)
-    coordinator = actor.remote(holders, pool, settings)
-    boundaries(args, coordinator, hosts, shards)
+    pool = ScorerPool(names, 60.0, HostedScorers(holders, hosts))
+    handle = ray.remote(num_cpus=0, concurrency_groups={"events": 1})(CoordinatorActor).remote(holders, make, pool)
+    coordinator = RayCoordinator(handle)
+    boundaries(args, coordinator, handle, hosts, shards)
     ray.shutdown()
 
 
-def boundaries(args: argparse.Namespace, coordinator: Any, hosts: list[Any], shards: Shards) -> None:
+def boundaries(
+    args: argparse.Namespace, coordinator: RayCoordinator, handle: Any, hosts: list[Any], shards: Shards
+) -> None:
     """Measure epoch boundaries."""
     dealt = [list(range(args.ranks))[index :: len(hosts)] for index in range(len(hosts))]
 
@@ -300,20 +283,20 @@ def boundaries(args: argparse.Namespace, coordinator: Any, hosts: list[Any], sha
 
     def usage() -> tuple[int, float]:
         used: tuple[int, float] = ray.get(
-            coordinator.__ray_call__.remote(lambda actor: (actor._holders.sent, time.process_time()))
+            handle.__ray_call__.remote(lambda actor: (actor._service._holders.sent, time.process_time()))
         )
         return used
 
-    attempt = ray.get(coordinator.reset.remote())
+    attempt = coordinator.reset()
     all_ranks("plan", 0, 0)
     spent: list[dict[str, float]] = []
     for epoch in range(args.repeats + 1):
         sent, busy = usage()
         took = {"review": all_ranks("review", epoch, epoch)}
         started = time.perf_counter()
-        job = ScoringJob(None, shards, epoch, epoch + 1, attempt)
-        ray.get(coordinator.start_scoring.remote(job))
-        published = ray.get(coordinator.finish_scoring.remote(epoch + 1))
+        job = Here(ScoringJob(Here(None), shards, epoch, epoch + 1, attempt))  # nobody gets the model
+        coordinator.start_scoring(job, ["here"] * args.scorers)
+        published = coordinator.finish_scoring(epoch + 1)
         assert published.version == epoch + 1, published
         took["scoring"] = time.perf_counter() - started
         took["state"] = all_ranks("state", args.ranks, epoch + 1)

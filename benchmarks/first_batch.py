@@ -6,6 +6,7 @@ Prints the median, and where the time goes. The first repeat is not counted.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import platform
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 import torch
-from bss_ray.sample.start import start_coordinator, start_holders
 
-from bss_ray import Columns, Learning, Scoring
+from bss_ray import Columns, Learning
 from bss_ray.data.shards import Feature, Shard, Shards
 from bss_ray.data.store import ObjectStore
 from bss_ray.load.loader import Loader
+from bss_ray.sample.actors import start_coordinator, start_holders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.plan import Order
 from bss_ray.sample.state import ScoreBlock
 
@@ -63,25 +65,18 @@ def main() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; ray {ray.__version__}")
     shards = make_shards(options.rows, 16)
-    scoring = Scoring(num_holders=options.holders)
-    holders, _handles = start_holders(shards, scoring)
-    coordinator = start_coordinator(
-        holders,
-        rows=shards.rows,
-        scheduler=Learning(temperature=0.25),
-        scoring=scoring,
-        seed=0,
-        batch_size=options.batch_size,
-        tail="keep",
-    )
+    holders, _handles = start_holders(shards, count=options.holders)
+    scheduler = Learning(temperature=0.25)
+    make = functools.partial(Coordinator, rows=shards.rows, scheduler=scheduler, batch_size=options.batch_size)
+    coordinator, _handle = start_coordinator(holders, make)
     loader = Loader(shards, rank=0, rank_nodes=[shards.parts[0].node], device=torch.device("cpu"))
     stages: list[list[float]] = []
     for version in range(1, options.repeats + 2):
-        ray.get(coordinator.load.remote(RandomScores(version), version))
+        coordinator.load(RandomScores(version), version)
         times = [time.perf_counter()]
-        plan = ray.get(coordinator.plan.remote(1, version))
+        plan = coordinator.plan(1, version)
         times.append(time.perf_counter())
-        window = ray.get(ray.get(coordinator.window.remote(1, 0, version))[0])
+        window = coordinator.window(1, 0, version).get("the first window")
         times.append(time.perf_counter())
         batches = loader.batches(plan, Order(plan, lambda _index, window=window: window))
         first = next(batches)

@@ -6,6 +6,7 @@ Real actors. The measures of all rows are delivered before the clock starts. Pri
 """
 
 import argparse
+import functools
 import itertools
 import os
 import platform
@@ -14,12 +15,13 @@ import time
 
 import numpy as np
 import ray
-from bss_ray.sample.start import start_coordinator, start_holders
 
 from bss_ray import Columns, Learning, Scoring
 from bss_ray.data.shards import Shard, Shards
 from bss_ray.data.store import ObjectStore
 from bss_ray.measure.normalise import NORMALISE
+from bss_ray.sample.actors import start_coordinator, start_holders
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.state import MeasureBatch
 
 # Rows of one delivery.
@@ -39,11 +41,10 @@ def main() -> None:
     parts = tuple(Shard(start, stop - start, "") for start, stop in itertools.pairwise(edges))
     shards = Shards(Columns(modalities=("a", "b")), parts, {}, 2, "benchmark", ObjectStore([]))
     scoring = Scoring(num_holders=options.holders, momentum=0.5, normalise=options.normalise)
-    holders, _handles = start_holders(shards, scoring)
-    coordinator = start_coordinator(
-        holders, rows=options.rows, scheduler=Learning(), scoring=scoring, seed=0, batch_size=64, tail="keep"
-    )
-    attempt = ray.get(coordinator.reset.remote())
+    holders, _handles = start_holders(shards, count=options.holders)
+    make = functools.partial(Coordinator, rows=options.rows, scheduler=Learning(), accumulation=scoring)
+    coordinator, _handle = start_coordinator(holders, make)
+    attempt = coordinator.reset()
     rng = np.random.default_rng(0)
     seconds = []
     for version in range(1, options.repeats + 2):
@@ -55,7 +56,7 @@ def main() -> None:
                 MeasureBatch.of(rows, similarity, information), epoch=version, version=version, attempt=attempt
             )
         delivered = time.perf_counter()
-        publication = ray.get(coordinator.publish.remote(version, options.rows))
+        publication = coordinator.publish(version, options.rows)
         assert (publication.version, publication.measured) == (version, options.rows)
         seconds.append((delivered - started, time.perf_counter() - delivered))
     delivery_s, publish_s = (statistics.median(column) for column in zip(*seconds[1:], strict=True))

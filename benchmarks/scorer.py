@@ -16,6 +16,7 @@ Prints medians and ratios. On a machine with a GPU it also measures two ResNet-1
 """
 
 import argparse
+import functools
 import itertools
 import os
 import platform
@@ -27,8 +28,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from bss_ray.sample.start import scorer_names, start_coordinator, start_holders, start_scorers
-from bss_ray.scoring.actor import ScoringJob
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -39,7 +38,11 @@ from bss_ray.measure.forward import Forward, evaluating
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.models import LateFusion
 from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.sample.actors import InStore, start_coordinator, start_holders
+from bss_ray.sample.client import ScoringJob
+from bss_ray.sample.coordinator import Coordinator
 from bss_ray.schedule import Uniform
+from bss_ray.scoring.actors import RayScorers, scorer_names, start_scorers
 from bss_ray.scoring.pool import ScorerPool
 from bss_ray.scoring.scorer import Scorer
 
@@ -149,17 +152,17 @@ def two_scorers(columns: dict[str, np.ndarray], batch_size: int, repeats: int) -
     features = {name: Feature(values.shape[1:], str(values.dtype)) for name, values in columns.items()}
     shards = Shards(Columns(modalities=tuple(SHAPES)), parts, features, CLASSES, "benchmark", ObjectStore(refs))
     scoring = Scoring(engine="actors", num_scorers=2, num_holders=1, batch_size=batch_size)
-    holders, handles = start_holders(shards, scoring)
+    holders, handles = start_holders(shards, count=scoring.num_holders)
     handles += start_scorers(shards, Measurer(), scoring, holders)
     names = scorer_names(holders, scoring)
-    coordinator = start_coordinator(
-        holders, rows=rows, scheduler=Uniform(), scoring=scoring, seed=0, batch_size=64, tail="keep"
-    )
-    job = ScoringJob(ray.put(pack_model(make_model())), shards, 0, 1, ray.get(coordinator.reset.remote()))
+    coordinator, handle = start_coordinator(holders, functools.partial(Coordinator, rows=rows, scheduler=Uniform()))
+    handles.append(handle)
+    model = InStore.put(pack_model(make_model()))
+    job = InStore.put(ScoringJob(model, shards, 0, 1, coordinator.reset()))
     homes = [part.node for part in parts]
     one, two = median_seconds(
-        lambda: ScorerPool(names[:1], 60).run(job, homes),
-        lambda: ScorerPool(names, 60).run(job, homes),
+        lambda: ScorerPool(names[:1], 60, RayScorers()).run(job, homes),
+        lambda: ScorerPool(names, 60, RayScorers()).run(job, homes),
         repeats=repeats,
     )
     print(f"one scorer actor    {rows / one:>10,.0f} rows/s")

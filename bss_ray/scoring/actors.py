@@ -61,7 +61,7 @@ class ScorerActor(Named):
 
 
 @dataclass(frozen=True)
-class _RayAnswer(Generic[T]):
+class RayAnswer(Generic[T]):
     """What an actor will answer."""
 
     reference: ray.ObjectRef
@@ -79,18 +79,18 @@ class _RayAnswer(Generic[T]):
 class RayScorers:
     """The `Scorers` that are actors."""
 
-    def node(self, name: str) -> _RayAnswer[str] | None:
+    def node(self, name: str) -> RayAnswer[str] | None:
         try:
-            return _RayAnswer(ray.get_actor(name).node.remote())
+            return RayAnswer(ray.get_actor(name).node.remote())
         except ValueError:  # Ray does not restart it any more
             return None
 
-    def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> _RayAnswer[ShardReport]:
+    def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> RayAnswer[ShardReport]:
         call = ray.get_actor(name).measure.options(name=f"scorer.measure shard {shard}")
-        return _RayAnswer(call.remote(job, shard))
+        return RayAnswer(call.remote(job, shard))
 
     def wait(self, answers: Sequence[Answer[object]], timeout_s: float) -> Sequence[Answer[Any]]:
-        by_reference = {answer.reference: answer for answer in answers if isinstance(answer, _RayAnswer)}
+        by_reference = {answer.reference: answer for answer in answers if isinstance(answer, RayAnswer)}
         ready, _ = ray.wait(list(by_reference), num_returns=1, timeout=timeout_s)
         return [by_reference[reference] for reference in ready]
 
