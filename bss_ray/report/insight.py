@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from optuna import Study
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -363,8 +363,9 @@ def _number_finding(name: str, trials: list[FrozenTrial], order: np.ndarray) -> 
 
 def _searched(name: str, trials: list[FrozenTrial]) -> tuple[float, float]:
     """Lowest and highest value that the space offered."""
-    ranges: list[Any] = [trial.distributions[name] for trial in trials]
-    return min(found.low for found in ranges), max(found.high for found in ranges)
+    found = [trial.distributions[name] for trial in trials]
+    ranges = [each for each in found if isinstance(each, FloatDistribution | IntDistribution)]  # of a number: all
+    return min(each.low for each in ranges), max(each.high for each in ranges)
 
 
 def _position(value: float, low: float, high: float, distribution: BaseDistribution) -> float:

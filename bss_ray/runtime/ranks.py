@@ -1,4 +1,4 @@
-"""What the ranks of a run say to each other."""
+"""Collective calls of the ranks of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RankGroup(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, own: T) -> list[T]:
-        """A small object of every rank, on every rank."""
+        """A small object of each rank, in the order of ranks, on every rank."""
 
     @abc.abstractmethod
     def add(self, values: Tensor) -> None:
@@ -32,14 +32,14 @@ class RankGroup(abc.ABC):
 
     @abc.abstractmethod
     def broadcast(self, values: Tensor) -> None:
-        """Replace a tensor by rank 0's, in place."""
+        """Replace a tensor by the one of rank 0, in place."""
 
     @abc.abstractmethod
     def barrier(self) -> None:
         """Wait for all ranks."""
 
     def from_first(self, own: T) -> T:
-        """Rank 0's object, on every rank."""
+        """The object of rank 0, on every rank."""
         return self.gather(own)[0]
 
     def sum(self, values: Tensor) -> list[float]:
@@ -59,13 +59,13 @@ class OneRank(RankGroup):
         return [own]
 
     def add(self, values: Tensor) -> None:
-        """They are the sums already."""
+        """The numbers are the sums already."""
 
     def broadcast(self, values: Tensor) -> None:
-        """It is rank 0's already."""
+        """The tensor is the one of rank 0 already."""
 
     def barrier(self) -> None:
-        """Nobody else is waited for."""
+        """There are no other ranks."""
 
 
 class TorchRanks(RankGroup):

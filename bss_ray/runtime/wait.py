@@ -1,13 +1,13 @@
-"""Waits for other processes: each has a limit, and says what it waited for when it is over.
+"""Waits for other processes: each has a limit, and the error at its end says what was waited for.
 
-A node can be cut off without a word, and what Ray waits for then is in the hands of its own health checks. The limit
-is the last resort: it turns a run that would hang for ever into an error, and the ranks start again from their last
-checkpoint.
+A node can be cut off without notice, and how long Ray waits then depends on its own health checks. The limit is the
+last resort: it turns a run that would hang forever into an error, and the ranks start again from their last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -20,7 +20,7 @@ T = TypeVar("T")
 # Longer than any single step between processes should take; as long as torch.distributed waits for a collective.
 DEFAULT_LIMIT_S = 1800.0
 
-# Ray Data adds this, and advice for others than users, to the message of an error.
+# Ray Data appends this to the message of an error, with advice that is not for users of this project.
 _ADDED_BY_RAY = "\nFailed to apply UDF"
 
 _limit_s = DEFAULT_LIMIT_S
@@ -29,12 +29,12 @@ _limit_s = DEFAULT_LIMIT_S
 class WaitError(TimeoutError):
     """Another process did not answer within the limit.
 
-    No error of the user's: the ranks start again from the last checkpoint, as often as `max_failures` allows.
+    It is not an error of the user: the ranks start again from the last checkpoint, as often as `max_failures` allows.
     """
 
 
 def set_wait_limit(seconds: float) -> None:
-    """How long this process waits for others. Each process of a run sets it once, when it starts to work."""
+    """Set how long this process waits for others. Each process of a run sets it once, when it starts to work."""
     global _limit_s
     _limit_s = seconds
 
@@ -44,16 +44,16 @@ def wait_limit() -> float:
     return _limit_s
 
 
-def wait_for(reference: Any, what: str) -> Any:
+def wait_for(reference: object, what: str) -> Any:
     """The value of a reference, or of a list of them.
 
     Args:
-        reference: as of `ray.get`.
-        what: is waited for, to go on the text "waited 1800 s for".
+        reference: Reference, or list of references, as for `ray.get`.
+        what: Name of the value, to complete the text "waited 1800 s for".
 
     Raises:
-        WaitError: it did not come within the limit.
-        BssRayError: a task has raised it.
+        WaitError: The value did not come within the limit.
+        BssRayError: A task has raised it.
     """
     import ray  # runs in a single process do without it
 
@@ -66,10 +66,10 @@ def wait_for(reference: Any, what: str) -> Any:
 
 @contextlib.contextmanager
 def users_errors() -> Iterator[None]:
-    """Raises an error of the user in a task as it was raised there, without Ray's wrapper and traceback.
+    """Raise an error of the user in a task as it was raised there, without Ray's wrapper and traceback.
 
     Raises:
-        BssRayError: a task has raised it.
+        BssRayError: A task has raised it.
     """
     import ray
 
@@ -83,7 +83,7 @@ def users_errors() -> Iterator[None]:
 
 
 def unwrap_ray_error(error: BaseException) -> BaseException:
-    """The error itself, out of the wrappers that Ray puts around it on its way between processes."""
+    """The error itself, without the wrappers that Ray puts around it between processes."""
     ray = sys.modules.get("ray")  # where Ray is not at work there are no wrappers
     while ray is not None and isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
@@ -93,15 +93,15 @@ def unwrap_ray_error(error: BaseException) -> BaseException:
 
 
 def call_with_timeout(function: Callable[[], T], what: str) -> T:
-    """What a function returns that waits for others, and cannot be told for how long; it runs in another thread.
+    """Result of a function that waits for others and has no time limit of its own; it runs in another thread.
 
     Args:
-        function: is left to itself where the limit is over.
-        what: is waited for, see `wait_for`.
+        function: Function that is abandoned at the end of the limit.
+        what: Name of the result, see `wait_for`.
 
     Raises:
-        WaitError: it did not return within the limit.
-        BaseException: what it has raised.
+        WaitError: The function did not return within the limit.
+        BaseException: The function has raised it.
     """
     return InThread(function).result_in_time(what)
 
@@ -109,27 +109,26 @@ def call_with_timeout(function: Callable[[], T], what: str) -> T:
 def iterate_with_timeout(items: Iterator[T], what: str) -> Generator[T, None, None]:
     """The items of an iterator that waits for others, such as Ray Data's.
 
-    Each is taken in a thread of its own, one after the other and none ahead. Where the wait ends first, with its
-    limit or with ctrl-C, the iterator is closed as soon as it can be. Until then `ray.shutdown()` would end the
-    process: Ray takes a call that outlives its session for a bug of its own.
+    Each item is taken in a thread of its own, one after the other and none ahead. If the wait ends first, by its limit
+    or by ctrl-C, the iterator is closed as soon as possible. Until then `ray.shutdown()` would end the process,
+    because Ray takes a call that outlives its session for a bug of its own.
 
     Args:
-        items: a generator, or without anything to close.
-        what: is waited for, see `wait_for`.
+        items: Generator, or another iterator that needs no closing.
+        what: Name of an item, see `wait_for`.
 
     Raises:
-        WaitError: one did not come within the limit.
+        WaitError: An item did not come within the limit.
     """
-    end = object()
     close = getattr(items, "close", lambda: None)
-    pull: InThread[Any] | None = None
+    pull: InThread[list[T]] | None = None
     try:
         while True:
-            pull = InThread(lambda: next(items, end))
-            item = pull.result_in_time(what)
-            if item is end:
+            pull = InThread(lambda: list(itertools.islice(items, 1)))  # empty at the end
+            taken = pull.result_in_time(what)
+            if not taken:
                 return
-            yield item
+            yield taken.pop()
     finally:
         if pull is None or pull.done.is_set():
             close()
@@ -138,7 +137,7 @@ def iterate_with_timeout(items: Iterator[T], what: str) -> Generator[T, None, No
 
 
 def wait_timeout_error(what: str) -> WaitError:
-    """The error of a wait that is over."""
+    """The error at the end of a wait."""
     return WaitError(
         f"waited {_limit_s:g} s for {what}. Its process or its node may be cut off or stuck: see `ray list actors` and "
         "`ray list nodes`; if it is only slow, raise wait_limit_s"
@@ -149,10 +148,10 @@ class InThread(Generic[T]):
     """A call in a daemon thread, which does not keep the process alive.
 
     Args:
-        function: what is called, at once.
+        function: Function that is called at once.
 
     Attributes:
-        done: that it has returned or raised.
+        done: Event that is set when the function has returned or raised.
     """
 
     def __init__(self, function: Callable[[], T]) -> None:
@@ -165,34 +164,34 @@ class InThread(Generic[T]):
     def _run(self) -> None:
         try:
             self._result = self._function()
-        except BaseException as error:  # SystemExit, too, is the caller's
+        except BaseException as error:  # SystemExit is the caller's, too
             self._error = error
         finally:
             self.done.set()
 
     def result(self) -> T:
-        """What it has returned; to be asked for when it is done.
+        """Result of the function, which must be done.
 
         Raises:
-            BaseException: what it has raised.
+            BaseException: The function has raised it.
         """
         if self._error is not None:
             raise self._error
         return self._result
 
     def result_in_time(self, what: str) -> T:
-        """What it returns within the limit.
+        """Result of the function, within the limit.
 
         Raises:
-            WaitError: it has not, and goes on.
-            BaseException: what it has raised.
+            WaitError: The function is not done, and continues.
+            BaseException: The function has raised it.
         """
         if not self.done.wait(_limit_s):
             raise wait_timeout_error(what)
         return self.result()
 
-    def then(self, function: Callable[[], Any]) -> None:
-        """Call another function when it is done, in another thread."""
+    def then(self, function: Callable[[], object]) -> None:
+        """Call another function when this one is done, in another thread."""
 
         def wait() -> None:
             self.done.wait()
