@@ -11,7 +11,8 @@ WITHOUT_TORCH = (
     "bss_ray.data.build",
     "bss_ray.data.tasks",
     "bss_ray.sample.holder",
-    "bss_ray.sample.holder_actors",
+    "bss_ray.sample.actors",
+    "bss_ray.sample.service",
     "bss_ray.schedule",
     "bss_ray.storage.probe",
 )
