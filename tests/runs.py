@@ -18,6 +18,7 @@ from bss_ray.data.store import StoreConfig
 from bss_ray.names import CLOCKED
 from bss_ray.runtime.messages import OnMessage
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S
+from bss_ray.scoring.scorer import Scorer
 from bss_ray.testing import Fault
 
 # The ranks do not know this module: send what it defines along with the loop.
@@ -74,6 +75,12 @@ class TwoHeads(nn.Module):
         return {**logits, "fused": logits["a"] + logits["b"]}
 
 
+def measured_by_hand(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Similarity and information of all rows, (N,) each."""
+    found = Scorer(bss_ray.Measurer(), "label", model=model).measure(make_columns())
+    return found.similarity, found.information
+
+
 @dataclass(frozen=True)
 class Faults:
     """Several faults in one run."""
@@ -110,10 +117,9 @@ class Audit:
 def audited_loop(audit: Audit) -> None:
     """Train, and write down what came."""
     sampler = bss_ray.get_sampler()
-    context = ray.train.get_context()
-    rank, ranks = context.get_world_rank(), context.get_world_size()
+    rank, ranks = sampler.rank, sampler._ranks.count
     torch.manual_seed(0)
-    model = ray.train.torch.prepare_model(TwoHeads(audit.dropout))
+    model = sampler.prepare(TwoHeads(audit.dropout))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if sampler.restore(model=model, optimizer=optimizer):
         (audit.folder / "resumed").touch()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.client import CoordinatorClient, LocalHolders
 from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Plan
@@ -30,6 +31,16 @@ def saved(score: np.ndarray, parts: int = 1) -> list[ScoreBlock]:
     return states
 
 
+@dataclass(frozen=True)
+class SavedParts:
+    """Parts as `SavedScores`: what holders load from."""
+
+    parts: list[ScoreBlock]
+
+    def scores(self, start: int, stop: int) -> list[ScoreBlock]:
+        return [part for part in self.parts if part.first_row < stop and part.stop_row > start]
+
+
 def local_coordinator(
     score: np.ndarray, scheduler: Scheduler, *, shards: int = 1, holders: int = 1, **settings: Any
 ) -> Coordinator:
@@ -46,6 +57,13 @@ def order_of(coordinator: Coordinator, epoch: int) -> tuple[np.ndarray, Plan]:
     """All row ids of an epoch in their order, and its plan."""
     plan = coordinator.plan(epoch)
     return np.concatenate([coordinator.window(epoch, index) for index in range(len(plan.window_ends))]), plan
+
+
+def state_of(coordinator: CoordinatorClient, version: int) -> ScoreBlock:
+    """Scores and measures of all rows, in one block."""
+    held = [part for shared in coordinator.states(version) for part in shared.get("scores")]
+    parts = sorted(held, key=lambda part: part.first_row)
+    return ScoreBlock(0, **{name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays})
 
 
 def join_calls() -> None:

@@ -21,10 +21,10 @@ from bss_ray.runtime.messages import EpochFinished, Message, Notice, ProfileReco
 from bss_ray.runtime.profiling import SCORING, STEP, ProfileFolder
 from bss_ray.sample.state import ScoreBlock
 from bss_ray.scoring.engines import ActorsEngine, OnlineEngine, WorkersEngine
-from bss_ray.scoring.scorer import Scorer
 from bss_ray.storage import StoragePath
 from bss_ray.train.sampler import Sampler
-from tests.runs import BATCH, ROWS, TwoHeads, make_columns, make_shards
+from tests.runs import BATCH, ROWS, TwoHeads, make_shards, measured_by_hand
+from tests.support import state_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -60,22 +60,9 @@ def notices(messages: list[Message]) -> list[str]:
     return [message.text for message in messages if isinstance(message, Notice)]
 
 
-def state_of(sampler: Sampler, version: int) -> ScoreBlock:
-    """Scores of all rows, in one part."""
-    held = ray.get(ray.get(sampler._context.coordinator.parts.remote(version)))
-    parts = sorted((part for parts in held for part in parts), key=lambda part: part.first_row)
-    arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
-    return ScoreBlock(0, **arrays)
-
-
 def new_model(seed: int = 0) -> TwoHeads:
     torch.manual_seed(seed)
     return TwoHeads(0.0)
-
-
-def measured_by_hand(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    found = Scorer(bss_ray.Measurer(), "label", model=model).measure(make_columns())
-    return found.similarity, found.information
 
 
 # ---- the same scores ------------------------------------------------------------------------------
@@ -96,7 +83,7 @@ def compare_engines(folder: Path) -> None:
         assert publication is not None
         assert (publication.version, publication.measured, publication.failure) == (version + 1, ROWS, "")
         if ray.train.get_context().get_world_rank() == 0:
-            state = state_of(sampler, version + 1)
+            state = state_of(sampler._context.coordinator, version + 1)
             np.savez(folder / f"{type(engine).__name__}.npz", **state.arrays)
         sampler._ranks.barrier()
 
@@ -154,7 +141,7 @@ def test_online_rows_that_were_not_seen_keep_score_and_age(shards: Shards, tmp_p
     states: list[ScoreBlock] = []
 
     def after(epoch: int, sampler: Sampler, _model: Any, drawn: list[int]) -> None:
-        state = state_of(sampler, sampler.position.version)
+        state = state_of(sampler._context.coordinator, sampler.position.version)
         seen = np.isin(np.arange(ROWS), drawn)
         if epoch == 0:  # burn-in: all rows, and the weights never change
             similarity, information = measured_by_hand(new_model())
@@ -227,7 +214,9 @@ def test_overlapped_scores_are_one_version_behind(shards: Shards, tmp_path: Path
         lag = 0 if sampler.position.version == 1 else 1
         if sampler.position.version != (versions[-2] if len(versions) > 1 else 0):
             similarity, _ = measured_by_hand(models[-1 - lag])
-            np.testing.assert_allclose(state_of(sampler, versions[-1]).similarity, similarity, atol=1e-6)
+            np.testing.assert_allclose(
+                state_of(sampler._context.coordinator, versions[-1]).similarity, similarity, atol=1e-6
+            )
             newer, _ = measured_by_hand(models[-1])
             assert lag == 0 or np.abs(newer - similarity).max() > 1e-3
 
@@ -315,7 +304,7 @@ def broken_loop(config: dict[str, Any]) -> None:
         for batch in sampler.batches():
             sampler.observe(batch, model(batch))
         sampler.report({}, model=model, optimizer=optimizer)
-    state = state_of(sampler, 2)
+    state = state_of(sampler._context.coordinator, 2)
     assert np.flatnonzero(state.last_measured == 0).tolist() == [5, 150]
     assert state.score[[5, 150]].tolist() == [0, 0]
     assert np.isfinite(state.score).all()

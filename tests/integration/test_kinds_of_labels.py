@@ -15,6 +15,7 @@ from bss_ray.data.shards import Shards
 from bss_ray.runtime.messages import EpochFinished
 from bss_ray.sample.state import ScoreBlock
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, default_loop
+from tests.support import state_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -59,8 +60,7 @@ def test_training(task: Any, engine: Any, criteria: tuple[str, str], tmp_path: P
     def loop(args: LoopArgs) -> None:
         default_loop(args)
         sampler = bss_ray.get_sampler()
-        held = ray.get(sampler._context.coordinator.parts.remote(sampler.position.version))
-        parts.extend(sorted((part for parts in ray.get(held) for part in parts), key=lambda part: part.first_row))
+        parts.append(state_of(sampler._context.coordinator, sampler.position.version))
 
     result = bss_ray.BalancedTrainer(
         loop,
@@ -77,8 +77,7 @@ def test_training(task: Any, engine: Any, criteria: tuple[str, str], tmp_path: P
     ).fit()
     assert losses[-1] < 0.8 * losses[0]
     assert result.metrics["unscored_rows"] == 0
-    similarity = np.concatenate([part.similarity for part in parts])
-    score = np.concatenate([part.score for part in parts])
+    similarity, score = parts[0].similarity, parts[0].score
     # One modality: no similarity, and the lowest place; but its information counts.
     assert np.flatnonzero(np.isnan(similarity)).tolist() == [*ONLY_AUDIO, *ONLY_IMAGE]
     assert np.isfinite(score).all()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import abc
+import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,14 +20,16 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.errors import CheckpointError
 from bss_ray.load.loader import FILLER, Loader, RankBatch
-from bss_ray.sample.client import LocalHolders
+from bss_ray.sample.client import CoordinatorClient, Holders, LocalHolders
 from bss_ray.sample.coordinator import Coordinator
 from bss_ray.sample.holder import Holder
-from bss_ray.sample.plan import Order, share_out
+from bss_ray.sample.plan import Order, Plan, share_out
+from bss_ray.sample.service import CoordinatorService
+from bss_ray.sample.state import ScoreBlock
 from bss_ray.schedule import Scheduler
 from bss_ray.testing import SamplerContract, Setup, SlicedSampler
 from bss_ray.testing.sampler import global_batches
-from tests.support import cut, saved
+from tests.support import SavedParts, cut, saved
 
 
 class PermutationSampler(SlicedSampler):
@@ -73,16 +77,12 @@ class CoordinatorSampler:
     Args:
         coordinator: over holders that stand at version 1.
         nodes: rows and ranks lie on so many nodes in turn.
-        load: makes of parts what the coordinator's `load` takes.
     """
 
-    def __init__(
-        self, setup: Setup, coordinator: Coordinator, *, nodes: int = 1, load: Callable[[list[Any]], Any] = list
-    ) -> None:
+    def __init__(self, setup: Setup, coordinator: Coordinator | AsCoordinator, *, nodes: int = 1) -> None:
         self.setup = setup
         self._coordinator = coordinator
         self._nodes = nodes
-        self._load = load
         self._position = (0, 0)
 
     def batches(self, epoch: int) -> Iterator[list[np.ndarray]]:
@@ -108,7 +108,7 @@ class CoordinatorSampler:
         for name, own in (("seed", self.setup.seed), ("data", self.setup.weights.tolist())):
             if state[name] != own:
                 raise CheckpointError(f"made with another {name}: {state[name]}, now {own}")
-        self._coordinator.load(self._load(state["parts"]), 1)
+        self._coordinator.load(state["parts"], 1)
         self._position = state["position"]
 
 
@@ -133,14 +133,8 @@ class CoordinatorContract(SamplerContract):
     def make(self, setup: Setup) -> CoordinatorSampler:
         rows = len(setup.weights) if setup.rows is None else setup.rows
         spans = cut(rows, self.shards)
-        coordinator = Coordinator(
-            LocalHolders([Holder(spans[index :: self.holders]) for index in range(self.holders)]),
-            rows=rows,
-            scheduler=Given.of(setup),
-            seed=setup.seed,
-            batch_size=setup.batch_size,
-            window_rows=self.window_rows,
-        )
+        holders = LocalHolders([Holder(spans[index :: self.holders]) for index in range(self.holders)])
+        coordinator = make_coordinator(holders, setup, self.window_rows)
         coordinator.load(saved(np.arange(len(setup.weights))), 1)
         return self.sampler(setup, coordinator, nodes=self.nodes)
 
@@ -167,6 +161,72 @@ class TestHoldersWithoutRows(CoordinatorContract):
     shards, holders, window_rows = 2, 4, 1
     other_process = False
     seeds = 8
+
+
+# ---- the coordinator at work --------------------------------------------------------------------
+
+
+class AsCoordinator:
+    """A client of a coordinator that stands at score version 1, with the methods that a `CoordinatorSampler` calls."""
+
+    def __init__(self, client: CoordinatorClient) -> None:
+        self._client = client
+
+    def load(self, parts: list[ScoreBlock], version: int) -> None:
+        self._client.load(SavedParts(parts), version)
+
+    def state(self) -> list[ScoreBlock]:
+        return [part for held in self._client.states(1) for part in held.get("scores")]
+
+    def plan(self, epoch: int) -> Plan:
+        return self._client.plan(epoch, 1)
+
+    def window(self, epoch: int, index: int) -> np.ndarray:
+        return self._client.window(epoch, index, 1).get("a window")
+
+
+class ServiceContract(CoordinatorContract):
+    """Of a coordinator as ranks see it: by its client."""
+
+    other_process = False  # it has threads, or is an actor
+    picklable = False
+    seeds = 2  # each call goes to another thread; the order is that of `TestOneHolder`, which looks closer
+
+    @abc.abstractmethod
+    def client(self, setup: Setup) -> CoordinatorClient:
+        """A coordinator, at any score version, over holders of as many rows as the setup says."""
+
+    def make(self, setup: Setup) -> CoordinatorSampler:
+        coordinator = AsCoordinator(self.client(setup))
+        coordinator.load(saved(np.arange(len(setup.weights))), 1)
+        return CoordinatorSampler(setup, coordinator)
+
+
+def make_coordinator(holders: Holders, setup: Setup, window_rows: int = 1 << 24) -> Coordinator:
+    return Coordinator(
+        holders,
+        rows=len(setup.weights) if setup.rows is None else setup.rows,
+        scheduler=Given.of(setup),
+        seed=setup.seed,
+        batch_size=setup.batch_size,
+        window_rows=window_rows,
+    )
+
+
+class TestService(ServiceContract):
+    @pytest.fixture(autouse=True)
+    def services(self) -> Iterator[None]:
+        self._services: list[CoordinatorService] = []
+        yield
+        for service in self._services:
+            service.close()
+
+    def client(self, setup: Setup) -> CoordinatorService:
+        spans = cut(len(setup.weights) if setup.rows is None else setup.rows, 5)
+        holders = LocalHolders([Holder(spans[:2]), Holder(spans[2:])])
+        make = functools.partial(make_coordinator, setup=setup, window_rows=3)
+        self._services.append(CoordinatorService(holders, make))
+        return self._services[-1]
 
 
 # ---- the ranks' loaders -------------------------------------------------------------------------
