@@ -1,19 +1,25 @@
-"""Eval mode, precision and tensors for forward passes that measure rows."""
+"""Eval mode, precision and tensors for forward passes that measure rows.
+
+torch is imported by the passes alone: the coordinator is given their settings, and starts a second sooner without it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from bss_ray.errors import ConfigError, check_one_of
 
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Each precision's type in torch.
+PRECISIONS: dict[str, str | None] = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     dtype = PRECISIONS[precision]
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    import torch
+
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 @contextlib.contextmanager
@@ -71,6 +79,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Scoring in train mode would feed the measured rows into the batch-norm statistics.
     """
+    import torch
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -83,4 +93,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def to_tensors(columns: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
     """Columns of a batch as tensors on `device`; the arrays must be the caller's own (not a shard's views)."""
+    import torch
+
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in columns.items()}

@@ -13,6 +13,7 @@ WITHOUT_TORCH = (
     "bss_ray.sample.holder",
     "bss_ray.sample.actors",
     "bss_ray.sample.service",
+    "bss_ray.scoring.config",
     "bss_ray.schedule",
     "bss_ray.storage.probe",
 )
