@@ -3,23 +3,41 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+# Two processes of tests at a time: each waits for processes of Ray most of its time.
+TWO := --jobs 2 --output-sync=target --no-print-directory
 
-.PHONY: demo test quick setup clean
+.PHONY: demo test test-all lint quick setup clean clusters others slow-faults slow-others
 
 demo: $(INSTALLED)  ## train on the embedded data set
 	$(BIN)/bss-ray train
 
-test: $(INSTALLED)  ## lint, types and all tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest
+test: lint  ## lint, types and all tests but the slow ones
+	$(MAKE) $(TWO) clusters others
 
-quick: $(INSTALLED)  ## lint, types and the tests that start no Ray
+test-all: test  ## these, the slow tests, and more examples of each property
+	$(MAKE) $(TWO) slow-faults slow-others
+
+clusters:
+	$(PYTEST) -m "not slow and cluster"
+
+others:
+	$(PYTEST) -m "not slow and not cluster"
+
+slow-faults:
+	$(PYTEST) -m "slow and fault"
+
+slow-others:
+	$(PYTEST) -m "slow and not fault"
+	$(PYTEST) -m hypothesis --hypothesis-profile thorough
+
+quick: lint  ## lint, types and the tests that start no Ray
+	$(PYTEST) tests/unit tests/property
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit tests/property
 
 setup: $(INSTALLED)  ## make the virtual environment
 

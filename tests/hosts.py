@@ -7,20 +7,22 @@ Everything that a cluster starts carries its mark in the environment, and nothin
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from tests.driver import Driver, start_driver
-from tests.processes import ROOT, children, command_of, free_ports, kill, marked, start
+from tests.processes import ROOT, children, command_of, free_ports, kill, marked, short_folder, start
 
 # Environment variable of all processes of a cluster; its value is the cluster's alone.
 MARK = "BSS_RAY_TEST_CLUSTER"
@@ -37,18 +39,13 @@ class Host:
 
     Attributes:
         address: its address.
-        namespace: network namespace; None is this machine's own.
+        enter: command that runs another one there; nothing runs it on this machine.
         cpus: of its raylet, for Ray's bookkeeping.
     """
 
     address: str = "127.0.0.1"
-    namespace: str | None = None
+    enter: tuple[str, ...] = ()
     cpus: int = 2
-
-    @property
-    def enter(self) -> list[str]:
-        """Command that runs another one there."""
-        return [] if self.namespace is None else ["ip", "netns", "exec", self.namespace]
 
 
 @dataclass
@@ -79,35 +76,32 @@ class Node:
 
 @dataclass
 class Cluster:
-    """Raylets that know each other, with token authentication; the first is the head.
+    """Raylets that know each other, with token authentication; the first is the head. Each has a cache of its own.
 
     Attributes:
         head: host of the head, and of drivers.
         dashboard: with dashboard and job server.
+        settings: of Ray, for all processes.
         variables: of the environment of all processes, drivers included.
         nodes: raylets that were started, in that order.
     """
 
     head: Host = field(default_factory=Host)
     dashboard: bool = False
+    settings: dict[str, int] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # Not pytest's folder: a socket's path must be shorter than 108 bytes, and Ray adds 70.
-        self.folder = Path(tempfile.mkdtemp(prefix="bss-"))
+        self.folder = short_folder()
         self.mark = secrets.token_hex(8)
         self._gcs_port, self._dashboard_port = free_ports(2)
         self.dashboard_url = f"http://{self.head.address}:{self._dashboard_port}"
-        token = self.folder / "token"
-        token.write_text(secrets.token_hex(32))
+        # The token, and more that all processes of tests have, is in the environment of this one.
         self.env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | {
             "RAY_ADDRESS": self.address,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_health_check_period_ms": "1000",  # a lost raylet is noticed after 5 s, not 15
-            "SPT_NOENV": "1",  # else the titles of Ray's processes are written over their environment in /proc
             MARK: self.mark,
             **self.variables,
         }
@@ -144,9 +138,23 @@ class Cluster:
             *(f"--{name}-port={port}" for name, port in zip(_PORTS, free_ports(len(_PORTS)), strict=True)),
         ]
         log = self.folder / f"node-{number}.log"
-        process = start([*host.enter, str(BIN / "ray"), "start", *options], log, self.env)
+        env = {**self.env, "BSS_RAY_CACHE": str(self.cache(number))}
+        process = start([*host.enter, str(BIN / "ray"), "start", *options], log, env)
         self.nodes.append(Node(host, process, log))
         return self.nodes[-1]
+
+    def cache(self, number: int) -> Path:
+        """Where node `number` keeps rows on its disk."""
+        return self.folder / "cache" / str(number)
+
+    def lose(self, node: Node) -> None:
+        """Kill -9 a raylet, and wait until this process's Ray knows it."""
+        before = sum(each["Alive"] for each in ray.nodes())
+        kill(node.raylet)
+        deadline = time.monotonic() + 60
+        while sum(each["Alive"] for each in ray.nodes()) == before:
+            assert time.monotonic() < deadline, f"there are still {before} nodes after 60 s"
+            time.sleep(0.1)
 
     def _head_options(self) -> list[str]:
         return [
@@ -156,11 +164,12 @@ class Cluster:
             f"--include-dashboard={self.dashboard}",
             f"--dashboard-host={self.head.address}",
             f"--dashboard-port={self._dashboard_port}",
+            f"--system-config={json.dumps(self.settings)}",
         ]
 
     def driver(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Driver:
         """Begin a call in a driver on the head's host."""
-        return start_driver(self.folder, self.env, self.head.enter, function, *args, **kwargs)
+        return start_driver(self.folder, self.env, list(self.head.enter), function, *args, **kwargs)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a call in a driver on the head's host returns, within four minutes."""

@@ -1,6 +1,7 @@
 """Hosts in network namespaces: an address each, a cable each to one switch, and no way to the machine's own network.
 
 They share everything else, above all the file system and process ids. Needs root and the program `ip` (iproute2).
+And hosts in a mount namespace, which share everything but some folders. Needs root and `unshare`.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Network:
     def add(self) -> Host:
         """One more host."""
         number = len(self.hosts) + 1
-        host = Host(f"10.77.0.{number}", f"{_PREFIX}{os.getpid()}-host{number}")
-        name, port = str(host.namespace), f"port{number}"
+        name, port = f"{_PREFIX}{os.getpid()}-host{number}", f"port{number}"
+        host = Host(f"10.77.0.{number}", ("ip", "netns", "exec", name))
         _ip("netns", "add", name)
         self.hosts.append(host)
         _ip("link", "add", INTERFACE, "netns", name, "type", "veth", "peer", "name", port, "netns", self.switch)
@@ -66,16 +67,16 @@ class Network:
     def part(self, one: Host, other: Host) -> None:
         """Let two hosts not hear each other any more, while all others hear both."""
         for here, there in ((one, other), (other, one)):
-            _ip("-n", str(here.namespace), "route", "add", "blackhole", there.address)
+            _ip("-n", here.enter[-1], "route", "add", "blackhole", there.address)
 
     def join(self, one: Host, other: Host) -> None:
         """Undo `part`."""
         for here, there in ((one, other), (other, one)):
-            _ip("-n", str(here.namespace), "route", "del", "blackhole", there.address)
+            _ip("-n", here.enter[-1], "route", "del", "blackhole", there.address)
 
     def close(self) -> None:
         """Remove all of it; processes must have ended."""
-        for name in (*(str(host.namespace) for host in self.hosts), self.switch):
+        for name in (*(host.enter[-1] for host in self.hosts), self.switch):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", name)
 
@@ -92,6 +93,33 @@ def network(hosts: int) -> Iterator[Network]:
         yield made
     finally:
         made.close()
+
+
+# Another disk over `apart`; `locked` takes no writes; what is written to `layered` goes to a layer of the node's own.
+_MOUNT = """
+set -e
+mount -t tmpfs apart "$0/apart"
+mount --bind "$0/locked" "$0/locked"
+mount -o remount,bind,ro "$0/locked"
+mount -t tmpfs layer "$0/layer"
+mkdir "$0/layer/upper" "$0/layer/work"
+if mount -t overlay -o lowerdir="$0/layered",upperdir="$0/layer/upper",workdir="$0/layer/work" layers "$0/layered"
+then touch "$0/has-layers"; fi
+exec "$@"
+"""
+
+
+def private_mounts(folder: Path) -> tuple[str, ...]:
+    """Command that runs another one where `apart`, `locked` and `layered` in `folder` are other folders than here.
+
+    Nothing where this process may not mount in a namespace of its own.
+    """
+    for name in ("shared", "apart", "locked", "layered", "layer"):
+        (folder / name).mkdir(parents=True)
+    probe = ["unshare", "-m", "mount", "-t", "tmpfs", "try", "/mnt"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
+        return ()
+    return ("unshare", "-m", "sh", "-c", _MOUNT, str(folder))
 
 
 def _skip_without_namespaces() -> None:

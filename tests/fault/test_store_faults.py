@@ -1,15 +1,11 @@
 """Stores on the disks of several nodes: rows of other nodes, files found again, and a node that is lost."""
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import ray.data
-from ray.cluster_utils import Cluster
 
 from bss_ray.data import build
 from bss_ray.data.build import build_shards
@@ -17,24 +13,11 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shards
 from bss_ray.data.store import StoreConfig
 from bss_ray.errors import StorageError
+from tests.hosts import Cluster, Host, Node
 
-pytestmark = [pytest.mark.integration, pytest.mark.fault]
+pytestmark = [pytest.mark.integration, pytest.mark.fault, pytest.mark.usefixtures("two_nodes")]
 
 ROLES = Columns(modalities=("a", "b"), id="name")
-
-
-@pytest.fixture(scope="module")
-def cluster(no_ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Path]]:
-    """Two nodes, each with a cache folder of its own."""
-    root = tmp_path_factory.mktemp("nodes")
-    cluster = Cluster()
-    for number in range(2):
-        cluster.add_node(num_cpus=2, env_vars={**os.environ, "BSS_RAY_CACHE": str(root / f"node{number}")})
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield cluster, root
-    ray.shutdown()
-    cluster.shutdown()
 
 
 def make_dataset() -> ray.data.Dataset:
@@ -49,7 +32,13 @@ def make_dataset() -> ray.data.Dataset:
 
 
 @pytest.fixture(scope="module")
-def shards(cluster: tuple[Cluster, Path]) -> Shards:
+def third(two_nodes: Cluster) -> Node:
+    """A node that will be lost."""
+    return two_nodes.add_node(Host())
+
+
+@pytest.fixture(scope="module")
+def shards(third: Node) -> Shards:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "SHARD_BYTES", 300_000)
         return build_shards(make_dataset(), ROLES, store=StoreConfig(kind="disk"), source_key="x")
@@ -67,17 +56,20 @@ def check(shards: Shards) -> None:
         )
 
 
-def test_rows_of_other_nodes(cluster: tuple[Cluster, Path], shards: Shards) -> None:
-    _, root = cluster
-    here = [len(list((root / f"node{number}").glob("*/shard-*"))) for number in range(2)]
+def files_of(cluster: Cluster, number: int) -> int:
+    return len(list(cluster.cache(number).glob("*/shard-*")))
+
+
+def test_rows_of_other_nodes(two_nodes: Cluster, third: Node, shards: Shards) -> None:
+    here = [files_of(two_nodes, number) for number in range(len(two_nodes.nodes))]
     assert sum(here) >= len(shards.parts) > 4
-    assert 0 not in here, "both nodes hold some"
-    assert len({part.node for part in shards.parts}) == 2
+    assert here[two_nodes.nodes.index(third)] > 0, "the node that will be lost holds some"
+    assert len({part.node for part in shards.parts}) == sum(count > 0 for count in here) > 1
     check(shards)
     ray.get(ray.remote(num_cpus=1)(check).options(scheduling_strategy="SPREAD").remote(shards))
 
 
-def test_files_of_both_nodes_are_found_again(cluster: tuple[Cluster, Path], shards: Shards) -> None:
+def test_files_of_all_nodes_are_found_again(shards: Shards) -> None:
     notices: list[str] = []
     found = build_shards(
         make_dataset(), ROLES, store=StoreConfig(kind="disk"), source_key="x", on_notice=notices.append
@@ -87,12 +79,12 @@ def test_files_of_both_nodes_are_found_again(cluster: tuple[Cluster, Path], shar
     check(found)
 
 
-def test_a_lost_node_is_a_clear_error_and_the_next_run_recovers(cluster: tuple[Cluster, Path], shards: Shards) -> None:
-    nodes, root = cluster
-    nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+def test_a_lost_node_is_a_clear_error_and_the_next_run_recovers(
+    two_nodes: Cluster, third: Node, shards: Shards
+) -> None:
+    two_nodes.lose(third)
     with pytest.raises(StorageError, match=r"a node is gone, and with it the shards on its disk.*Run again"):
         check(shards)
-    nodes.add_node(num_cpus=2, env_vars={**os.environ, "BSS_RAY_CACHE": str(root / "node2")})
     notices: list[str] = []
     anew = build_shards(make_dataset(), ROLES, store=StoreConfig(kind="disk"), source_key="x", on_notice=notices.append)
     assert "files of the stored dataset are missing: it is made again" in notices[0]

@@ -20,7 +20,7 @@ from tests.leftovers import left_after
 from tests.namespaces import ENVIRONMENT, network
 from tests.runs import SEED, Outcome, make_spread_shards, run
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("no_ray_session")]
 
 ROWS, BATCH, WORKERS = 960, 96, 3
 

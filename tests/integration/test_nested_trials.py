@@ -133,6 +133,7 @@ def trial(config: dict[str, Any], folder: Path, shards: Shards) -> None:
     fit_nested(functools.partial(make_trainer, folder=own, shards=shards, epochs=1000), on_report)
 
 
+@pytest.mark.slow
 def test_trials_that_are_stopped_and_killed(tmp_path: Path, shards: Shards) -> None:
     found = ray.tune.Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(trial, folder=tmp_path, shards=shards), {"CPU": 1}),

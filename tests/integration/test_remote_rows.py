@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.columns import Columns
@@ -19,21 +18,12 @@ from bss_ray.data.store import Arrays, ObjectStore
 from bss_ray.load import rows as rows_module
 from bss_ray.load.loader import Loader
 from bss_ray.sample.plan import Order, Plan, share_out
+from tests.hosts import Cluster, Host
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("two_nodes")]
 
 SHARD_ROWS, SHARDS, BATCH, WIDTH = 500, 6, 64, 256
 ROWS = SHARD_ROWS * SHARDS
-
-
-@pytest.fixture(scope="module")
-def cluster(no_ray_session: None) -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    made.add_node(num_cpus=2)
-    ray.init(address=made.address, log_to_driver=False, logging_level="error")
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 @ray.remote(num_cpus=0)
@@ -62,6 +52,13 @@ def make_shards(nodes: list[str]) -> tuple[Shards, list[ray.ObjectRef]]:
     return shards, refs
 
 
+def living_nodes() -> list[str]:
+    """Ids of the nodes that are there; the head comes first."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes.sort(key=lambda node: "node:__internal_head__" not in node["Resources"])
+    return [node["NodeID"] for node in nodes]
+
+
 def make_order() -> np.ndarray:
     return np.random.default_rng(2).permutation(ROWS)
 
@@ -83,8 +80,8 @@ def read_rank(shards: Shards, rank: int, rank_nodes: list[str], evaluate: bool) 
     return [batch["row_id"].numpy() for batch in batches], loader.moved_share
 
 
-def test_rows_move_and_shards_do_not(cluster: Cluster) -> None:
-    one, two = (node["NodeID"] for node in ray.nodes())
+def test_rows_move_and_shards_do_not() -> None:
+    one, two = living_nodes()
     shard_nodes = [one, one, one, one, two, two]  # a third of the rows, and half of the ranks
     shards, refs = make_shards(shard_nodes)
     rank_nodes = [one, two]
@@ -110,8 +107,8 @@ def test_rows_move_and_shards_do_not(cluster: Cluster) -> None:
     assert [locations[ref]["node_ids"] for ref in refs] == [[node] for node in shard_nodes]
 
 
-def test_evaluation_moves_the_surplus(cluster: Cluster) -> None:
-    one, two = (node["NodeID"] for node in ray.nodes())
+def test_evaluation_moves_the_surplus() -> None:
+    one, two = living_nodes()
     shards, refs = make_shards([one, two, one, one, two, one])
     read = ray.get(
         [
@@ -132,11 +129,9 @@ def _kill_process(server: ray.actor.ActorHandle) -> None:
 
 
 @pytest.mark.parametrize("kill", [ray.kill, _kill_process])
-def test_tasks_take_over_from_a_lost_server(
-    kill: Callable[..., None], cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_take_over_from_a_lost_server(kill: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "_GROUP_BATCHES", 1)
-    one, two = (node["NodeID"] for node in ray.nodes())
+    one, two = living_nodes()
     shards, _refs = make_shards([one, two, two])
     order = np.random.default_rng(3).permutation(3 * SHARD_ROWS)
     plan = Plan(0, 0, len(order), BATCH, "keep", (len(order),))
@@ -151,12 +146,13 @@ def test_tasks_take_over_from_a_lost_server(
     assert loader.moved_share > 0.5
 
 
-def test_a_lost_node_does_not_hang(cluster: Cluster) -> None:
-    extra = cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
+def test_a_lost_node_does_not_hang(two_nodes: Cluster) -> None:
+    before = living_nodes()
+    extra = two_nodes.add_node(Host(cpus=1))
+    (added,) = set(living_nodes()) - set(before)
     one = ray.get_runtime_context().get_node_id()
-    shards, _ = make_shards([one, extra.node_id])
-    cluster.remove_node(extra, allow_graceful=False)
+    shards, _ = make_shards([one, added])
+    two_nodes.lose(extra)
     order = np.random.default_rng(0).permutation(2 * SHARD_ROWS)
     plan = Plan(0, 0, len(order), BATCH, "keep", (len(order),))
     loader = Loader(shards, rank=0, rank_nodes=[one], device=torch.device("cpu"))

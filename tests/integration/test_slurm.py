@@ -4,13 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("no_ray_session"),
+    pytest.mark.timeout(600),
+]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -23,7 +27,8 @@ STAND_INS = {
 
 
 def test_a_job_is_stopped_ahead_of_its_limit_and_queued_again(tmp_path: Path) -> None:
-    tools = Path(tempfile.mkdtemp(prefix="bss"))
+    tools = tmp_path / "tools"
+    tools.mkdir()
     for name, script in STAND_INS.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tools / name).chmod(0o755)

@@ -1,99 +1,40 @@
 """Two nodes that do not share a folder: told before a run begins, with the node's name.
 
-The second node is started in a mount namespace of its own, where another disk lies over a folder of both.
+The second node runs in a mount namespace of its own, where another disk lies over a folder of both.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
 import ray
 import ray.train
-from ray.cluster_utils import Cluster
 
 import bss_ray
 from bss_ray.errors import StorageError
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
+from tests.hosts import Cluster
 from tests.runs import COLUMNS, make_columns, make_dataset
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
-
-# Another disk over `apart`; `locked` takes no writes; what is written to `layered` goes to a layer of the node's own.
-_MOUNT = """
-set -e
-mount -t tmpfs apart "$0/apart"
-mount --bind "$0/locked" "$0/locked"
-mount -o remount,bind,ro "$0/locked"
-mount -t tmpfs layer "$0/layer"
-mkdir "$0/layer/upper" "$0/layer/work"
-if mount -t overlay -o lowerdir="$0/layered",upperdir="$0/layer/upper",workdir="$0/layer/work" layers "$0/layered"
-then touch "$0/has-layers"; fi
-exec "$@"
-"""
-
-
-def namespaces() -> bool:
-    """Whether this process may mount in a namespace of its own."""
-    try:
-        done = subprocess.run(
-            ["unshare", "-m", "mount", "-t", "tmpfs", "try", "/mnt"], capture_output=True, check=False
-        )
-    except FileNotFoundError:
-        return False
-    return done.returncode == 0
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("two_nodes")]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("storage")
-    for name in ("shared", "apart", "locked", "layered", "layer"):
-        (folder / name).mkdir()
-    return folder
+def folders(two_nodes: Cluster) -> Path:
+    return two_nodes.folder / "mounts"
 
 
 @pytest.fixture(scope="module")
-def node(folders: Path, no_ray_session: None) -> Iterator[str]:
-    """Id of the second node of a cluster of two."""
-    if not namespaces():
+def node(two_nodes: Cluster) -> str:
+    """Id of the second node."""
+    if not two_nodes.nodes[1].host.enter:
         pytest.skip("mounting in a namespace of one's own is not allowed here: unshare -m")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    words = ["-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--num-cpus=1", "--block"]
-    second = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", _MOUNT, str(folders), sys.executable, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        own = ray.get_runtime_context().get_node_id()
-        yield _wait_for_another(own, second)
-    finally:
-        ray.shutdown()
-        second.terminate()  # `ray start --block` ends what it has started
-        second.communicate(timeout=60)
-        cluster.shutdown()
-
-
-def _wait_for_another(own: str, process: subprocess.Popen[str]) -> str:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        for node in ray.nodes():
-            if node["Alive"] and node["NodeID"] != own:
-                return str(node["NodeID"])
-        time.sleep(0.2)
-    raise AssertionError("no second node within 120 s")
+    own = ray.get_runtime_context().get_node_id()
+    return next(str(node["NodeID"]) for node in ray.nodes() if node["Alive"] and node["NodeID"] != own)
 
 
 def test_a_shared_folder_passes_and_stays_clean(node: str, folders: Path) -> None:

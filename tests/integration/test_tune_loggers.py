@@ -62,6 +62,7 @@ def test_package_not_installed(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         make_loggers([name], study="s", folder=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="mlflow-skinny is not installed (extra mlflow)")
@@ -109,6 +110,7 @@ def records(path: Path) -> Iterator[Any]:
         at += left if left < 7 else 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_wandb_without_a_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed (extra wandb)")

@@ -6,43 +6,26 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 from torch import nn
 
 import bss_ray
 from bss_ray.runtime.run_metrics import FIGURES
 from bss_ray.testing import Fault, Raise
-from tests.integration.test_remote_rows import ROWS, WIDTH, make_shards
+from tests.integration.test_remote_rows import ROWS, WIDTH, living_nodes, make_shards
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("two_nodes")]
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-EPOCHS, BATCH, REPORT_MS = 3, 100, 500
+EPOCHS, BATCH, REPORT_MS = 3, 100, 500  # as often as tests/conftest.py says
 RUN = "watched"
-
-
-@pytest.fixture(scope="module")
-def cluster(no_ray_session: None) -> Iterator[Cluster]:
-    """Two nodes that report their metrics often."""
-    settings = {"metrics_report_interval_ms": REPORT_MS, "task_events_report_interval_ms": 200}
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 3, "include_dashboard": True, "dashboard_port": 0, "_system_config": settings},
-    )
-    made.add_node(num_cpus=2)
-    ray.init(address=made.address, log_to_driver=False, logging_level="error")
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 class Heads(nn.Module):
@@ -81,7 +64,7 @@ class Scraped:
     text: str = ""
 
     def look(self) -> None:
-        for node in ray.nodes():
+        for node in filter(lambda node: node["Alive"], ray.nodes()):
             address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             with urllib.request.urlopen(address, timeout=30) as answer:
                 self._take(answer.read().decode())
@@ -103,10 +86,10 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+def watched(two_nodes: None, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """One run over shards of both nodes, which goes on from a checkpoint once."""
     folder = tmp_path_factory.mktemp("runs")
-    shards, _refs = make_shards([ray.nodes()[index % 2]["NodeID"] for index in range(6)])
+    shards, _refs = make_shards(3 * living_nodes())
     scraped, done = Scraped(), threading.Event()
 
     def scrape() -> None:
@@ -134,7 +117,7 @@ def watched(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Watch
         scraper.join()
     here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
     listed = list_actors(here, limit=1000, detail=True)
-    actors = {actor.name: actor for actor in listed if actor.name.startswith("bss_ray-")}
+    actors = {actor.name: actor for actor in listed if actor.name.startswith(f"bss_ray-{RUN}-")}
     tasks = {task.name for task in list_tasks(here, limit=10000)}
     return Watched(dict(result.metrics), scraped, actors, tasks)
 
@@ -172,9 +155,8 @@ def test_figures_are_those_of_the_run(watched: Watched) -> None:
 def test_actors_say_what_they_are(watched: Watched) -> None:
     rows, *others = sorted((name.split("-", 3)[-1] for name in watched.actors), key=lambda role: "rows" not in role)
     assert set(others) == {"holder-0", "holder-1", "scorer-0", "scorer-1", "coordinator"}
-    assert rows[5:] in {node["NodeID"][:6] for node in ray.nodes()}, "of the node without a rank"
+    assert rows[5:] in {node[:6] for node in living_nodes()}, "of the node without a rank"
     for name, actor in watched.actors.items():
-        assert name.startswith(f"bss_ray-{RUN}-")
         assert actor.repr_name == name
         assert actor.state == "DEAD"
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bss_ray.measure import normalise
 from bss_ray.measure.normalise import NORMALISATIONS
-
-SETTINGS = settings(derandomize=True, database=None, deadline=None, max_examples=150)
 
 # Zeros of both signs, subnormal and huge values; few of them, so that there are ties.
 special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, float("nan")])
@@ -21,7 +19,6 @@ columns = st.one_of(
 )
 
 
-@SETTINGS
 @given(values=columns, kind=st.sampled_from(sorted(NORMALISATIONS)), data=st.data())
 def test_any_split_in_any_order(values: list[float], kind: str, data: st.DataObject) -> None:
     column, norm = np.array(values, np.float32), NORMALISATIONS[kind]
@@ -32,7 +29,6 @@ def test_any_split_in_any_order(values: list[float], kind: str, data: st.DataObj
     assert joined.apply(column).view(np.uint64).tolist() == whole.view(np.uint64).tolist()
 
 
-@SETTINGS
 @given(values=columns, kind=st.sampled_from(sorted(NORMALISATIONS)), many=st.booleans())
 def test_order_and_range(values: list[float], kind: str, many: bool) -> None:
     column = np.array(values, np.float32)

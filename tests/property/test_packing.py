@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bss_ray.placement import packing
@@ -63,7 +63,6 @@ def holds(nodes: Sequence[Node], groups: Sequence[ProcessGroup], chosen: Sequenc
 
 
 @given(clusters())
-@settings(max_examples=300, deadline=None)
 def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[ProcessGroup]]) -> None:
     nodes, groups = cluster
     some = any(True for _ in arrangements(nodes, groups))
@@ -90,7 +89,6 @@ def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[
 
 
 @given(clusters(), st.dictionaries(st.sampled_from("0123"), st.integers(1, 9)))
-@settings(max_examples=200, deadline=None)
 def test_scorers_are_placed_so_that_ranks_fit(
     cluster: tuple[list[Node], list[ProcessGroup]], rows: dict[str, int]
 ) -> None:

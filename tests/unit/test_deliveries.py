@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -150,7 +150,6 @@ late_rows = st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(0, 3), numb
 new_rows = st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(1, 4), numbers, numbers), max_size=20)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=300)
 @given(old=late_rows, new=new_rows, data=st.data())
 def test_order_and_repetition_change_nothing(old: list[Measure], new: list[Measure], data: st.DataObject) -> None:
     """Deliveries of an epoch and of the one before it, in any pieces, in any order, some of them twice."""

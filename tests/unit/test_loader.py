@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bss_ray.data.arrays import ArrayStore, shards_of_arrays
@@ -270,7 +270,6 @@ def test_evaluation_without_rows_for_a_rank() -> None:
     assert list(Loader(make_shards(["n"], rows=2), rank=3, rank_nodes=["n"] * 4, device=CPU).rows(10)) == []
 
 
-@settings(derandomize=True, database=None, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(-1, 3)), min_size=1), st.lists(st.integers(0, 3), min_size=1))
 def test_runs_are_shared_out_level_and_at_home(shards: list[tuple[int, int]], ranks: list[int]) -> None:
     firsts = np.cumsum([0] + [rows for rows, _ in shards]).tolist()
