@@ -110,6 +110,19 @@ def write_folder(folder: Path, table: pa.Table, cuts: list[int], row_group: int)
     (folder / "_SUCCESS").write_text("")
 
 
+def score_options(folder: Path) -> dict[str, Any]:
+    """Options of `bss-ray score` for rows and weights in `folder`."""
+    return {
+        "data": folder / "rows",
+        "checkpoint": folder / "w.pt",
+        "storage_path": folder / "runs",
+        "columns.modalities": "[a, b]",
+        "columns.id": "name",
+        "columns.extra": "[flag]",
+        "model.class_path": "tests.scoring.Recorder",
+    }
+
+
 def reference(model: Recorder, columns: dict[str, Any], missing: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
     """Similarity, information, losses and score, written out from the formulas in float64."""
     weights = {

@@ -23,6 +23,13 @@ from bss_ray.tune.tuner import tune
 from tests.runs import TwoHeads, make_columns, make_dataset
 
 EPOCHS = 4
+TRAINING: dict[str, Any] = {
+    "data": "tests.searches:data",
+    "columns": {"modalities": ["a", "b"], "label": "label"},
+    "model": {"class_path": "tests.searches.Troubled"},
+    "loop": {"epochs": EPOCHS, "lr": 0.02},
+    "batch_size": 16,
+}
 
 
 def data(split: str) -> ray.data.Dataset:
@@ -91,14 +98,15 @@ def without_burn_in(trial: optuna.Trial) -> dict[str, Any]:
 
 def base(**settings: Any) -> dict[str, Any]:
     """Settings that all trials share, as a tree."""
-    tree: dict[str, Any] = {
-        "data": "tests.searches:data",
-        "columns": {"modalities": ["a", "b"], "label": "label"},
-        "model": {"class_path": "tests.searches.Troubled"},
-        "loop": {"epochs": EPOCHS, "lr": 0.02},
-        "batch_size": 16,
-    }
-    return dict(yaml.safe_load(training_config({**tree, **settings})[1]))
+    return dict(yaml.safe_load(training_config({**TRAINING, **settings})[1]))
+
+
+def by_command(folder: Path, trials: int, epochs: int = EPOCHS, model: str = "Troubled", **settings: Any) -> list[str]:
+    """Words of `bss-ray tune`, a search over `temperatures` in `folder`."""
+    train = {**TRAINING, "loop": {"epochs": epochs, "lr": 0.02}, "model": {"class_path": f"tests.searches.{model}"}}
+    tree = {"space": "tests.searches:temperatures", "trials": trials, "pruning": {"enabled": False}, "train": train}
+    (folder / "search.yaml").write_text(yaml.safe_dump({**tree, **settings}))
+    return ["tune", "--config", str(folder / "search.yaml"), "--storage_path", str(folder)]
 
 
 def search(

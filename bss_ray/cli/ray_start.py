@@ -34,14 +34,15 @@ def start_ray(config: Any, display: Any) -> None:
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     display.status(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     level = logging.INFO if config.verbose else logging.ERROR
-    with contextlib.nullcontext() if address else without_helpers(logs=config.verbose):
-        ray.init(
-            address=address or "local",
-            log_to_driver=config.verbose,
-            logging_level=level,
-            **({} if address else {"include_dashboard": False}),
-            **ray_logging(config.log_format),
-        )
+    if address or not ray.is_initialized():  # otherwise the caller of `main` has started it
+        with contextlib.nullcontext() if address else without_helpers(logs=config.verbose):
+            ray.init(
+                address=address or "local",
+                log_to_driver=config.verbose,
+                logging_level=level,
+                **({} if address else {"include_dashboard": False}),
+                **ray_logging(config.log_format),
+            )
     if config.log_format == "json":  # which turns all of this process's loggers up as well
         logging.getLogger().setLevel(logging.WARNING)
         logging.getLogger("ray").setLevel(level)

@@ -1,11 +1,5 @@
 """A scoring job whose driver or actors are killed: no row is scored twice that is on the disk, and nothing is lost."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +18,18 @@ from bss_ray.score.measure_files import find_measure_files
 from bss_ray.storage import StoragePath
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.initial import Weights
-from tests.scoring import COLUMNS, forwarded, kills_in, make_columns, make_recorder, make_table, reference, write_folder
+from tests.commands import Command, start_command
+from tests.scoring import (
+    COLUMNS,
+    forwarded,
+    kills_in,
+    make_columns,
+    make_recorder,
+    make_table,
+    reference,
+    score_options,
+    write_folder,
+)
 
 pytestmark = [pytest.mark.fault]
 
@@ -49,37 +54,14 @@ def check_scores(path: Path) -> None:
     np.testing.assert_allclose(table["score"].to_numpy(), expected, **CLOSE)
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The command in a process group of its own, so that a test stops what it started and nothing else."""
-    options = {
-        "data": folder / "rows",
-        "checkpoint": folder / "w.pt",
-        "storage_path": folder / "runs",
-        "columns.modalities": "[a, b]",
-        "columns.id": "name",
-        "columns.extra": "[flag]",
-        "model.class_path": "tests.scoring.Recorder",
+def start(folder: Path, *arguments: str) -> Command:
+    options = score_options(folder) | {
         "model.log": folder / "log",
         "model.pause": "0.4",
         "piece_rows": PIECE,
         "batch_size": PIECE,
     }
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "bss_ray.cli", "score", *words, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "nothing within 120 s"
-        time.sleep(0.05)
+    return start_command("score", *(f"--{name}={value}" for name, value in options.items()), *arguments)
 
 
 def pieces(folder: Path) -> int:
@@ -92,21 +74,19 @@ def measured_already(out: str) -> int:
     return int(line.split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_ray_session")
 def test_killed_then_stopped_then_finished_scores_each_row_once(folder: Path) -> None:
     # Kill -9 of the driver.
     killed = start(folder)
-    wait_for(lambda: pieces(folder) >= 4, killed)
+    killed.wait_for(lambda: pieces(folder) >= 4)
     killed.kill()
-    killed.communicate()
-    # The same command goes on; ctrl-C stops it in an orderly way.
+    # The same command resumes; ctrl-C stops it in an orderly way.
     logs = [set((folder / "log").glob("*.log"))]
     stopped = start(folder)
     # By what its own actor does: that of the killed driver lives a little longer and goes on writing.
-    wait_for(lambda: len(forwarded(folder / "log", logs[0])) > 3 * PIECE, stopped)
-    os.killpg(stopped.pid, signal.SIGINT)
-    out, _ = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130, out
+    stopped.wait_for(lambda: len(forwarded(folder / "log", logs[0])) > 3 * PIECE)
+    out = stopped.interrupt()
     assert "the same command resumes" in out.lower()
     after_kill = measured_already(out)
     assert 4 * PIECE <= after_kill < ROWS
@@ -115,25 +95,10 @@ def test_killed_then_stopped_then_finished_scores_each_row_once(folder: Path) ->
     assert len(set(range(ROWS)) - set(seen)) >= after_kill, "rows on the disk were forwarded again"
     # And again, to the end, with a policy that may change.
     logs.append(set((folder / "log").glob("*.log")))
-    finished = start(folder, "--max_actors", "1")
-    out, _ = finished.communicate(timeout=120)
-    assert finished.returncode == 0, out
-    after_stop = measured_already(out)
+    after_stop = measured_already(start(folder, "--max_actors", "1").finish())
     seen = forwarded(folder / "log", logs[1])
     assert len(seen) == len(set(seen)) == ROWS - after_stop, "forwarded: what was missing, and once"
     assert after_stop > after_kill
-    check_scores(folder / "runs" / "scores" / "scores.parquet")
-    assert "Traceback" not in out
-    for name in ("summary.json", "report.html", "scores.parquet"):
-        assert str(folder / "runs" / "scores" / name) in out
-    # A complete job is shown, not repeated; another configuration is refused and harms nothing.
-    shown = start(folder)
-    out, _ = shown.communicate(timeout=60)
-    assert (shown.returncode, "this job is complete" in out) == (0, True), out
-    other = start(folder, "--normalise", "rank")
-    out, _ = other.communicate(timeout=60)
-    assert other.returncode == 1
-    assert "normalise: 'minmax' there, 'rank' now" in out
     check_scores(folder / "runs" / "scores" / "scores.parquet")
 
 

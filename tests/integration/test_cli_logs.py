@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 import pytest
 
 from bss_ray.runtime.profiling import SCORING, STEP
+from tests.commands import start_command
+from tests.processes import short_folder
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 
@@ -36,14 +36,14 @@ class Job:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     runs = tmp_path_factory.mktemp("runs")
-    ray_folder = Path(tempfile.mkdtemp(prefix="bss-", dir="/tmp"))  # sockets want a short path
-    command = [sys.executable, "-m", "bss_ray.cli", "train", "--loop.epochs", str(EPOCHS), "--num_workers", "1"]
-    command += ["--log_format", "json", "--profile", "true", "--scoring.engine", "actors", "--storage_path", str(runs)]
-    environment = {**os.environ, "RAY_TMPDIR": str(ray_folder)}
+    ray_folder = short_folder()
+    words = ["train", "--loop.epochs", EPOCHS, "--num_workers", 1, "--log_format", "json", "--profile", "true"]
+    words += ["--scoring.engine", "actors", "--storage_path", runs]
+    command = start_command(*words, env={**os.environ, "RAY_TMPDIR": str(ray_folder)}, errors=subprocess.PIPE)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = [json.loads(line) for line in done.stdout.splitlines()]  # and nothing else
+        out, errors = command.process.communicate(timeout=280)
+        assert command.process.returncode == 0, out + errors
+        lines = [json.loads(line) for line in out.splitlines()]  # and nothing else
         (logs,) = ray_folder.rglob("session_latest/logs")
         yield Job(lines, runs / "demo", logs)
     finally:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.hosts import Cluster
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, folder: Path) -> str:
+def run(name: str, folder: Path, env: dict[str, str] | None = None) -> str:
     command = [sys.executable, str(EXAMPLES / name)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -23,9 +25,8 @@ def test_plain_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("no_ray_session")
-def test_custom_loop(tmp_path: Path) -> None:
-    out = run("custom_loop.py", tmp_path)
+def test_custom_loop(two_nodes: Cluster, tmp_path: Path) -> None:
+    out = run("custom_loop.py", tmp_path, two_nodes.env)
     assert "'epoch': 2" in out
     assert "'rows': 480" in out
     assert "'score_version': 2" in out

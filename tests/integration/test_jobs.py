@@ -1,173 +1,205 @@
-"""Jobs on a cluster that somebody else started, with two raylets and a token."""
+"""Jobs on a cluster that somebody else started, with two nodes and a token: `cluster/submit.sh` and Ray's client."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import secrets
+import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray.train
+import yaml
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from bss_ray.train.checkpoint import SavedCheckpoint
-from tests.hosts import BIN, Cluster, Host, started
+from tests.commands import run_here
+from tests.demo import EPOCHS, SETTINGS, figures, undisturbed
+from tests.hosts import Cluster
 from tests.leftovers import RAY_DATA, left_after
-from tests.processes import ROOT, command_of, marked
+from tests.processes import ROOT, command_of, free_ports, marked
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("two_nodes"), pytest.mark.timeout(600)]
 
-EPOCHS = 4
+SUBMIT = ROOT / "cluster" / "submit.sh"
 # Environment variable of a job's processes, its driver and its workers.
 JOB = "BSS_RAY_TEST_JOB"
-# Of metrics.csv: what depends on the clock, and on which rows lie on which node.
-_ELSEWHERE = re.compile("seconds|per_second|stall|moved")
+# The demo's model under another name; with a pause there is time to stop a run in the middle of an epoch.
+MODEL = """
+import time
 
-CLIENT = """
-import json, sys, time
-from ray.job_submission import JobSubmissionClient
-address, entrypoint, runtime_env = sys.argv[1:]
-client = JobSubmissionClient(address)
-job = client.submit_job(entrypoint=entrypoint, runtime_env=json.loads(runtime_env))
-while not client.get_job_status(job).is_terminal():
-    time.sleep(0.5)
-print(json.dumps([client.get_job_status(job), client.get_job_logs(job), client.get_job_info(job).driver_exit_code]))
+from bss_ray.models import LateFusion
+
+class Mine(LateFusion):
+    def __init__(self, shapes, num_classes, pause: float = 0.0):
+        super().__init__(shapes, num_classes)
+        self.pause = pause
+
+    def forward(self, batch):
+        time.sleep(self.pause if self.training else 0)
+        return super().forward(batch)
 """
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    # On the head there is room for both ranks even while Ray still holds CPUs of an earlier job: apart they would have
-    # other rows each, and gradients other rounding.
-    with started(Cluster(Host(cpus=4), dashboard=True), Host()) as cluster:
-        yield cluster
+@pytest.fixture
+def client(two_nodes: Cluster) -> JobSubmissionClient:
+    return JobSubmissionClient(two_nodes.dashboard_url)
 
 
-def command(storage: Path, *options: str) -> list[str]:
-    settings = ("--storage_path", str(storage), "--name", "run", "--loop.epochs", str(EPOCHS), "--num_workers", "2")
-    # Small batches: an epoch takes some seconds, so that a job can be stopped in the middle of one.
-    # Actors score in all places; `auto` would have the ranks do so where they leave no CPUs.
-    settings += ("--batch_size", "16", "--scoring.engine", "actors")
-    return [str(BIN / "bss-ray"), "train", *settings, *options]
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A user's folder: settings, a model of their own, and results that must not be sent."""
+    folder = tmp_path / "project"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "my_model.py").write_text(MODEL)
+    settings: dict[str, Any] = {
+        "name": "mine",
+        "storage_path": str(tmp_path / "shared"),
+        "model": {"class_path": "my_model.Mine"},
+    }
+    for name, value in SETTINGS.items():
+        group, _, key = name.rpartition(".")
+        (settings.setdefault(group, {}) if group else settings)[key] = value
+    (folder / "my.yaml").write_text(yaml.safe_dump(settings))
+    return folder
 
 
-def runtime_env(mark: str) -> str:
-    variables = {"PYTHONPATH": str(ROOT), "RAY_JOB_STOP_WAIT_TIME_S": "120", JOB: mark}
-    return json.dumps({"env_vars": variables})
+def submit(cluster: Cluster, *words: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
+    """Start `cluster/submit.sh` in a folder."""
+    return subprocess.Popen(
+        [SUBMIT, "--address", cluster.dashboard_url, *words],
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
-def job_command(cluster: Cluster, action: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` and the like."""
-    return cluster.command(BIN / "ray", "job", action, "--address", cluster.dashboard_url, *options)
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output."""
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
 
 
-def submit(cluster: Cluster, argv: list[str], mark: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`: it follows the log."""
-    return job_command(cluster, "submit", "--runtime-env-json", runtime_env(mark), *options, "--", *argv)
+def wait_for_end(client: JobSubmissionClient, job: str) -> JobStatus:
+    while not (status := client.get_job_status(job)).is_terminal():
+        time.sleep(0.2)
+    return status
 
 
-def by_client(cluster: Cluster, argv: list[str], mark: str) -> tuple[str, str, int]:
-    """`JobSubmissionClient`: status, log and exit code."""
-    done = cluster.command(sys.executable, "-c", CLIENT, cluster.dashboard_url, " ".join(argv), runtime_env(mark))
-    status, log, code = json.loads(done.stdout.splitlines()[-1])
-    return status, log, code
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same command on this machine alone."""
-    storage = tmp_path_factory.mktemp("local")
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command(storage), env=env, check=True, capture_output=True, timeout=240)
-    return storage / "run"
-
-
-def figures(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """metrics.csv and result.json."""
-    with (run / "metrics.csv").open() as file:
-        rows = [
-            {name: float(value) for name, value in row.items() if not _ELSEWHERE.search(name)}
-            for row in csv.DictReader(file)
-        ]
-    return rows, json.loads((run / "result.json").read_text())
-
-
-def check_same(run: Path, local: Path) -> None:
-    there, here = figures(run), figures(local)
+def check_same_as_undisturbed(run: Path) -> None:
+    """All but what depends on the clock, and on which rows lie on which node."""
+    assert len(figures(run)) == EPOCHS
+    assert figures(run) == figures(undisturbed().folder)
+    there, here = (json.loads((folder / "result.json").read_text()) for folder in (run, undisturbed().folder))
     assert there == here
 
 
-def check_log(log: str) -> None:
-    """Nothing that only a terminal understands, and one line an epoch."""
-    assert "\x1b" not in log
-    assert "\r" not in log
-    epochs = re.findall(r"^ +(\d+) +\d+ .*%", log, re.MULTILINE)
-    assert epochs == [str(epoch) for epoch in range(EPOCHS)]
-
-
-def check_nothing_left(cluster: Cluster, mark: str) -> None:
+def check_nothing_left(mark: str) -> None:
     """No actor, placement group or process, within half a minute."""
-    assert cluster.run(left_after) == []
+    assert left_after() == []
     deadline = time.monotonic() + 30
     while (left := processes_of(mark)) and time.monotonic() < deadline:
-        time.sleep(0.5)
+        time.sleep(0.2)
     assert left == []
 
 
 def processes_of(mark: str) -> list[str]:
     """Titles of a job's processes, but for the actors that Ray Data keeps for all jobs and starts in the first."""
     titles = [" ".join(command_of(pid)) for pid in marked(JOB, mark)]
-    return [title for title in titles if title.removeprefix("ray::") not in RAY_DATA]
+    return [title for title in titles if title and title.removeprefix("ray::") not in RAY_DATA]
 
 
-def test_ray_job_submit(cluster: Cluster, local: Path, tmp_path: Path) -> None:
+def test_a_job_runs_to_its_end_as_the_command_does_here(two_nodes: Cluster, project: Path, tmp_path: Path) -> None:
     mark = secrets.token_hex(8)
-    job = submit(cluster, command(tmp_path), mark)
-    assert job.returncode == 0, job.stdout
-    check_same(tmp_path / "run", local)
-    check_nothing_left(cluster, mark)
+    code, output = ended(submit(two_nodes, "--env", f"{JOB}={mark}", "train", "--config", "my.yaml", cwd=project))
+    assert code == 0, output
+    assert "submitted train-mine-" in output
+    assert "succeeded" in output
+    # The job's own log: nothing that only a terminal understands, and one line an epoch.
+    assert "val fused" in output
+    assert "\x1b" not in output
+    assert "\r" not in output
+    assert re.findall(r"^ +(\d+) +\d+ .*%", output, re.MULTILINE) == [str(epoch) for epoch in range(EPOCHS)]
+    check_same_as_undisturbed(tmp_path / "shared" / "mine")
+    check_nothing_left(mark)
 
 
-def test_job_client(cluster: Cluster, local: Path, tmp_path: Path) -> None:
-    mark = secrets.token_hex(8)
-    status, log, code = by_client(cluster, command(tmp_path), mark)
-    assert (status, code) == ("SUCCEEDED", 0), log
-    check_log(log)
-    check_same(tmp_path / "run", local)
-    check_nothing_left(cluster, mark)
+def test_a_job_outlives_who_follows_it_and_resumes_after_a_stop(
+    two_nodes: Cluster, client: JobSubmissionClient, project: Path, tmp_path: Path
+) -> None:
+    mark, run = secrets.token_hex(8), tmp_path / "shared" / "long"
+    options = ["--config", "my.yaml", "--name", "long", "--model.pause", "0.03"]
+    followed = submit(two_nodes, "--env", f"{JOB}={mark}", "--id", f"long-{mark}", "train", *options, cwd=project)
+    assert followed.stdout is not None
+    for line in followed.stdout:
+        if line.split()[:2] == ["0", "2156"]:  # the first epoch
+            break
+    followed.send_signal(signal.SIGINT)
+    code, output = ended(followed)
+    assert code == 130, output
+    assert f"long-{mark} continues without being followed" in output
+    assert client.get_job_status(f"long-{mark}") == JobStatus.RUNNING
 
-
-def test_a_stopped_job_goes_on(cluster: Cluster, local: Path, tmp_path: Path) -> None:
-    mark = secrets.token_hex(8)
-    submit(cluster, command(tmp_path), mark, "--no-wait", "--submission-id", mark)
-    while not (tmp_path / "run" / "metrics.csv").exists():  # after epoch 0
-        time.sleep(0.1)
-    stopped = job_command(cluster, "stop", mark)
-    assert "was stopped" in stopped.stdout, stopped
-    position = last_checkpoint(tmp_path / "run").manifest().position
+    assert client.stop_job(f"long-{mark}")
+    assert wait_for_end(client, f"long-{mark}") == JobStatus.STOPPED
+    last = max(path for path in run.glob("checkpoint_*") if path.is_dir())
+    position = SavedCheckpoint(ray.train.Checkpoint.from_directory(last)).manifest().position
     assert (0, 0) < (position.epoch, position.batch) < (EPOCHS, 0)
     assert position.batch > 0, "stopped in the middle of an epoch"
-    check_nothing_left(cluster, mark)
-    assert submit(cluster, command(tmp_path), mark).returncode == 0
-    check_same(tmp_path / "run", local)
+    check_nothing_left(mark)
+
+    words = [sys.executable, "-m", "bss_ray.cli", "train", *options]
+    environment = {"working_dir": str(project), "env_vars": {JOB: mark}}
+    job = client.submit_job(entrypoint=shlex.join(words), runtime_env=environment)
+    assert wait_for_end(client, job) == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    check_same_as_undisturbed(run)
+    check_nothing_left(mark)
 
 
-def last_checkpoint(run: Path) -> SavedCheckpoint:
-    folder = max(path for path in run.glob("checkpoint_*") if path.is_dir())
-    return SavedCheckpoint(ray.train.Checkpoint.from_directory(folder))
-
-
-def test_a_failure_is_told_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failure_is_told_and_leaves_nothing(client: JobSubmissionClient, tmp_path: Path) -> None:
     mark = secrets.token_hex(8)
-    status, log, code = by_client(cluster, command(tmp_path, "--choose_by", "val_accuracy_fuse"), mark)
-    assert status == "FAILED"
-    assert code == 1, log
-    assert "choose_by='val_accuracy_fuse' is no validation metric" in log
-    check_nothing_left(cluster, mark)
+    words = ["train", "--storage_path", str(tmp_path), "--choose_by", "val_accuracy_fuse"]
+    job = client.submit_job(
+        entrypoint=shlex.join([sys.executable, "-m", "bss_ray.cli", *words]), runtime_env={"env_vars": {JOB: mark}}
+    )
+    assert wait_for_end(client, job) == JobStatus.FAILED
+    assert client.get_job_info(job).driver_exit_code == 1
+    assert "choose_by='val_accuracy_fuse' is no validation metric" in client.get_job_logs(job)
+    check_nothing_left(mark)
+
+
+def test_the_exit_code_is_passed_on(two_nodes: Cluster, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    words = ["--address", two_nodes.dashboard_url, "train", "--config", "my.yaml", "--loop.epoch", "2"]
+    assert "Did you mean" in run_here("submit", *words, code=2)
+
+
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ({"RAY_AUTH_TOKEN": "f" * 64}, "Forbidden: Invalid authentication token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "Unauthorized: Missing authentication token"),
+    ],
+)
+def test_a_wrong_or_missing_token_is_told(two_nodes: Cluster, project: Path, env: dict[str, str], told: str) -> None:
+    code, output = ended(submit(two_nodes, "train", "--config", "my.yaml", cwd=project, **env))
+    assert code == 1
+    assert "wants its token and did not get it" in output
+    assert told in output
+    assert "Traceback" not in output
+
+
+def test_nobody_at_the_address(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    [port] = free_ports(1)
+    words = ["--address", f"http://127.0.0.1:{port}", "train", "--config", "my.yaml"]
+    assert f"no Ray job server answers at http://127.0.0.1:{port}" in run_here("submit", *words, code=1)

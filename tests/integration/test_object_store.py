@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +17,16 @@ from bss_ray.cli import main
 from bss_ray.score.measure_files import find_measure_files
 from bss_ray.storage import StoragePath
 from bss_ray.train.initial import read_weights
+from tests.commands import Command, epochs_of, start_command
 from tests.s3 import KEYS, Server, s3_server
 from tests.scoring import make_columns, make_recorder, make_table, reference, write_folder
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("no_ray_session"),
+    pytest.mark.timeout(600),
+]
 
 ROWS, PIECE, EPOCHS = 480, 32, 3
 
@@ -55,8 +56,8 @@ def bucket(server: Server, tmp_path_factory: pytest.TempPathFactory) -> StorageP
     return bucket
 
 
-def start(command: str, bucket: StoragePath, here: Path, **options: object) -> subprocess.Popen[str]:
-    """The command in a process group of its own, in the folder `here`."""
+def start(command: str, bucket: StoragePath, here: Path, **options: object) -> Command:
+    """The command in the folder `here`."""
     given = {
         "data": bucket / "pairs",
         "storage_path": bucket / "runs",
@@ -65,31 +66,7 @@ def start(command: str, bucket: StoragePath, here: Path, **options: object) -> s
         "model.class_path": "tests.scoring.Recorder",
         **options,
     }
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
-        [sys.executable, "-m", "bss_ray.cli", command, *(f"--{name}={value}" for name, value in given.items())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == code, out
-    assert "Traceback" not in out
-    return out
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "nothing within 240 s"
-        time.sleep(0.1)
+    return start_command(command, *(f"--{name}={value}" for name, value in given.items()), cwd=here)
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +81,11 @@ def scores(bucket: StoragePath, tmp_path_factory: pytest.TempPathFactory) -> Sto
         "model.pause": 0.4,
     }
     killed = start("score", bucket, here, **options)
-    wait_for(lambda: len(find_measure_files(folder / "measures")) >= 3, killed)
+    killed.wait_for(lambda: len(find_measure_files(folder / "measures")) >= 3)
     killed.kill()
-    killed.communicate()
     done = sum(piece.rows for piece in find_measure_files(folder / "measures"))
     assert done < ROWS
-    out = finish(start("score", bucket, here, **options))
+    out = start("score", bucket, here, **options).finish()
     already = next(int(line.split()[0]) for line in out.splitlines() if "rows are measured already" in line)
     assert done <= already < ROWS
     assert str(folder / "summary.json") in out
@@ -127,13 +103,6 @@ def test_a_scoring_job_goes_on_after_a_kill(bucket: StoragePath, scores: Storage
     assert [path.name for path in scores.glob()] == names
 
 
-def metrics(run: StoragePath) -> list[dict[str, str]]:
-    """The epochs of `metrics.csv`, without the clock's columns."""
-    path = run / "metrics.csv"
-    rows = list(csv.DictReader(io.StringIO(path.read_text(), newline=""))) if path.exists() else []
-    return [{name: value for name, value in row.items() if not name.startswith("seconds_")} for row in rows]
-
-
 @pytest.fixture(scope="module")
 def run(bucket: StoragePath, scores: StoragePath, tmp_path_factory: pytest.TempPathFactory) -> StoragePath:
     """The folder of a run that begins with those scores, was stopped in the middle and went on."""
@@ -148,22 +117,21 @@ def run(bucket: StoragePath, scores: StoragePath, tmp_path_factory: pytest.TempP
         "model.log": here,  # without it there are no pauses
     }
     stopped = start("train", bucket, here, **options)
-    wait_for(lambda: len(metrics(folder)) >= 1, stopped)
-    os.killpg(stopped.pid, signal.SIGINT)
-    assert "the same command resumes" in finish(stopped, code=130).lower()
-    before = metrics(folder)
+    stopped.wait_for(lambda: len(epochs_of(folder)) >= 1)
+    assert "the same command resumes" in stopped.interrupt().lower()
+    before = epochs_of(folder)
     assert 1 <= len(before) < EPOCHS
     assert not (folder / "result.json").exists()
-    out = finish(start("train", bucket, here, **options))
+    out = start("train", bucket, here, **options).finish()
     assert "(resumed)" in out
-    assert metrics(folder)[: len(before)] == before
+    assert epochs_of(folder)[: len(before)] == before
     assert str(folder / "report.html") in out
     assert all(name.endswith(".log") for name in os.listdir(here)), "nothing else lies in the working directory"
     return folder
 
 
 def test_a_training_run_goes_on_after_a_stop(run: StoragePath) -> None:
-    assert [row["epoch"] for row in metrics(run)] == [str(epoch) for epoch in range(EPOCHS)]
+    assert [row["epoch"] for row in epochs_of(run)] == [str(epoch) for epoch in range(EPOCHS)]
     result = json.loads((run / "result.json").read_text())
     assert set(result["test"]) >= {"test_accuracy_fused"}, "the test task has read the chosen checkpoint"
     table = (run / "scores.parquet").read_table()

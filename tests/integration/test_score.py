@@ -24,7 +24,17 @@ from bss_ray.score.job import SUMMARY_FILE, score
 from bss_ray.scoring.scorer import Scorer
 from bss_ray.train.folder import RunFolder
 from bss_ray.train.initial import Weights
-from tests.scoring import COLUMNS, forwarded, make_columns, make_recorder, make_table, reference, write_folder
+from tests.commands import run_here
+from tests.scoring import (
+    COLUMNS,
+    forwarded,
+    make_columns,
+    make_recorder,
+    make_table,
+    reference,
+    score_options,
+    write_folder,
+)
 from tests.support import join_calls
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -181,6 +191,24 @@ def test_bad_rows_are_named_or_kept_and_a_job_goes_on_with_the_other_policy(
     found = as_arrays(pq.read_table(folder / "scores.parquet"))
     np.testing.assert_allclose(found["score"], kept["score"], **CLOSE)
     assert any(isinstance(message, Notice) and "written without measures" in message.text for message in messages)
+
+
+def test_what_the_command_prints_and_writes(columns: dict[str, Any], tmp_path: Path) -> None:
+    write_folder(tmp_path / "rows", make_table(columns), [100], row_group=50)
+    model = make_recorder()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    words = ["score", *(f"--{name}={value}" for name, value in score_options(tmp_path).items())]
+    out, job = run_here(*words), tmp_path / "runs" / "scores"
+    for name in ("summary.json", "report.html", "scores.parquet"):
+        assert (job / name).exists()
+        assert str(job / name) in out
+    scores = (job / "scores.parquet").read_bytes()
+    found = as_arrays(pq.read_table(job / "scores.parquet"))
+    np.testing.assert_allclose(found["score"], reference(model, columns)["score"], **CLOSE)
+    # A complete job is shown, not repeated; another configuration is refused and harms nothing.
+    assert "this job is complete" in run_here(*words)
+    assert "normalise: 'minmax' there, 'rank' now" in run_here(*words, "--normalise=rank", code=1)
+    assert (job / "scores.parquet").read_bytes() == scores
 
 
 def test_wrong_rows_are_named_by_row_id(columns: dict[str, Any], tmp_path: Path) -> None:

@@ -19,7 +19,18 @@ from bss_ray.tune.record import load_study
 from bss_ray.tune.trial import WarmStart, train_once
 from bss_ray.tune.trials import max_concurrent_trials
 from bss_ray.tune.tuner import alone
-from tests.searches import EPOCHS, base, hopeless, learning_rates, search, temperatures, troubles, without_burn_in
+from tests.commands import run_here
+from tests.searches import (
+    EPOCHS,
+    base,
+    by_command,
+    hopeless,
+    learning_rates,
+    search,
+    temperatures,
+    troubles,
+    without_burn_in,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
@@ -64,23 +75,39 @@ def test_a_search_whose_trials_all_fail_ends_with_the_first_cause(
 
 def test_a_pruned_trial_is_recorded_as_pruned(tmp_path: Path) -> None:
     pruning = Pruning(enabled=True, grace_epochs=2, reduction=2)
-    result = search(tmp_path, learning_rates, trials=3, pruning=pruning)
-    good, *bad = trials_of(tmp_path)
+    result = search(tmp_path, learning_rates, trials=2, pruning=pruning)
+    good, bad = trials_of(tmp_path)
     assert good.state == TrialState.COMPLETE
     assert list(good.intermediate_values) == [1, 2, 3, 4]
-    for trial in bad:
-        assert trial.state == TrialState.PRUNED
-        assert list(trial.intermediate_values) == [1, 2], "stopped at the first rung"
-    assert result["trials"] == {"complete": 1, "pruned": 2, "fail": 0}
+    assert bad.state == TrialState.PRUNED
+    assert list(bad.intermediate_values) == [1, 2], "stopped at the first rung"
+    assert result["trials"] == {"complete": 1, "pruned": 1, "fail": 0}
     assert [best["trial"] for best in result["best"]] == [0]
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A search over knobs that act after burn-in only, two trials at a time, and a comparison."""
+def command(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A search over knobs that act after burn-in only, two trials at a time, and a comparison; what it has printed."""
     folder = tmp_path_factory.mktemp("shared")
-    search(folder, temperatures, trials=3, max_concurrent=2, compare_seeds=2)
-    return folder
+    return folder, run_here(*by_command(folder, trials=2, max_concurrent=2, compare_seeds=2))
+
+
+@pytest.fixture(scope="module")
+def shared(command: tuple[Path, str]) -> Path:
+    return command[0]
+
+
+def test_what_the_command_prints_and_writes(command: tuple[Path, str]) -> None:
+    folder, out = command
+    assert "\x1b" not in out, "no cursor tricks off a terminal"
+    for name in ("best.yaml", "result.json", "report.html"):
+        assert (folder / "tune" / name).exists(), name
+        assert str(folder / "tune" / name) in out, name
+    result = json.loads((folder / "tune" / "result.json").read_text())
+    assert result["trials"] == {"complete": 2, "pruned": 0, "fail": 0}
+    same = by_command(folder, trials=2, max_concurrent=2, compare_seeds=2)
+    assert "this search is complete" in run_here(*same)
+    assert "train.seed: 0 there, 7 now" in run_here(*same, "--train.seed=7", code=1)
 
 
 def assert_as_trained_alone(folder: Path) -> None:
@@ -101,7 +128,7 @@ def test_one_burn_in_serves_all_and_changes_nothing(shared: Path) -> None:
 
 
 def test_the_untrained_model_is_scored_once_for_all(tmp_path: Path) -> None:
-    search(tmp_path, without_burn_in, trials=3)
+    search(tmp_path, without_burn_in, trials=2)
     assert len(list((tmp_path / "tune" / "burn_in").glob("*/done/scores-*"))) == 1
     assert_as_trained_alone(tmp_path)
 
@@ -133,9 +160,9 @@ def test_the_best_is_compared_with_uniform_sampling_over_new_seeds(shared: Path)
 
 def test_a_larger_number_of_trials_searches_on(shared: Path) -> None:
     before = [(trial.number, trial.values, trial.datetime_complete) for trial in trials_of(shared)]
-    result = search(shared, temperatures, trials=4)
-    assert sum(result["trials"].values()) == 4
-    assert [(t.number, t.values, t.datetime_complete) for t in trials_of(shared)[:3]] == before
+    result = search(shared, temperatures, trials=3)
+    assert sum(result["trials"].values()) == 3
+    assert [(t.number, t.values, t.datetime_complete) for t in trials_of(shared)[:2]] == before
 
 
 def test_another_space_or_other_data_is_refused(shared: Path) -> None:
@@ -145,6 +172,7 @@ def test_another_space_or_other_data_is_refused(shared: Path) -> None:
         search(shared, temperatures, trials=4, metrics=("val_f1_fused",))
 
 
+@pytest.mark.slow
 def test_population_based_training_changes_settings_on_the_way(tmp_path: Path) -> None:
     # Each takes most of the CPUs, so that they train in turns: else the first could be done before others have started.
     search(
@@ -169,12 +197,12 @@ def test_population_based_training_changes_settings_on_the_way(tmp_path: Path) -
 
 def test_several_seeds_and_metrics(tmp_path: Path) -> None:
     metrics = ("val_accuracy_fused", "val_accuracy_weaker")
-    result = search(tmp_path, temperatures, trials=2, metrics=metrics, seeds=2)
-    for trial in trials_of(tmp_path):
-        seeds = trial.user_attrs["seed_values"]
-        assert len(seeds) == 2
-        assert trial.values == pytest.approx([sum(column) / 2 for column in zip(*seeds, strict=True)])
-        assert trial.values[1] <= trial.values[0]
+    result = search(tmp_path, temperatures, trials=1, metrics=metrics, seeds=2)
+    (trial,) = trials_of(tmp_path)
+    seeds = trial.user_attrs["seed_values"]
+    assert len(seeds) == 2
+    assert trial.values == pytest.approx([sum(column) / 2 for column in zip(*seeds, strict=True)])
+    assert trial.values[1] <= trial.values[0]
     assert result["metrics"] == list(metrics)
     assert len(list((tmp_path / "tune" / "burn_in").glob("*/done"))) == 2, "one for each seed"
 

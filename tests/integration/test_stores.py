@@ -28,6 +28,7 @@ from bss_ray.data.store import ObjectStore, StoreConfig
 from bss_ray.errors import DataError, StorageError
 from bss_ray.runtime.messages import Message, ShardsProgress, Status
 from bss_ray.train.run import TrainConfig, load_shards
+from tests.processes import ROOT
 from tests.runs import COLUMNS, make_columns, make_dataset
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
@@ -288,22 +289,28 @@ from bss_ray.data.store import StoreConfig
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
 ray.data.DataContext.get_current().enable_progress_bars = False
 config = StoreConfig(kind="disk", folder=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
 for _ in range(3):
     shards = build_shards(make_dataset(make_columns()), COLUMNS, min_shards=3, store=config, source_key="x")
-print(shards.fingerprint, shards.rows)
+print(shards.fingerprint)
 """
 
 
 def test_two_builds_at_once(tmp_path: Path) -> None:
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-c", BUILD, address, str(tmp_path)]
-    builds = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path.cwd())
-        for _ in range(2)
-    ]
-    outputs = [build.communicate(timeout=200) for build in builds]
-    assert [build.returncode for build in builds] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", BUILD, address, str(tmp_path)], text=True, cwd=ROOT, **pipes)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n", other.communicate()
+    assert other.stdin is not None
+    other.stdin.write("\n")
+    other.stdin.flush()
+    for _ in range(3):
+        shards = build_shards(make_dataset(make_columns()), COLUMNS, min_shards=3, store=disk(tmp_path), source_key="x")
+    output, errors = other.communicate(timeout=200)
+    assert other.returncode == 0, errors
+    assert output == f"{shards.fingerprint}\n"
     assert len(files_in(tmp_path)) == 3
     assert sorted(path.name[:4] for path in tmp_path.iterdir())[-1] == "keys"
     assert not list(tmp_path.glob(".new-*"))
