@@ -27,7 +27,7 @@ def failed(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> T
             ray.exceptions.RayTaskError("f", "Traceback", ModelOutputError("the loss is nan")),
             "ModelOutputError: the loss",
         ),
-        (ray.exceptions.RayTaskError("f", "Traceback", MemoryError()), "MemoryError: "),
+        (ray.exceptions.RayTaskError("f", "Traceback", MemoryError()), "MemoryError"),
         (ray.exceptions.ActorDiedError(), "its process died: it was killed, or it crashed"),
         (
             ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on"),
