@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from bss_ray.cli.ray_start import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
 from bss_ray.storage import StoragePath
-from bss_ray.train.settings import Parser, add_model_arguments, instantiate, make
+from bss_ray.train.settings import Parser, add_model_arguments, instantiate, make, with_types
 
 _DESCRIPTION = (
     "Score all rows of a dataset with a model and its weights: how balanced is each row between its modalities? Tasks "
@@ -31,7 +31,7 @@ def score_parser() -> ArgumentParser:
 
     parser = Parser(prog="bss-ray score", description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
-    parser.add_class_arguments(ScoreConfig, as_group=False, skip={"model"})
+    parser.add_class_arguments(with_types(ScoreConfig), as_group=False, skip={"model"})
     add_model_arguments(parser)
     return parser
 

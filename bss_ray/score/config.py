@@ -14,11 +14,9 @@ from torch import nn
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature
 from bss_ray.data.sources import AV_DIGITS, AV_DIGITS_COLUMNS
-from bss_ray.errors import ConfigError, DataError, nearest
-from bss_ray.measure.forward import Forward
+from bss_ray.errors import ConfigError, DataError, check_one_of
 from bss_ray.measure.measurer import Measurer
-from bss_ray.measure.normalise import Normalise
-from bss_ray.measure.score import Accumulation, Unpaired
+from bss_ray.measure.score import ScoreRule
 from bss_ray.models.weights import classes_of_weights, load_weights
 from bss_ray.names import import_name
 from bss_ray.runtime.logs import LogFormat, check_log_format
@@ -26,7 +24,7 @@ from bss_ray.runtime.wait import DEFAULT_LIMIT_S
 from bss_ray.score.measure_files import FILE_ROWS
 from bss_ray.score.measuring import Measuring
 from bss_ray.score.pool import PoolConfig
-from bss_ray.scoring.config import BadRows
+from bss_ray.scoring.config import ScoringPass
 from bss_ray.storage import absolute
 from bss_ray.train.initial import Weights
 from bss_ray.train.loop import ModelSpec as ModelSpec  # also for the command
@@ -56,7 +54,7 @@ MAY_CHANGE = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(ScoreRule, ScoringPass, PoolConfig):
     """Settings of `bss-ray score`.
 
     Args:
@@ -73,20 +71,6 @@ class ScoreConfig:
         seed: Seed of the wrong pairs.
         model: Class of the model by import path, and its arguments.
         measurer: How the balance of a row is measured.
-        normalise: Normalisation over all rows of the split: `minmax` (the paper's) or `rank`.
-        unpaired: How rows with fewer than two modalities count: as `neutral`, as `lowest`, or as an `error`.
-        bad_rows: Whether rows whose outputs are NaN or infinite are an `error`, or are written without measures
-            (`keep`).
-        batch_size: Number of rows of a forward pass; it is halved, with a message, if the batch does not fit into
-            memory.
-        precision: Precision of the forward pass: `fp32`, `bf16` or `fp16` (autocast).
-        channels_last: Whether images and model are in the channels-last memory layout.
-        compile: Whether the model runs through `torch.compile`.
-        min_actors: Number of scoring actors at the start.
-        max_actors: Largest number of scoring actors; null takes as many as the cluster has room for, with one CPU left
-            for reading.
-        cpus_per_actor: Logical CPUs of an actor; null takes 1, or 0 if the cluster has one CPU.
-        gpus_per_actor: Share of a GPU of an actor; null takes 1 if the cluster has GPUs.
         piece_rows: Largest number of rows in a file of measures; a stop loses only the files that are being made.
         wait_limit_s: Longest time, in seconds, without a new result from the actors and tasks of the job.
         name: Name of the job; a job with the same name and settings is resumed.
@@ -106,17 +90,6 @@ class ScoreConfig:
     seed: int | None = None
     model: ModelSpec | None = None
     measurer: Measurer | None = None
-    normalise: Normalise = "minmax"
-    unpaired: Unpaired = "neutral"
-    bad_rows: BadRows = "error"
-    batch_size: int = 256
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    min_actors: int = 1
-    max_actors: int | None = None
-    cpus_per_actor: float | None = None
-    gpus_per_actor: float | None = None
     piece_rows: int = FILE_ROWS
     wait_limit_s: float = DEFAULT_LIMIT_S
     name: str = "scores"
@@ -126,39 +99,16 @@ class ScoreConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.pool, self.forward  # these classes check their settings
+        for settings in (ScoreRule, ScoringPass, PoolConfig):
+            settings.__post_init__(self)
         check_log_format(self.log_format)
-        Accumulation(normalise=self.normalise, unpaired=self.unpaired)
-        if self.split not in get_args(Split):
-            raise ConfigError(f"unknown split {self.split!r}; {nearest(self.split, get_args(Split))}")
-        if self.bad_rows not in get_args(BadRows):
-            raise ConfigError(f"unknown bad_rows {self.bad_rows!r}; {nearest(self.bad_rows, get_args(BadRows))}")
+        check_one_of("split", self.split, get_args(Split))
         if not self.wait_limit_s > 0:
             raise ConfigError(f"wait_limit_s must be positive; received {self.wait_limit_s}")
         for name in ("num_classes", "piece_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1; received {value}")
-
-    @property
-    def pool(self) -> PoolConfig:
-        """The pool of scoring actors."""
-        return PoolConfig(
-            min_actors=self.min_actors,
-            max_actors=self.max_actors,
-            cpus=self.cpus_per_actor,
-            gpus=self.gpus_per_actor,
-        )
-
-    @property
-    def forward(self) -> Forward:
-        """Settings of the forward pass."""
-        return Forward(
-            batch_size=self.batch_size,
-            precision=self.precision,
-            channels_last=self.channels_last,
-            compile=self.compile,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +142,8 @@ class Job:
         return Measuring(
             columns=self.columns,
             measurer=config.measurer or Measurer(),
-            forward=config.forward,
-            bad_rows=config.bad_rows,
+            forward=config,
+            rule=config,
         )
 
     def model(self, features: dict[str, Feature]) -> nn.Module:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import pickle
+from dataclasses import replace
+from typing import NamedTuple
 
 import pyarrow as pa
 import ray
@@ -11,17 +14,19 @@ from torch import nn
 
 from bss_ray.data.blocks import blocks_of, check_columns
 from bss_ray.data.columns import Columns
-from bss_ray.measure.forward import Forward
+from bss_ray.errors import DataError, Problem
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
-from bss_ray.measure.score import Accumulation, Unpaired
+from bss_ray.measure.score import ScoreRule, Unpaired
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.score.collect import REPORT, Collector, with_report
+from bss_ray.runtime.wait import wait_for
 from bss_ray.score.measuring import (
+    Look,
     Measured,
     Measuring,
     Norms,
     RowMeasurer,
+    kept_notice,
     prepare_actor,
     snapshot_of,
     with_row_ids,
@@ -29,7 +34,14 @@ from bss_ray.score.measuring import (
 )
 from bss_ray.score.pool import PoolConfig, settings_of
 from bss_ray.score.read_tasks import read_rows
-from bss_ray.scoring.config import BadRows
+from bss_ray.scoring.config import BadRows, ScoringPass
+
+# Column of an actor's report on a block, in the block's first row: an actor does not know the ids of its rows, and
+# the driver does not see what an actor returns.
+REPORT = "__report"
+
+# Most blocks that one task reads.
+_GROUP = 64
 
 
 def score_dataset(
@@ -91,26 +103,31 @@ def score_dataset(
         ResourceError: The cluster can never run the actors.
         ConfigError: A setting is unknown or out of its range.
     """
-    Accumulation(normalise=normalise, unpaired=unpaired)  # checks them
     measuring = Measuring(
         columns=columns,
         measurer=measurer or Measurer(),
-        forward=Forward(batch_size=batch_size, precision=precision, channels_last=channels_last, compile=compile),
-        bad_rows=bad_rows,
+        forward=ScoringPass(
+            batch_size=batch_size,
+            precision=precision,
+            channels_last=channels_last,
+            compile=compile,
+            bad_rows=bad_rows,
+        ),
+        rule=ScoreRule(normalise=normalise, unpaired=unpaired),
         num_classes=num_classes,
     )
-    pool = PoolConfig(min_actors=actors[0], max_actors=actors[1], cpus=num_cpus, gpus=num_gpus)
+    pool = PoolConfig(min_actors=actors[0], max_actors=actors[1], cpus_per_actor=num_cpus, gpus_per_actor=num_gpus)
     check_columns(dataset.schema(), columns)
-    room = pool.on_cluster()
+    size = pool.on_cluster()
     snapshot = ray.put(pack_model(model))  # kept alive until all rows are measured
     measured = dataset.select_columns(list(columns.all)).map_batches(
         _MeasureBlock,
         batch_size=None,
         batch_format="pyarrow",
         fn_constructor_args=(snapshot, measuring),
-        **room.options,
+        **size.options,
     )
-    collector = Collector(bad_rows, normalise, unpaired)
+    collector = Collector(measuring)
     with settings_of(measured):  # row ids are positions
         for block in blocks_of(measured):
             assert block.offset == 0, "only limit() and split() cut blocks"
@@ -123,7 +140,7 @@ def score_dataset(
 class _MeasureBlock:
     """The actor."""
 
-    def __init__(self, snapshot: Any, measuring: Measuring) -> None:
+    def __init__(self, snapshot: ray.ObjectRef, measuring: Measuring) -> None:
         self._measuring = measuring
         self._measurer = RowMeasurer(snapshot_of(snapshot), measuring, prepare_actor())
 
@@ -131,12 +148,121 @@ class _MeasureBlock:
         """Measures of the rows of a block, and a report whose row ids count from the block's first row."""
         if len(block) == 0:
             return pa.table({})
-        rows = read_rows([block], self._measuring.columns, 0, {}, finite=self._measuring.bad_rows == "error")
-        if rows.problems:
-            found = Measured(None, rows.problems, sound_data=False)
-        else:
-            found = self._measurer.measure(rows.arrays, 0)
+        rows = read_rows([block], self._measuring.columns, 0, {}, finite=self._measuring.forward.bad_rows == "error")
+        found = Measured(None, rows.problems) if rows.problems else self._measurer.measure(rows.arrays, 0)
         return with_report(found, len(block))
+
+
+class _Report(NamedTuple):
+    """Rules for data that rows of a block break, and messages to the user. Row ids count from the block's first row."""
+
+    problems: list[Problem]
+    notices: list[str]
+
+
+def with_report(found: Measured, rows: int) -> pa.Table:
+    """The measures of a block, and the report on it."""
+    report = None
+    if found.table is None or found.notices:
+        # What is wrong with outputs is told by the measures.
+        report = pickle.dumps(_Report(found.problems if found.table is None else [], found.notices))
+    column = pa.array([report, *[None] * (rows - 1)], pa.binary())
+    return pa.table({REPORT: column}) if found.table is None else found.table.append_column(REPORT, column)
+
+
+def look_at_block(look: Look, table: pa.Table, first_row: int, rule: ScoreRule) -> None:
+    """Add a block to `look`; Ray Data may have joined several into one."""
+    problems: list[Problem] = []
+    for place, content in enumerate(table[REPORT].to_pylist()):
+        if content is not None:
+            report: _Report = pickle.loads(content)
+            look.notices += report.notices
+            problems += [
+                replace(problem, first_ids=[first_row + place + row for row in problem.first_ids])
+                for problem in report.problems
+            ]
+    look.data_problems += problems
+    if not problems:
+        look.add(table, first_row, rule)
+
+
+class Collector:
+    """Collects the blocks of the first pass, and raises for the first problem while other blocks are still measured.
+
+    One task at a time reads the blocks that have arrived: more tasks would take CPUs from the measuring, just for
+    starting processes.
+    """
+
+    def __init__(self, measuring: Measuring) -> None:
+        self.blocks: list[tuple[ray.ObjectRef, int]] = []
+        self._measuring = measuring
+        self._begun = 0
+        self._running: ray.ObjectRef | None = None
+        self._norms: list[Norms] = []
+        self._said: set[str] = set()
+        self._kept: list[Problem] = []
+
+    @property
+    def norms(self) -> Norms:
+        """Norms over all rows."""
+        return Norms.union(self._norms)
+
+    def add(self, ref: ray.ObjectRef, first_row: int) -> None:
+        """Add the next block.
+
+        Raises:
+            BssRayError: Rows of an earlier block break a rule.
+        """
+        self.blocks.append((ref, first_row))
+        self._advance(wait=False)
+
+    def finish(self) -> None:
+        """Finish after the last block.
+
+        Raises:
+            BssRayError: Rows break a rule, or there are no rows.
+        """
+        if not self.blocks:
+            raise DataError("the dataset has no rows. Check the path, or the filter that left none")
+        while self._running is not None or self._begun < len(self.blocks):
+            self._advance(wait=True)
+        if self._kept:
+            self._say(kept_notice(self._kept))
+
+    def _advance(self, *, wait: bool) -> None:
+        if self._running is not None and (wait or ray.wait([self._running], timeout=0)[0]):
+            look, self._running = wait_for(self._running, "a look at the measures"), None
+            self._judge(look)
+        if self._running is None and self._begun < len(self.blocks):
+            group = self.blocks[self._begun : self._begun + _GROUP]
+            self._begun += len(group)
+            first_rows = [first_row for _, first_row in group]
+            # No CPU, because Ray Data may hold all CPUs.
+            look_at = _look.options(num_cpus=0)
+            self._running = look_at.remote(first_rows, self._measuring.rule, *(ref for ref, _ in group))
+
+    def _judge(self, look: Look) -> None:
+        """Raise for problems that are errors, and remember the others."""
+        for notice in look.notices:
+            self._say(notice)
+        look.check(self._measuring.forward.bad_rows)
+        self._kept += look.output_problems
+        self._norms += look.norms
+
+    def _say(self, notice: str) -> None:
+        """Log each notice once."""
+        if notice not in self._said:
+            logging.getLogger("bss_ray").warning(notice)
+            self._said.add(notice)
+
+
+@ray.remote(name="bss_ray.look_at_measures")
+def _look(first_rows: list[int], rule: ScoreRule, *tables: pa.Table) -> Look:
+    """Norms and reports of blocks."""
+    look = Look()
+    for first_row, table in zip(first_rows, tables, strict=True):
+        look_at_block(look, table, first_row, rule)
+    return look.joined()
 
 
 @ray.remote(name="bss_ray.score_block")

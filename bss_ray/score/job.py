@@ -17,14 +17,14 @@ from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Feature
 from bss_ray.data.sources import files_key, load_splits, parquet_paths
-from bss_ray.errors import CheckpointError, DataError, StorageError
+from bss_ray.errors import CheckpointError, DataError, Problem, StorageError
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.runtime.messages import Notice, OnMessage, RowsProgress, ShardsProgress, Status
 from bss_ray.runtime.wait import set_wait_limit, wait_for
 from bss_ray.score.config import Job
 from bss_ray.score.measure_files import find_measure_files, missing_rows
 from bss_ray.score.measuring import kept_notice
-from bss_ray.score.passes import MeasureFileReport, MeasurePass, NormalisePass, measure_rows, score_rows
+from bss_ray.score.passes import MeasureFileReport, MeasurePass, measure_rows, score_rows
 from bss_ray.score.pool import PoolSize
 from bss_ray.score.read_tasks import ReadTask, known_features, parquet_tasks, shard_tasks
 from bss_ray.storage import StoragePath
@@ -46,19 +46,19 @@ class Source:
     """The rows of a job.
 
     Attributes:
-        units: What tasks read.
+        tasks: What is read, in the order of the rows.
         features: Shape and dtype of the modalities.
         key: Name of the content.
     """
 
-    units: Sequence[ReadTask]
+    tasks: Sequence[ReadTask]
     features: Mapping[str, Feature]
     key: str
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.units[-1].first_row + self.units[-1].rows
+        return self.tasks[-1].first_row + self.tasks[-1].rows
 
 
 def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
@@ -77,17 +77,16 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
         WaitError: There was no new result for `wait_limit_s`; finished files stay.
     """
     set_wait_limit(job.config.wait_limit_s)
-    room = job.config.pool.on_cluster()
+    size = job.config.on_cluster()
     check_storage(folder.path)
     on_message(Status(f"looking at the {job.config.split} rows of {job.data}"))
-    source = open_source(job, room, on_message)
+    source = open_source(job, size, on_message)
     _claim_plan(folder.path / "plan.json", job, source)
     measures = folder.path / "measures"
     measures.mkdir()
-    figures = _measure(job, source, measures, room, on_message)
+    figures = _measure(job, source, measures, size, on_message)
     on_message(Status("scoring: second pass, over the measures"))
-    settings = NormalisePass(measures, job.columns, job.config.normalise, job.config.unpaired, job.config.bad_rows)
-    found = score_rows(settings, folder.path / "scores.parquet")
+    found = score_rows(job.measuring, measures, folder.path / "scores.parquet")
     result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
     folder.write_result(result)
     with contextlib.suppress(StorageError):  # the job is complete
@@ -140,7 +139,7 @@ def forget_beginning(path: StoragePath) -> None:
 # ---- the rows -------------------------------------------------------------------------------------
 
 
-def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
+def open_source(job: Job, size: PoolSize, on_message: OnMessage) -> Source:
     """The rows of the job: Parquet is read in place, other sources are made into shards first.
 
     Raises:
@@ -149,9 +148,9 @@ def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
     config, columns = job.config, job.columns
     path = parquet_paths(job.data)[config.split]
     if path is not None:
-        units = parquet_tasks(path, columns)
-        features = wait_for(_known_features.remote(units, columns), "a look at the rows")
-        return Source(units, features, files_key(path) or "")
+        tasks = parquet_tasks(path, columns)
+        features = wait_for(_known_features.remote(tasks, columns), "a look at the rows")
+        return Source(tasks, features, files_key(path) or "")
     dataset = load_splits(job.data, mispaired=config.mispaired or 0.0, seed=config.seed or 0)[config.split]
     if dataset is None:
         raise DataError(f"{job.data} has no split {config.split!r}. Choose another --split, or name its files: --data")
@@ -160,7 +159,7 @@ def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
         config.split,
         dataset,
         columns,
-        min_shards=_SHARDS_PER_ACTOR * room.max_actors,
+        min_shards=_SHARDS_PER_ACTOR * size.max_actors,
         on_progress=lambda done, of: on_message(ShardsProgress(config.split, done, of)),
         on_notice=lambda text: on_message(Notice(text)),
     )
@@ -168,9 +167,9 @@ def open_source(job: Job, room: PoolSize, on_message: OnMessage) -> Source:
 
 
 @ray.remote(name="bss_ray.look_at_rows")
-def _known_features(units: Sequence[ReadTask], columns: Columns) -> dict[str, Feature]:
+def _known_features(tasks: Sequence[ReadTask], columns: Columns) -> dict[str, Feature]:
     """Runs as a task: the nodes that read the files list them, not the driver."""
-    return known_features(units, columns)
+    return known_features(tasks, columns)
 
 
 def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
@@ -184,10 +183,10 @@ def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
         path.write_text(json.dumps(plan))
         return
     try:
-        there = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        there = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # no JSON, or something else than a plan
         raise CheckpointError(f"{path} is damaged ({error}). Choose another --name") from error
-    changed = [f"{key}: {there.get(key)!r} there, {value!r} now" for key, value in plan.items() if there[key] != value]
+    changed = [f"{k}: {there.get(k)!r} there, {value!r} now" for k, value in plan.items() if there.get(k) != value]
     if changed:
         raise CheckpointError(
             f"{path.parent} holds measures of other rows or weights than these, although they have the same names; the "
@@ -198,11 +197,11 @@ def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
 # ---- first pass -----------------------------------------------------------------------------------
 
 
-def _measure(job: Job, source: Source, folder: StoragePath, room: PoolSize, on_message: OnMessage) -> dict[str, Any]:
+def _measure(job: Job, source: Source, folder: StoragePath, size: PoolSize, on_message: OnMessage) -> dict[str, Any]:
     """Measure the rows that no measure file has; returns figures of the pass."""
     done = find_measure_files(folder)
     runs = missing_rows(done, source.rows)
-    already = sum(piece.rows for piece in done)
+    already = sum(file.rows for file in done)
     if already:
         text = f"{already} of {source.rows} rows are measured already"
         on_message(Notice(text))
@@ -210,16 +209,16 @@ def _measure(job: Job, source: Source, folder: StoragePath, room: PoolSize, on_m
     progress = _Progress(already, source.rows, on_message)
     if runs:
         snapshot = ray.put(pack_model(model))  # alive until all rows are measured
-        task = MeasurePass(job.measuring, source.features, folder, job.config.piece_rows)
-        on_message(Status(f"measuring with {_actors(room)}"))
-        for report in measure_rows(source.units, runs, snapshot, task, room):
+        settings = MeasurePass(job.measuring, source.features, folder, job.config.piece_rows)
+        on_message(Status(f"measuring with {_actors(size)}"))
+        for report in measure_rows(source.tasks, runs, snapshot, settings, size):
             progress.add(report)
     return progress.finish()
 
 
-def _actors(room: PoolSize) -> str:
-    bounds = f"{room.min_actors} to {room.max_actors}" if room.max_actors > room.min_actors else str(room.min_actors)
-    return f"{bounds} actor{'' if bounds == '1' else 's'}, {room.cpus:g} CPU and {room.gpus:g} GPU each"
+def _actors(size: PoolSize) -> str:
+    bounds = f"{size.min_actors} to {size.max_actors}" if size.max_actors > size.min_actors else str(size.min_actors)
+    return f"{bounds} actor{'' if bounds == '1' else 's'}, {size.cpus:g} CPU and {size.gpus:g} GPU each"
 
 
 class _Progress:
@@ -232,14 +231,13 @@ class _Progress:
         self._started = time.monotonic()
         self._warm: tuple[float, int] | None = None  # time of the first measure file, and rows done by then
         self._said: set[str] = set()
-        self._bad_rows, self._bad_ids = 0, list[int]()
+        self._bad: list[Problem] = []
 
     def add(self, report: MeasureFileReport) -> None:
         """Add a finished measure file."""
-        self._done += report.piece.rows
+        self._done += report.file.rows
         self._warm = self._warm or (time.monotonic(), self._done)
-        self._bad_rows += report.bad_rows
-        self._bad_ids += report.bad_ids
+        self._bad += report.bad
         for text in report.notices:
             if text not in self._said:
                 self._on_message(Notice(text))
@@ -256,9 +254,8 @@ class _Progress:
 
     def finish(self) -> dict[str, Any]:
         """Figures of the pass, and a notice of rows without measures."""
-        if self._bad_rows:
-            text = kept_notice(self._bad_rows, sorted(self._bad_ids))
-            self._on_message(Notice(text))
+        if self._bad:
+            self._on_message(Notice(kept_notice(self._bad)))
         seconds = time.monotonic() - self._started
         return {
             "measured_rows": self._done - self._already,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +12,17 @@ import torch
 
 from bss_ray.data.checks import check_labels
 from bss_ray.data.columns import Columns
-from bss_ray.errors import ConfigError, Problem, find_problem, nearest
-from bss_ray.measure.forward import Forward, autocast, evaluating, to_tensors
+from bss_ray.errors import DataError, ModelOutputError, Problem, find_problem, raise_first_problem
+from bss_ray.measure.forward import autocast, evaluating, to_tensors
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise, join
 from bss_ray.measure.observation import check_outputs
-from bss_ray.measure.score import Unpaired, current_scores
+from bss_ray.measure.score import ScoreRule, Unpaired, current_scores
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.names import FUSED, loss_column, presence_column
 from bss_ray.runtime.memory import keep_freed_memory
-from bss_ray.scoring.config import BadRows
+from bss_ray.scoring.config import BadRows, ScoringPass
+from bss_ray.scoring.pool import kept_rows_notice
 from bss_ray.scoring.scorer import RowMeasures, Scorer
 
 SIMILARITY, INFORMATION, SCORE = "similarity", "information", "score"
@@ -35,28 +35,26 @@ BAD_OUTPUTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring:
-    """How rows are measured.
+    """How rows are measured and scored.
 
     Args:
         columns: Roles of the columns.
         measurer: Criteria and weights of the loss.
-        forward: Settings of the forward pass, such as batch size and precision.
-        bad_rows: Whether rows whose outputs are NaN or infinite are an `error`, or kept without measures (`keep`).
+        forward: Settings of the forward pass, and what happens to rows whose outputs are not finite.
+        rule: How measures become scores.
         num_classes: Number of values that a head returns; None asks the model.
 
     Raises:
-        ConfigError: `bad_rows` is unknown, or the measurer was made for another kind of labels.
+        ConfigError: The measurer was made for another kind of labels.
     """
 
     columns: Columns
     measurer: Measurer = field(default_factory=Measurer)
-    forward: Forward = field(default_factory=Forward)
-    bad_rows: BadRows = "error"
+    forward: ScoringPass = field(default_factory=ScoringPass)
+    rule: ScoreRule = field(default_factory=ScoreRule)
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bad_rows not in get_args(BadRows):
-            raise ConfigError(f"unknown bad_rows {self.bad_rows!r}; {nearest(self.bad_rows, get_args(BadRows))}")
         object.__setattr__(self, "measurer", self.measurer.for_task(self.columns.task))
 
 
@@ -67,14 +65,12 @@ class Measured:
     Attributes:
         table: Id, label and extra columns of one number or text for each row; similarity, information, losses. A
             measure that a row does not have is null.
-        problems: Rules that rows break; with problems of the data there is no table.
-        sound_data: Whether the problems are those of outputs, not of the data.
+        problems: Rules that rows break: rules for data, and then there is no table, or the rule for outputs.
         notices: Messages to the user.
     """
 
     table: pa.Table | None
     problems: list[Problem] = field(default_factory=list)
-    sound_data: bool = True
     notices: list[str] = field(default_factory=list)
 
 
@@ -115,7 +111,7 @@ class RowMeasurer:
         everywhere = np.ones(len(label), dtype=bool)
         problems = check_labels(label, everywhere, columns, first_row, self._num_classes)
         if problems:
-            return Measured(None, problems, sound_data=False)
+            return Measured(None, problems)
         measures = self._scorer.measure(inputs, first_row)
         notices = [text.replace("scoring.batch_size", "batch_size") for text in measures.notices]
         problems = [replace(problem, rule=BAD_OUTPUTS) for problem in measures.problems]
@@ -168,15 +164,12 @@ def to_arrow(values: np.ndarray) -> pa.Array:
     return pa.array(values.tolist() if values.dtype.kind == "O" else values, from_pandas=True)
 
 
-def kept_notice(count: int, ids: list[int]) -> str:
+def kept_notice(problems: Sequence[Problem]) -> str:
     """The notice of rows without a score."""
-    return (
-        f"Warning: the model's outputs are NaN or infinite for {count} {'row' if count == 1 else 'rows'} (first row "
-        f"ids {', '.join(map(str, ids[:5]))}): they are written without measures and score, as bad_rows=keep says"
-    )
+    return kept_rows_notice(problems, "they are written without measures and score")
 
 
-def snapshot_of(reference: Any) -> ModelSnapshot:
+def snapshot_of(reference: ray.ObjectRef) -> ModelSnapshot:
     """The model behind a reference; Ray Data passes references to constructors unresolved."""
     snapshot: ModelSnapshot = ray.get(reference)
     return snapshot
@@ -223,9 +216,63 @@ def no_similarity(table: pa.Table) -> np.ndarray:
     return np.asarray(np.isnan(column(table, SIMILARITY)) & ~np.isnan(column(table, INFORMATION)))
 
 
+def bad_outputs(table: pa.Table, first_row: int) -> list[Problem]:
+    """The problem of rows whose outputs are not finite, which have no measures."""
+    return find_problem(BAD_OUTPUTS, np.isnan(column(table, INFORMATION)), first_row)
+
+
 def check_pairs(table: pa.Table, first_row: int, unpaired: Unpaired) -> list[Problem]:
     """Problem of the rows without a similarity, if they are an error."""
     return find_problem(_NO_PAIR, no_similarity(table), first_row) if unpaired == "error" else []
+
+
+@dataclass
+class Look:
+    """Norms and problems of some tables of measures.
+
+    Attributes:
+        norms: Norms of the measures.
+        data_problems: Rules for data that rows break.
+        output_problems: Problems of rows whose outputs are not finite.
+        notices: Messages to the user.
+    """
+
+    norms: list[Norms] = field(default_factory=list)
+    data_problems: list[Problem] = field(default_factory=list)
+    output_problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def add(self, table: pa.Table, first_row: int, rule: ScoreRule) -> None:
+        """Add the measures of consecutive rows."""
+        self.data_problems += check_pairs(table, first_row, rule.unpaired)
+        self.output_problems += bad_outputs(table, first_row)
+        self.norms.append(Norms.of(table, rule.normalise))
+
+    def joined(self) -> Look:
+        """The same with one norm in place of many."""
+        return replace(self, norms=[Norms.union(self.norms)] if self.norms else [])
+
+    def check(self, bad_rows: BadRows) -> None:
+        """Raise for problems that are errors.
+
+        Raises:
+            DataError: Rows break a rule for data.
+            ModelOutputError: Outputs are not finite, and the settings make this an error.
+        """
+        raise_first_problem(self.data_problems, DataError)
+        if bad_rows == "error":
+            raise_first_problem(self.output_problems, ModelOutputError)
+
+    @staticmethod
+    def union(parts: Sequence[Look]) -> Look:
+        """All parts together."""
+        whole = Look()
+        for part in parts:
+            whole.norms += part.norms
+            whole.data_problems += part.data_problems
+            whole.output_problems += part.output_problems
+            whole.notices += part.notices
+        return whole
 
 
 def with_scores(table: pa.Table, norms: Norms, unpaired: Unpaired) -> pa.Table:

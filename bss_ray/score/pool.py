@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 import ray.data
@@ -17,7 +16,7 @@ from bss_ray.runtime.wait import users_errors
 
 # With an environment of their own, tasks read rows while actors measure others: with the same environment Ray Data
 # would read inside the actors.
-_OWN_STAGE: dict[str, Any] = {"runtime_env": ONE_ARENA}
+_OWN_STAGE = {"runtime_env": ONE_ARENA}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +24,11 @@ class PoolConfig:
     """Requested number and resources of scoring actors.
 
     Args:
-        min_actors: Number of actors at the start.
-        max_actors: Number of actors while there is work for them; None takes as many as the cluster has room for.
-        cpus: Logical CPUs of each actor; None takes 1, or 0 if the cluster has one CPU.
-        gpus: Share of a GPU of each actor; None takes 1 if the cluster has GPUs, else 0.
+        min_actors: Number of scoring actors at the start.
+        max_actors: Largest number of scoring actors; null takes as many as the cluster has room for, with one CPU left
+            for reading.
+        cpus_per_actor: Logical CPUs of each actor; null takes 1, or 0 if the cluster has one CPU.
+        gpus_per_actor: Share of a GPU of each actor; null takes 1 if the cluster has GPUs.
 
     Raises:
         ConfigError: A number is out of its range.
@@ -36,18 +36,17 @@ class PoolConfig:
 
     min_actors: int = 1
     max_actors: int | None = None
-    cpus: float | None = None
-    gpus: float | None = None
+    cpus_per_actor: float | None = None
+    gpus_per_actor: float | None = None
 
     def __post_init__(self) -> None:
         if self.min_actors < 1:
             raise ConfigError(f"min_actors must be at least 1; received {self.min_actors}")
         if self.max_actors is not None and self.max_actors < self.min_actors:
             raise ConfigError(f"max_actors must be at least min_actors={self.min_actors}; received {self.max_actors}")
-        for name in ("cpus", "gpus"):
-            value = getattr(self, name)
+        for name, value in (("cpus_per_actor", self.cpus_per_actor), ("gpus_per_actor", self.gpus_per_actor)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} of a scoring actor cannot be negative; received {value}")
+                raise ConfigError(f"{name} cannot be negative; received {value}")
 
     def on_cluster(self) -> PoolSize:
         """This pool on the current cluster; see `fit`."""
@@ -60,8 +59,8 @@ class PoolConfig:
             ResourceError: The nodes can never run the pool.
         """
         there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-        cpus = (1.0 if there["CPU"] >= 2 else 0.0) if self.cpus is None else self.cpus
-        gpus = (1.0 if there["GPU"] >= 1 else 0.0) if self.gpus is None else self.gpus
+        cpus = (1.0 if there["CPU"] >= 2 else 0.0) if self.cpus_per_actor is None else self.cpus_per_actor
+        gpus = (1.0 if there["GPU"] >= 1 else 0.0) if self.gpus_per_actor is None else self.gpus_per_actor
         needs = {name: value for name, value in (("CPU", cpus), ("GPU", gpus)) if value}
         seats = sum(_seats(node, needs) for node in nodes) if needs else self.max_actors or 1
         if seats < self.min_actors:
@@ -104,7 +103,7 @@ class PoolSize:
     gpus: float
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """Arguments of `Dataset.map_batches`."""
         strategy = ray.data.ActorPoolStrategy(min_size=self.min_actors, max_size=self.max_actors)
         return {"compute": strategy, "num_cpus": self.cpus, "num_gpus": self.gpus, **_OWN_STAGE}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 def read_rows(
-    blocks: Sequence[Any], columns: Columns, first_row: int, features: Mapping[str, Feature], *, finite: bool
+    blocks: Sequence[pa.Table], columns: Columns, first_row: int, features: Mapping[str, Feature], *, finite: bool
 ) -> Rows:
     """Columns of consecutive blocks, in the same form as in training.
 
@@ -101,7 +101,7 @@ def _differ(name: str, expected: Feature, found: Feature) -> str:
 
 # Approximate size of a read task in bytes, as Parquet counts them; it has at least one row group. Ray Data passes rows
 # on in blocks of the same size.
-_UNIT_BYTES = 128 << 20
+_TASK_BYTES = 128 << 20
 
 # Number of bytes that are decoded at a time.
 _BATCH_BYTES = 16 << 20
@@ -132,7 +132,7 @@ class ReadTask(Protocol):
 
 
 @dataclass(frozen=True)
-class ParquetUnit:
+class ParquetTask:
     """Row groups of a Parquet file.
 
     Attributes:
@@ -164,7 +164,7 @@ class ParquetUnit:
 
 
 @dataclass(frozen=True)
-class ShardUnit:
+class ShardTask:
     """A shard, whose rows are checked already.
 
     Attributes:
@@ -197,7 +197,7 @@ class ShardUnit:
 
 def shard_tasks(shards: Shards) -> list[ReadTask]:
     """All shards."""
-    return [ShardUnit(shards.only([index])) for index in range(len(shards.parts))]
+    return [ShardTask(shards.only([index])) for index in range(len(shards.parts))]
 
 
 def parquet_tasks(path: str, columns: Columns) -> list[ReadTask]:
@@ -209,19 +209,19 @@ def parquet_tasks(path: str, columns: Columns) -> list[ReadTask]:
     files = _files(path)
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
         footers = list(threads.map(_footer, files))
-    units: list[ReadTask] = []
+    tasks: list[ReadTask] = []
     for file, footer in zip(files, footers, strict=True):
         _check_columns(file, footer, columns)
-        first_row = units[-1].first_row + units[-1].rows if units else 0
-        units += _cut_file(file, footer, first_row)
-    if not units:
+        first_row = tasks[-1].first_row + tasks[-1].rows if tasks else 0
+        tasks += _cut_file(file, footer, first_row)
+    if not tasks:
         raise DataError(f"{path} holds no rows. Check the path")
-    return units
+    return tasks
 
 
 def _cut_file(file: StoragePath, footer: pq.FileMetaData, first_row: int) -> list[ReadTask]:
     """Read tasks of a file; small row groups are read together."""
-    units: list[ReadTask] = []
+    tasks: list[ReadTask] = []
     groups: list[int] = []
     rows = size = 0
 
@@ -229,18 +229,18 @@ def _cut_file(file: StoragePath, footer: pq.FileMetaData, first_row: int) -> lis
         nonlocal first_row, rows, size
         if rows:
             batch_rows = max(1, min(rows, _BATCH_BYTES * rows // max(size, 1)))
-            units.append(ParquetUnit(file, tuple(groups), first_row, rows, batch_rows))
+            tasks.append(ParquetTask(file, tuple(groups), first_row, rows, batch_rows))
         groups.clear()
         first_row, rows, size = first_row + rows, 0, 0
 
     for index in range(footer.num_row_groups):
         group = footer.row_group(index)
-        if size + group.total_byte_size > _UNIT_BYTES:
+        if size + group.total_byte_size > _TASK_BYTES:
             close()
         groups.append(index)
         rows, size = rows + group.num_rows, size + group.total_byte_size
     close()
-    return units
+    return tasks
 
 
 def _files(path: str) -> list[StoragePath]:
@@ -286,16 +286,16 @@ def _check_columns(file: StoragePath, footer: pq.FileMetaData, columns: Columns)
             raise DataError(f"{file} has no column {name!r}; {nearest(name, names)}")
 
 
-def known_features(units: Sequence[ReadTask], columns: Columns) -> dict[str, Feature]:
+def known_features(tasks: Sequence[ReadTask], columns: Columns) -> dict[str, Feature]:
     """Shape and dtype of all modalities, from the first rows that have them.
 
     Raises:
         DataError: The rows break a rule, or a modality is null in all rows.
     """
     features: dict[str, Feature] = {}
-    for unit in units:
-        runs = [(unit.first_row, unit.first_row + unit.rows)]
-        for _, rows in unit.read(columns, {}, runs, finite=False):
+    for task in tasks:
+        runs = [(task.first_row, task.first_row + task.rows)]
+        for _, rows in task.read(columns, {}, runs, finite=False):
             if not rows.arrays:  # a column that cannot be read at all
                 raise_first_problem(rows.problems, DataError)
             for name in columns.modalities:

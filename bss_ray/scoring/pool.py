@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from bss_ray.errors import ModelOutputError, Problem, raise_first_problem
+from bss_ray.errors import NAMED_IDS, ModelOutputError, Problem, raise_first_problem
 from bss_ray.runtime.messages import Message
 from bss_ray.runtime.profiling import SCORING, recorded
 from bss_ray.runtime.wait import wait_limit, wait_timeout_error
@@ -291,11 +291,11 @@ def summary(reports: Sequence[ShardReport], bad_rows: BadRows, notices: Sequence
     return sum(report.rows for report in reports) - bad, list(dict.fromkeys(texts))
 
 
-def kept_rows_notice(problems: Sequence[Problem]) -> str:
-    """What to say of rows that keep their score."""
-    ids = [row for problem in problems for row in problem.first_ids][:5]
+def kept_rows_notice(problems: Sequence[Problem], outcome: str = "they keep their score") -> str:
+    """What to say of rows whose outputs are not finite, and what becomes of them."""
+    ids = sorted(row for problem in problems for row in problem.first_ids)[:NAMED_IDS]
     count = sum(problem.count for problem in problems)
     return (
-        f"Warning: the model's outputs are NaN or infinite for {count} rows (first row ids "
-        f"{', '.join(map(str, ids))}): they keep their score, as bad_rows=keep says"
+        f"Warning: the model's outputs are NaN or infinite for {count} {'row' if count == 1 else 'rows'} (first row "
+        f"ids {', '.join(map(str, ids))}): {outcome}, as bad_rows=keep says"
     )

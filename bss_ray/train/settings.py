@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -143,6 +143,15 @@ def add_model_arguments(parser: ArgumentParser, prefix: str = "") -> str:
         nn.Module, name, instantiate=False, skip={"shapes", "num_classes"}, required=False, help=text
     )
     return name
+
+
+def with_types(kind: type[_T]) -> type[_T]:
+    """The dataclass, with types that jsonargparse understands.
+
+    It looks up the names of inherited types in the module of the class itself, which need not import them.
+    """
+    kind.__init__.__annotations__.update(get_type_hints(kind))
+    return kind
 
 
 def _scheduler_class(name: str) -> type[Scheduler]:

@@ -64,7 +64,7 @@ def start(folder: Path, *arguments: str) -> Command:
     return start_command("score", *(f"--{name}={value}" for name, value in options.items()), *arguments)
 
 
-def pieces(folder: Path) -> int:
+def files(folder: Path) -> int:
     return len(find_measure_files(StoragePath.of(folder / "runs" / "scores" / "measures")))
 
 
@@ -79,7 +79,7 @@ def measured_already(out: str) -> int:
 def test_killed_then_stopped_then_finished_scores_each_row_once(folder: Path) -> None:
     # Kill -9 of the driver.
     killed = start(folder)
-    killed.wait_for(lambda: pieces(folder) >= 4)
+    killed.wait_for(lambda: files(folder) >= 4)
     killed.kill()
     # The same command resumes; ctrl-C stops it in an orderly way.
     logs = [set((folder / "log").glob("*.log"))]
@@ -117,8 +117,8 @@ def run_job(folder: Path, model: torch.nn.Module, **init_args: Any) -> Path:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_killed_actor_costs_no_more_than_its_piece(folder: Path) -> None:
-    # Row 330 is in the middle of the first file's rows, which are one block: pieces 0 to 9 are on the disk by then.
+def test_a_killed_actor_costs_no_more_than_its_file(folder: Path) -> None:
+    # Row 330 is in the middle of the first file's rows, which are one block: files 0 to 9 are on the disk by then.
     path = run_job(folder, make_recorder(), log=str(folder / "log"), kill_at=330)
     assert len(kills_in(folder / "log")) == 1, "the actor was never killed"
     seen = forwarded(folder / "log")

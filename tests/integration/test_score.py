@@ -186,7 +186,7 @@ def test_bad_rows_are_named_or_kept_and_a_job_goes_on_with_the_other_policy(
     before = set((tmp_path / "log").glob("*.log"))
     summary, folder, messages = run_job(replace(config, bad_rows="keep"), model)
     again = forwarded(tmp_path / "log", before)
-    assert again == [row for row in range(ROWS) if row >= 224], "pieces before the bad one are not measured again"
+    assert again == [row for row in range(ROWS) if row >= 224], "files before the bad one are not measured again"
     assert (summary["bad_rows"], summary["measured_earlier"]) == (2, 224)
     found = as_arrays(pq.read_table(folder / "scores.parquet"))
     np.testing.assert_allclose(found["score"], kept["score"], **CLOSE)

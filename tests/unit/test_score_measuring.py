@@ -10,12 +10,13 @@ from torch import nn
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError
-from bss_ray.measure.forward import Forward
 from bss_ray.measure.measurer import Measurer
+from bss_ray.measure.score import ScoreRule
 from bss_ray.measure.snapshot import pack_model
-from bss_ray.score.collect import Look, with_report
-from bss_ray.score.measuring import BAD_OUTPUTS, Measured, Measuring, RowMeasurer
+from bss_ray.score.dataset import look_at_block, with_report
+from bss_ray.score.measuring import BAD_OUTPUTS, Look, Measured, Measuring, RowMeasurer
 from bss_ray.score.read_tasks import read_rows
+from bss_ray.scoring.config import ScoringPass
 from tests.scoring import COLUMNS, make_columns, make_recorder, make_table
 
 ROWS = 50
@@ -44,7 +45,7 @@ class Small(nn.Module):
 
 def test_memory_that_runs_out_is_told_by_this_command_s_setting() -> None:
     table = make_table(make_columns(ROWS))
-    found = measure(Small(), table, forward=Forward(batch_size=32))
+    found = measure(Small(), table, forward=ScoringPass(batch_size=32))
     assert [text.split("with")[1].strip() for text in found.notices[:1]] == ["batches of 32 rows and goes on"]
     assert all("Lower batch_size to begin there" in text for text in found.notices)
     assert found.table is not None
@@ -90,7 +91,7 @@ def test_labels_beyond_the_heads_are_found_before_the_loss() -> None:
     columns = make_columns(ROWS)
     columns["label"][20] = 3
     found = measure(make_recorder(), make_table(columns), first_row=1000)
-    assert (found.table, found.sound_data) == (None, False)
+    assert found.table is None
     assert found.problems[0].first_ids == [1020]
 
 
@@ -101,13 +102,21 @@ def test_reports_name_rows_of_the_whole_data_set() -> None:
     # Ray Data may join what two calls of an actor return.
     table = pa.concat_tables([with_report(good, ROWS), with_report(bad, ROWS)])
     look = Look()
-    look.add(table, 500, "minmax", "error")
+    look_at_block(look, table, 500, ScoreRule(unpaired="error"))
     assert [problem.first_ids for problem in look.output_problems] == [[500 + ROWS + 7]]
     assert look.data_problems == []
 
 
+def test_a_block_that_breaks_a_rule_for_data_has_no_measures() -> None:
+    columns = make_columns(ROWS)
+    columns["label"][20] = 3
+    look = Look()
+    look_at_block(look, with_report(measure(make_recorder(), make_table(columns)), ROWS), 500, ScoreRule())
+    assert ([problem.first_ids for problem in look.data_problems], look.norms) == ([[520]], [])
+
+
 def test_settings_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="did you mean 'keep'"):
-        Measuring(columns=COLUMNS, bad_rows="kep")  # type: ignore[arg-type]
+        ScoringPass(bad_rows="kep")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="task='regression'"):
         Measuring(columns=COLUMNS, measurer=Measurer(task="regression"))
