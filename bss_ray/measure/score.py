@@ -21,6 +21,9 @@ ACCUMULATE: tuple[str, ...] = get_args(Accumulate)
 Unpaired = Literal["neutral", "lowest", "error"]
 UNPAIRED: dict[str, float] = {"neutral": 0.5, "lowest": 0.0}
 
+# What happens to rows whose outputs are NaN or infinite.
+BadRows = Literal["error", "keep"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRule:

@@ -17,7 +17,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.errors import DataError, Problem
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import Normalise
-from bss_ray.measure.score import ScoreRule, Unpaired
+from bss_ray.measure.score import BadRows, ScoreRule, Unpaired
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.runtime.wait import wait_for
 from bss_ray.score.measuring import (
@@ -34,7 +34,7 @@ from bss_ray.score.measuring import (
 )
 from bss_ray.score.pool import PoolConfig, settings_of
 from bss_ray.score.read_tasks import read_rows
-from bss_ray.scoring.config import BadRows, ScoringPass
+from bss_ray.scoring.config import ScoringPass
 
 # Column of an actor's report on a block, in the block's first row: an actor does not know the ids of its rows, and
 # the driver does not see what an actor returns.

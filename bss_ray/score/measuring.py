@@ -17,11 +17,11 @@ from bss_ray.measure.forward import autocast, evaluating, to_tensors
 from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise, join
 from bss_ray.measure.observation import check_outputs
-from bss_ray.measure.score import ScoreRule, Unpaired, current_scores
+from bss_ray.measure.score import BadRows, ScoreRule, Unpaired, current_scores
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.names import FUSED, loss_column, presence_column
 from bss_ray.runtime.memory import keep_freed_memory
-from bss_ray.scoring.config import BadRows, ScoringPass
+from bss_ray.scoring.config import ScoringPass
 from bss_ray.scoring.pool import kept_rows_notice
 from bss_ray.scoring.scorer import RowMeasures, Scorer
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from bss_ray.errors import ConfigError, check_one_of
 from bss_ray.measure.forward import Forward
-from bss_ray.measure.score import Accumulation
+from bss_ray.measure.score import Accumulation, BadRows
 
 Engine = Literal["auto", "actors", "workers", "online"]
 ENGINES: tuple[str, ...] = get_args(Engine)
-
-# What is done with rows whose outputs are NaN or infinite.
-BadRows = Literal["error", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +102,11 @@ class Scoring(Accumulation, ScoringPass):
                 "accumulate='sum' is the mean of all updates of a row, and engine=online does not update all rows "
                 "alike. Use accumulate='ema' with a momentum, or another engine"
             )
+
+    @property
+    def accumulation(self) -> Accumulation:
+        """What holders need of it: to unpickle all of it they would import torch, which they do without."""
+        return Accumulation(**{one.name: getattr(self, one.name) for one in fields(Accumulation)})
 
 
 def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ranks_use_gpu: bool) -> tuple[Engine, str]:

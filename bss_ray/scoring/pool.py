@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bss_ray.errors import NAMED_IDS, ModelOutputError, Problem, raise_first_problem
+from bss_ray.measure.score import BadRows
 from bss_ray.runtime.messages import Message
 from bss_ray.runtime.profiling import SCORING, recorded
 from bss_ray.runtime.wait import wait_limit, wait_timeout_error
-from bss_ray.sample.client import ActorLostError, BadRows, Holders, ScoringFailedError, ScoringJob, Shared
+from bss_ray.sample.client import ActorLostError, Holders, ScoringFailedError, ScoringJob, Shared
 from bss_ray.sample.state import MeasureBatch
 from bss_ray.scoring.scorer import Scorer
 

@@ -248,7 +248,7 @@ class BalancedTrainer:
             seed=self._seed,
             batch_size=self._batch_size,
             tail=self._tail,
-            accumulation=scoring,
+            accumulation=scoring.accumulation,
         )
         holders: Holders
         coordinator: CoordinatorClient

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -85,9 +88,17 @@ class TestSettings:
             Accumulation(momentum=0.4, normalise="rank", unpaired="lowest"),
             ScoringPass(batch_size=9, precision="bf16", channels_last=True, compile=True),
         )
+        assert scoring.accumulation == parts[0]
         for part in parts:
             assert isinstance(scoring, type(part))
             assert dataclasses.asdict(part).items() <= dataclasses.asdict(scoring).items()
+
+    def test_holders_read_their_part_of_it_without_torch(self) -> None:
+        content = pickle.dumps(Scoring(momentum=0.5).accumulation)
+        program = (
+            f"import pickle, sys; assert pickle.loads({content!r}).momentum == 0.5; assert 'torch' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True)
 
     def test_settings_cannot_be_changed(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
