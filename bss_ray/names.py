@@ -14,6 +14,10 @@ FEATURES = "features"
 # Prefixes of the names of an epoch's figures that depend on the clock: a repeated run has all other figures again.
 CLOCKED = ("seconds_", "loader_stall_share", "scoring_rows_per_second")
 
+# Settings of commands that name files. Their paths are absolute in a run's config.yaml; earlier versions wrote them as
+# they were given.
+PLACES = frozenset({"data", "validation", "test", "initial_scores", "initial_checkpoint", "checkpoint"})
+
 
 def presence_column(modality: str) -> str:
     """Boolean column (rows,) of a batch: does the row have this modality? It exists only if some row lacks it."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from itertools import chain
 
@@ -28,6 +27,7 @@ from bss_ray.errors import DataError, raise_first_problem
 from bss_ray.names import presence_column
 from bss_ray.runtime.ray_internals import is_alone
 from bss_ray.runtime.wait import wait_for
+from bss_ray.storage import absolute
 
 # Large enough that a shard's overhead (a few hundred microseconds to open) is negligible, small enough
 # that shards spread evenly over nodes and scorers.
@@ -182,9 +182,9 @@ def _writer(config: StoreConfig) -> Writer:
     if config.kind == "lance":
         from bss_ray.data.lance import LanceWriter
 
-        return LanceWriter(str(config.folder))
+        return LanceWriter(absolute(str(config.folder)))
     # A relative folder is relative to the driver's folder; "~" is each node's own.
-    folder = config.folder if config.folder is None or config.folder.startswith("~") else os.path.abspath(config.folder)
+    folder = config.folder if config.folder is None or config.folder.startswith("~") else absolute(config.folder)
     return DiskWriter(folder, config.max_gib)
 
 

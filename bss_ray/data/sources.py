@@ -13,7 +13,7 @@ from bss_ray.data.blocks import Rows
 from bss_ray.data.columns import Columns
 from bss_ray.data.manifest import digest
 from bss_ray.errors import ConfigError, DataError, nearest
-from bss_ray.storage import StoragePath
+from bss_ray.storage import StoragePath, absolute, is_uri
 
 AV_DIGITS = "av-digits"
 AV_DIGITS_COLUMNS = Columns(modalities=("audio", "image"), label="label", extra=("mispaired",))
@@ -83,6 +83,11 @@ def _known_place(path: str) -> StoragePath | None:
         return None
 
 
+def absolute_source(source: str) -> str:
+    """The same data for processes with another working folder; `av-digits`, functions and URIs as they are."""
+    return source if source == AV_DIGITS or _is_function(source) else absolute(source)
+
+
 def _is_function(source: str) -> bool:
     module, colon, function = source.rpartition(":")
     return (
@@ -94,8 +99,8 @@ def _is_function(source: str) -> bool:
 
 
 def _read_parquet(path: str) -> ray.data.Dataset:
-    if "://" not in path:
-        path = os.path.abspath(path)
+    if not is_uri(path):
+        path = absolute(path)
         if not os.path.exists(path):
             raise DataError(
                 f"no such file or folder: {path}. --data takes {AV_DIGITS!r}, a Parquet file or folder, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -266,10 +267,15 @@ def _open(path: StoragePath) -> pq.ParquetFile:
     """A Parquet file.
 
     Raises:
-        DataError: The file is not Parquet.
+        DataError: The file is not Parquet, or is not there for this node.
     """
     try:
         return path.open_parquet()
+    except FileNotFoundError as error:  # the driver has found it
+        raise DataError(
+            f"{path} is not there on the node {socket.gethostname()}. Name files that all nodes can read: on a file "
+            "system that they share, or by a URI such as s3://bucket/rows"
+        ) from error
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"cannot read Parquet from {path}: {error}") from error
 

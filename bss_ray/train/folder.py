@@ -27,7 +27,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from bss_ray.errors import CheckpointError, ConfigError, StorageError
-from bss_ray.storage import StoragePath
+from bss_ray.names import PLACES
+from bss_ray.storage import StoragePath, absolute
 
 
 class Events:
@@ -161,7 +162,7 @@ class RunFolder:
         changed = [
             f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"
             for key in sorted({*there, *here})
-            if key.split(".")[0] not in self._may_change and there.get(key) != here.get(key)
+            if key.split(".")[0] not in self._may_change and not _same(key, there.get(key), here.get(key))
         ]
         if changed:
             raise ConfigError(
@@ -215,6 +216,13 @@ def _parse(path: StoragePath) -> dict[str, Any]:
         return dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}). Restore it, or choose another --name") from error
+
+
+def _same(name: str, there: object, here: object) -> bool:
+    """Whether two values of a setting are one; a path may be relative in one of them."""
+    if name.removeprefix("train.") in PLACES and isinstance(there, str) and isinstance(here, str):
+        return absolute(there) == absolute(here)
+    return there == here
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import lazy_instance
 
 from bss_ray.errors import BssRayError, ConfigError
+from bss_ray.names import PLACES
 from bss_ray.schedule.schedulers import Heuristic, Learning, Scheduler, Uniform
+from bss_ray.storage import absolute
 
 if TYPE_CHECKING:
     from bss_ray.train.run import TrainConfig
@@ -42,11 +44,17 @@ class Parser(ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
-        """`--verbose` alone is `--verbose true`."""
+        """`--verbose` alone is `--verbose true`; paths become absolute, as other processes work in other folders."""
         for action in self._actions:
             if action.option_strings and str(getattr(action, "_typehint", None)) == "<class 'bool'>":
                 action.nargs, action.const = "?", True
-        return super().parse_args(args, *more, **settings)
+        found = super().parse_args(args, *more, **settings)
+        from bss_ray.data.sources import absolute_source  # after --help: Ray Data takes a second
+
+        for name, value in vars(found.as_flat()).items():
+            if isinstance(value, str) and name.removeprefix("train.") in PLACES:
+                found[name] = absolute_source(value) if name.endswith("data") else absolute(value)
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())

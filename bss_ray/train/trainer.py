@@ -45,7 +45,7 @@ from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.scoring.actors import RayScorers, scorer_names, start_scorers
 from bss_ray.scoring.config import Scoring
 from bss_ray.scoring.pool import ScorerPool
-from bss_ray.storage import StoragePath
+from bss_ray.storage import StoragePath, absolute
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.backend import SamplerContext, TrainBackend
 from bss_ray.train.initial import ScoresFile
@@ -142,6 +142,8 @@ class BalancedTrainer:
         self._train_loop_config = train_loop_config
         self._scaling_config = self._placement.scaling(scaling_config or ray.train.ScalingConfig(num_workers=1))
         self._run_config = run_config or ray.train.RunConfig()
+        if self._run_config.storage_filesystem is None:
+            self._run_config = replace(self._run_config, storage_path=absolute(self._run_config.storage_path))
         if not wait_limit_s > 0:
             raise ConfigError(f"wait_limit_s must be positive; received {wait_limit_s}")
         self._wait_limit_s = wait_limit_s
