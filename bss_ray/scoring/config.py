@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from bss_ray.errors import ConfigError, check_one_of
@@ -102,11 +102,6 @@ class Scoring(Accumulation, ScoringPass):
                 "accumulate='sum' is the mean of all updates of a row, and engine=online does not update all rows "
                 "alike. Use accumulate='ema' with a momentum, or another engine"
             )
-
-    @property
-    def accumulation(self) -> Accumulation:
-        """What holders need of it: to unpickle all of it they would import torch, which they do without."""
-        return Accumulation(**{one.name: getattr(self, one.name) for one in fields(Accumulation)})
 
 
 def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ranks_use_gpu: bool) -> tuple[Engine, str]:

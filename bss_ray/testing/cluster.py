@@ -437,7 +437,7 @@ class LocalCluster:
             seed=seed,
             batch_size=batch_size,
             tail=tail,
-            accumulation=scoring.accumulation,
+            accumulation=scoring,
             window_rows=window_rows,
         )
         count = min(scoring.num_holders, len(train.parts))

@@ -250,7 +250,7 @@ class BalancedTrainer:
             seed=self._seed,
             batch_size=self._batch_size,
             tail=self._tail,
-            accumulation=scoring.accumulation,
+            accumulation=scoring,
         )
         holders: Holders
         coordinator: CoordinatorClient
