@@ -12,7 +12,7 @@ Model: the project's LateFusion for the rows of AV-Digits (audio 1x32x32, image 
   alone costs.
 * two scorers: real actors with one torch thread each share the shards, against one of them.
 
-Prints medians and ratios. On a machine with a GPU it also measures two ResNet-18 on 224x224 inputs in bf16.
+Prints medians and ratios, all on the CPU. For a GPU there is scripts/gpu_check.py.
 """
 
 import argparse
@@ -170,79 +170,6 @@ def two_scorers(columns: dict[str, np.ndarray], batch_size: int, repeats: int) -
     ray.shutdown()
 
 
-# ---- a GPU ----------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A basic residual block."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Sequential(
-            nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
-        )
-        self.second = nn.Sequential(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or channels != out:
-            self.skip = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.second(self.first(x)) + self.skip(x), inplace=True)
-
-
-def resnet18(channels: int) -> nn.Sequential:
-    """ResNet-18 up to its features (B, 512)."""
-    stem = [nn.Conv2d(channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
-    sizes = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
-    sizes += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
-    return nn.Sequential(
-        *stem, nn.MaxPool2d(3, 2, 1), *(Block(*size) for size in sizes), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-
-
-class TwoResNets(nn.Module):
-    """Two ResNet-18 encoders and late fusion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoders = nn.ModuleDict({name: resnet18(3) for name in SHAPES})
-        self.heads = nn.ModuleDict({name: nn.Linear(512, CLASSES) for name in SHAPES})
-        self.fused = nn.Linear(1024, CLASSES)
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        features = {name: encode(batch[name]) for name, encode in self.encoders.items()}
-        logits = {name: self.heads[name](feature) for name, feature in features.items()}
-        return {**logits, "fused": self.fused(torch.cat(list(features.values()), dim=-1))}
-
-
-def on_gpu(batch_size: int, repeats: int) -> None:
-    rows, device = 4096, torch.device("cuda")
-    rng = np.random.default_rng(0)
-    columns = {name: rng.standard_normal((rows, 3, 224, 224), dtype=np.float32) for name in SHAPES}
-    columns["label"] = rng.integers(0, CLASSES, rows)
-    torch.manual_seed(0)
-    model = TwoResNets().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    resident = {
-        name: torch.from_numpy(values[:batch_size]).to(device, memory_format=torch.channels_last)
-        if values.ndim == 4
-        else torch.from_numpy(values[:batch_size]).to(device)
-        for name, values in columns.items()
-    }
-
-    def bare() -> None:
-        with evaluating(model), torch.autocast("cuda", dtype=torch.bfloat16):
-            for _ in range(rows // batch_size):
-                model(resident)
-        torch.cuda.synchronize()
-
-    forward = Forward(batch_size=batch_size, precision="bf16", channels_last=True)
-    scorer = Scorer(Measurer(), "label", forward=forward, device=device, model=model)
-    bare_s, scored_s = median_seconds(bare, lambda: scorer.measure(columns), repeats=repeats)
-    print(f"{torch.cuda.get_device_name()}: two ResNet-18, 224x224, bf16, channels last, batches of {batch_size}")
-    print(f"bare loop, resident batch {rows / bare_s:>10,.0f} rows/s")
-    print(f"scorer, rows from host    {rows / scored_s:>10,.0f} rows/s   {bare_s / scored_s:.2f} of it (goal 0.95)")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16384)
@@ -259,10 +186,6 @@ def main() -> None:
     columns = make_rows(options.rows)
     one_scorer(columns, options.batch_size, options.repeats)
     two_scorers(columns, options.batch_size, options.repeats)
-    if torch.cuda.is_available():
-        on_gpu(options.batch_size, options.repeats)
-    else:
-        print("no GPU here: the figures of two ResNet-18 were not measured")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,10 @@ class Sampler:
         load_weights(unwrap_model(model), self._saved.state("model", map_location=self.device), "the last checkpoint")
         for name, part in stateful.items():
             try:
-                part.load_state_dict(self._saved.state(name, map_location=self.device))
+                # Optimisers move their moments to their parameters' device, and keep counts of steps where they come
+                # from: on a GPU each count would be waited for in every step.
+                where = "cpu" if isinstance(part, torch.optim.Optimizer) else self.device
+                part.load_state_dict(self._saved.state(name, map_location=where))
             except CheckpointError:
                 raise
             except (RuntimeError, ValueError, KeyError) as error:
