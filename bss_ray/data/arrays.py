@@ -64,7 +64,7 @@ def shards_of_arrays(
     """
     for name in columns.all:
         if name not in arrays:
-            raise DataError(f"the data set has no column {name!r}; {nearest(name, arrays)}")
+            raise DataError(f"the dataset has no column {name!r}; {nearest(name, arrays)}")
     rows = len(arrays[columns.label])
     lengths = {name: len(values) for name, values in arrays.items()}
     if set(lengths.values()) != {rows} or rows < len(nodes):

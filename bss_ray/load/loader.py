@@ -21,17 +21,17 @@ from bss_ray.load.transfer import Receive, Tensors, Transfer, make_transfer
 from bss_ray.runtime.threads import work_ahead
 from bss_ray.sample.plan import Order, Plan, share_out
 
-# Row id of a filler row: it belongs to no one and its loss counts nothing.
+# Row id of a filler row, whose loss has weight 0.
 FILLER = -1
 
 # Changes a batch on its device, e.g. augments it: (batch, its rows' random numbers) -> batch.
 Transform = Callable[[Tensors, RowRandom], Tensors]
 
-# What is made ahead of the loop: so many batches and bytes, but at least two groups of batches.
+# Most batches and bytes that are made ahead of the loop, but at least two groups of batches.
 _AHEAD_BATCHES = 32
 _AHEAD_BYTES = 64 << 20
-# The second one works while the first waits for another node or a disk, or transforms. Copies of a few rows
-# hardly run side by side: they take 3 us, less than it takes a thread to wake up and get the GIL.
+# The second thread works while the first waits for another node or a disk, or transforms. Copies of a few rows
+# hardly run in parallel: they take 3 us, less than a thread needs to wake up and get the GIL.
 _THREADS = 2
 
 
@@ -39,10 +39,10 @@ class RankBatch(NamedTuple):
     """One rank's part of a global batch.
 
     Attributes:
-        number: of the global batch in the epoch, from 0.
-        tensors: `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64, in the order drawn.
-        loss_scale: multiply the mean loss of the part by it; averaged over the ranks, as DDP averages
-            gradients, this is the mean over the global batch, whatever the parts' sizes.
+        number: Number of the global batch in the epoch, from 0.
+        tensors: Columns `{column: (b, ...)}` on the rank's device, with `row_id` (b,) int64, in the order drawn.
+        loss_scale: Factor of the mean loss of the part: averaged over the ranks, as DDP averages gradients, the product
+            is the mean over the global batch, whatever the parts' sizes.
     """
 
     number: int
@@ -54,9 +54,9 @@ class Part(NamedTuple):
     """The rows of one batch of this rank.
 
     Attributes:
-        number: of the batch.
+        number: Number of the batch.
         row_ids: (b,) int64.
-        loss_scale: see `RankBatch`; 0 for a filler row.
+        loss_scale: See `RankBatch`; 0 for a filler row.
     """
 
     number: int
@@ -67,22 +67,22 @@ class Part(NamedTuple):
 class Loader:
     """Reads one rank's rows of every global batch of a plan, ahead of the loop.
 
-    Rows go to a rank on the node that holds them, as far as it has room. The surplus is picked out by a
-    process on that node: single rows move, never shards.
+    Rows go to a rank on the node that holds them, as long as it has room. A process on that node picks out
+    the remaining rows: single rows are sent, never shards.
 
     Args:
-        shards: the rows.
-        rank: this rank.
-        rank_nodes: node id of every rank.
-        device: where batches go.
-        seed: the run's seed, for the random numbers of transforms.
-        prefix: of the names of the run's actors.
+        shards: The rows.
+        rank: Number of this rank.
+        rank_nodes: Node id of every rank.
+        device: Device of the batches.
+        seed: Seed of the run, for the random numbers of transforms.
+        prefix: Prefix of the names of the run's actors.
         ask: How rows of other nodes are asked for; None asks their processes through Ray.
 
     Attributes:
-        read: rows that the last `batches` has handed out so far, filler rows left out.
-        moved: how many of them came from another node.
-        waited: seconds that its loop has waited for them.
+        read: Number of rows that the last `batches` has handed out so far, without filler rows.
+        moved: Number of these rows that came from another node.
+        waited: Seconds in which its loop has waited for these rows.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Loader:
         self._device = device
         self._seed = seed
         if ask is None and any(part.node not in ("", rank_nodes[rank]) for part in shards.parts):
-            from bss_ray.load.remote_rows import RemoteRows  # where one node has all rows there need be no Ray
+            from bss_ray.load.remote_rows import RemoteRows  # with all rows on one node Ray is not needed
 
             ask = RemoteRows(prefix).ask
         self._reader = RowReader(shards, rank_nodes[rank], ask)
@@ -111,7 +111,7 @@ class Loader:
         self._shard_homes = np.array([nodes.get(part.node, -1) for part in shards.parts])
         homes = set(self._shard_homes.tolist())
         self._one_home = homes == {-1} or (len(nodes) == 1 and len(homes) == 1)
-        self._transfers: dict[int, Transfer] = {}  # by their rows; their memory serves all epochs
+        self._transfers: dict[int, Transfer] = {}  # by number of rows; their memory is used in all epochs
         self.read, self.moved, self.waited = 0, 0, 0.0
 
     @property
@@ -125,13 +125,13 @@ class Loader:
         """The rank's parts of global batches `start`, `start + 1`, ... of the plan.
 
         Args:
-            plan: of the epoch.
-            order: of the plan; read in a background thread.
-            start: first global batch.
-            transform: called in the background for each batch, on its device.
+            plan: Plan of the epoch.
+            order: Order of the plan; it is read in a background thread.
+            start: First global batch.
+            transform: Function that is called in the background for each batch, on its device.
 
         Raises:
-            ConfigError: the transform returned something else than a batch.
+            ConfigError: The transform returned something else than a batch.
         """
         self.read, self.moved, self.waited = 0, 0, 0.0
         parts = (self._part(number, order.take(*plan.span(number))) for number in range(start, plan.batches))
@@ -151,8 +151,8 @@ class Loader:
         """The rank's share of all rows in batches, each row on one rank (evaluation).
 
         Args:
-            batch_size: rows of a batch on this rank.
-            transform: as in `batches`; its random numbers are those of epoch 0, each time.
+            batch_size: Number of rows of a batch on this rank.
+            transform: As in `batches`; its random numbers are always those of epoch 0.
         """
         runs = share_runs(
             [(part.first_row, part.rows) for part in self._shards.parts], self._shard_homes, self._rank_homes
@@ -171,7 +171,7 @@ class Loader:
 
     def _own(self, global_ids: np.ndarray) -> np.ndarray:
         """This rank's rows of a global batch."""
-        if self._one_home:  # what `share_out` says then, without looking at the rows
+        if self._one_home:  # the result of `share_out` in this case, without reading the rows
             size, more = divmod(len(global_ids), len(self._rank_homes))
             start = self._rank * size + min(self._rank, more)
             return global_ids[start : start + size + (self._rank < more)]
@@ -185,10 +185,10 @@ class Loader:
         """The batches of `parts`, made in the background.
 
         Args:
-            parts: of at most `largest` rows; advanced in the background, too.
-            largest: rows.
-            where: for notes of errors.
-            finish: the last step of each batch, on its device.
+            parts: Parts of at most `largest` rows; the iterator is advanced in the background, too.
+            largest: Largest number of rows of a part.
+            where: Place that notes of errors name.
+            finish: Last step of each batch, on its device.
         """
         group = self._reader.group_size(largest)
         group_bytes = group * largest * self._reader.row_bytes
@@ -201,12 +201,12 @@ class Loader:
             for batches in loaded:
                 batches.reverse()
                 while batches:
-                    part, receive = batches.pop()  # off the list, so that only the loop keeps it alive
+                    part, receive = batches.pop()  # removed from the list, so that only the loop keeps it alive
                     yield part, receive()
                     del receive
 
     def _transfer(self, rows: int, ahead: int) -> Transfer:
-        """The way of so many rows at a time to the device."""
+        """The transfer of `rows` rows at a time to the device."""
         if rows not in self._transfers:
             columns = {**self._shards.features, "row_id": Feature((), "int64")}
             self._transfers[rows] = make_transfer(columns, rows, self._device, spare=ahead + _THREADS)
@@ -256,7 +256,7 @@ def apply_transform(transform: Transform, batch: Tensors, random: RowRandom) -> 
     """The transformed batch, with its row ids.
 
     Raises:
-        ConfigError: it is not a dict of tensors with a row for each row of the batch.
+        ConfigError: The result is not a dict of tensors with a row for each row of the batch.
     """
     row_id = batch["row_id"]
     changed = transform(dict(batch), random)
@@ -275,11 +275,11 @@ def apply_transform(transform: Transform, batch: Tensors, random: RowRandom) -> 
 def share_runs(runs: list[tuple[int, int]], homes: np.ndarray, rank_homes: np.ndarray) -> list[list[tuple[int, int]]]:
     """`share_out` for all rows: which rank takes which runs of consecutive rows.
 
-    Each rank takes as many rows as any other, to within one, of its own node as far as there are any.
+    The ranks' numbers of rows differ by at most one, and each takes rows of its own node first.
 
     Args:
         runs: (first row id, rows) of each shard.
-        homes: (shards,) int node of each.
+        homes: (shards,) int node of each shard.
         rank_homes: (ranks,) int node of each rank.
 
     Returns:
@@ -323,7 +323,7 @@ def _groups(parts: Iterator[Part], size: int) -> Iterator[list[Part]]:
 
 
 def _note(where: str, parts: list[Part]) -> str:
-    """Where an error happened, for people."""
+    """Place of an error, for people."""
     numbers = f"batch {parts[0].number}" if len(parts) == 1 else f"batches {parts[0].number} to {parts[-1].number}"
     ids = np.concatenate([part.row_ids for part in parts])
     shown = ", ".join(map(str, ids[:5].tolist()))

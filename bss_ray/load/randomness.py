@@ -1,7 +1,7 @@
 """Random numbers for augmentation that belong to rows, not to batches.
 
-Row i of epoch e draws from its own stream, a function of (seed, e, i) alone. So augmented data does not
-depend on the batch that a row is in, on the number of ranks, or on where a run was resumed.
+Row i of epoch e draws from its own stream, a function of (seed, e, i) only. So augmented data does not
+depend on the batch that a row is in, on the number of ranks, or on the position at which a run was resumed.
 
 The numbers come from Philox4x32-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*):
 ten rounds of integer arithmetic turn a counter and a key into four random words. The key is the seed and
@@ -31,16 +31,16 @@ _STREAM = 2
 class RowRandom:
     """Random numbers of the rows of one batch.
 
-    Each call draws fresh numbers, in the order of the calls: make the same calls for every batch, whatever
-    is in it. A row that occurs twice in an epoch (a draw with replacement) has the same numbers twice.
+    Each call draws new numbers in the order of the calls, so make the same calls for every batch, whatever its
+    content. A row that occurs twice in an epoch (with replacement) has the same numbers twice.
 
     Args:
-        seed: the run's seed, in [0, 2**64).
-        epoch: epoch, in [0, 2**32).
-        row_ids: (B,) int64; numbers are made on its device. Filler rows (-1) have numbers too.
+        seed: Seed of the run, in [0, 2**64).
+        epoch: Epoch, in [0, 2**32).
+        row_ids: (B,) int64; numbers are made on the device of this tensor. Filler rows (-1) have numbers too.
 
     Raises:
-        ConfigError: seed or epoch are out of range.
+        ConfigError: Seed or epoch is out of range.
 
     Example:
         >>> random = RowRandom(seed=0, epoch=3, row_ids=torch.tensor([17, 4]))
@@ -54,7 +54,7 @@ class RowRandom:
         self._seed = check_seed(seed)
         self._epoch = epoch
         self._row_ids = row_ids
-        self._blocks = 0  # of each row, drawn so far
+        self._blocks = 0  # number of words of each row drawn so far
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) float32, uniform on [0, 1): multiples of 2^-24, the same bits on every device."""
@@ -63,8 +63,8 @@ class RowRandom:
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) float32, standard normal.
 
-        Box and Muller (1958), of uniform numbers that are the same on every device; the last bits of
-        logarithm and cosine may differ between devices.
+        Box and Muller (1958), from uniform numbers that are the same on every device; the last bits of logarithm
+        and cosine may differ between devices.
         """
         count = math.prod(shape)
         half = (count + 1) // 2
@@ -78,21 +78,21 @@ class RowRandom:
         """(B, *shape) int64, uniform on [low, high); the same on every device.
 
         Raises:
-            ConfigError: the range is empty or wider than 2^31.
+            ConfigError: The range is empty or wider than 2^31.
         """
         width = high - low
         if not 0 < width <= 2**31:
             raise ConfigError(f"integers(low, high) needs 0 < high - low <= 2**31; received low={low}, high={high}")
         count = math.prod(shape)
         words = self._words(2 * count).view(len(self._row_ids), 2, count)
-        # floor(u * width) for a 64-bit fraction u: its bias is below 2^-32, where a 32-bit one's would show.
+        # floor(u * width) for a 64-bit fraction u has a bias below 2^-32; that of a 32-bit fraction would show.
         scaled = (words[:, 0] * width + ((words[:, 1] * width) >> 32)) >> 32
         return scaled.add_(low).view(self._shape(shape))
 
     def generator(self, index: int) -> np.random.Generator:
-        """A generator of the row at `index` of the batch, for libraries that want one.
+        """A NumPy generator of the row at `index` of the batch, for libraries that need one.
 
-        It starts anew each time that it is asked for. On a GPU, asking waits for the row id.
+        Each call returns the generator at its start. On a GPU the call waits for the row id.
         """
         row_id = int(self._row_ids[index]) % 2**64
         key = np.array([self._seed, _STREAM], dtype=np.uint64)
@@ -121,7 +121,7 @@ def philox(counter: list[Tensor], key: int) -> Tensor:
     """Philox4x32-10.
 
     Args:
-        counter: four words, int64 in [0, 2^32), of shapes that broadcast.
+        counter: Four words, int64 in [0, 2^32), of shapes that broadcast.
         key: 64 bits, the lower word first.
 
     Returns:
@@ -130,7 +130,7 @@ def philox(counter: list[Tensor], key: int) -> Tensor:
     c0, c1, c2, c3 = counter
     k0, k1 = key & _WORD, key >> 32
     for _ in range(10):
-        # A product has 64 bits. int64 wraps around, as two's complement must: the bits are right.
+        # A product has 64 bits. int64 wraps around as two's complement, so the bits are right.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD

@@ -1,4 +1,4 @@
-"""Rows of other nodes: they are picked out there, by a process of the run, and sent. This is where loaders use Ray."""
+"""Rows of other nodes, which a process of the run picks out there and sends. Loaders use Ray only here."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from bss_ray.load.rows import Receive
 from bss_ray.runtime.logs import Named
 from bss_ray.runtime.wait import wait_for
 
-# Requests that a node's server answers at a time.
+# Number of requests that the server of a node answers at a time.
 _SERVER_THREADS = 2
 
 
 class RowServer(Named):
-    """Picks rows out of the shards of its node, for all ranks of a run.
+    """Picks rows out of the shards of its node for all ranks of a run.
 
-    A task for each request would be a process for each: Ray starts as many as there are requests at a time, that is
-    ranks times groups of batches, and each takes seconds to start.
+    A task for each request would need a process for each simultaneous request, that is ranks times groups of batches,
+    and each process takes seconds to start.
     """
 
     def pick(self, shards: Shards, row_ids: np.ndarray) -> Arrays:
@@ -34,7 +34,7 @@ class RemoteRows:
     """Asks other nodes for rows.
 
     Args:
-        prefix: Beginning of the names of the run's actors.
+        prefix: Prefix of the names of the run's actors.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -42,14 +42,14 @@ class RemoteRows:
         self._servers: dict[str, Any] = {}
 
     def ask(self, node: str, shards: Shards, row_ids: np.ndarray) -> Receive:
-        """Have rows picked out on their node; see `bss_ray.load.rows.Ask`."""
+        """Request rows from their node; see `bss_ray.load.rows.Ask`."""
         sent = self._send(node, shards, row_ids)
 
         def receive() -> Arrays:
             try:
                 arrays: Arrays = wait_for(sent, "rows of another node")
             except (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError):
-                # The server ends with the rank that has started it, and with its node: a task does its work.
+                # The server ends with its node and with the rank that has started it; then a task does its work.
                 self._servers[node] = None
                 again = self._send(node, shards, row_ids)
                 arrays = wait_for(again, "rows of another node, which have been asked for again")
@@ -67,7 +67,7 @@ class RemoteRows:
         return _pick_rows.options(scheduling_strategy=where).remote(shards, row_ids)
 
     def _server(self, node: str) -> Any | None:
-        """The node's server, which the first rank that needs one starts; None: it was lost."""
+        """The server of the node, which the first rank that needs it starts; None if it was lost."""
         if node not in self._servers:
             self._servers[node] = (
                 ray.remote(RowServer)

@@ -1,4 +1,4 @@
-"""How a batch gets from the gathering of its rows to the rank's device."""
+"""The transfer of gathered rows to the rank's device."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from bss_ray.data.store import Arrays
 Tensors = dict[str, Tensor]
 Buffers = TypeVar("Buffers")
 
-# Writes the rows of some batches, one after the other, into host arrays; and what is done to each of the batches,
-# by its number, on the device.
+# A function that writes the rows of some batches into host arrays, and a function that finishes each batch, by its
+# number, on the device.
 Fill = Callable[[Arrays], None]
 Finish = Callable[[int, Tensors], Tensors]
 Receive = Callable[[], Tensors]
 
-# malloc has smaller arrays at hand.
+# malloc keeps smaller arrays itself.
 _RECYCLE_BYTES = 64 << 10
 
-# One is being copied from while another is being filled, and one waits for either.
+# One slot is copied from while another is filled, and one waits for either.
 _SLOTS = 3
 
 
@@ -49,27 +49,27 @@ class Transfer(Protocol):
         ...
 
     def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
-        """Fill host arrays with the rows of some batches, bring them to the device, finish them there.
+        """Fill host arrays with the rows of some batches, copy them to the device, and finish them there.
 
         Args:
-            sizes: rows of each batch.
-            fill: writes `{column: (all rows, ...)}`.
-            finish: last step of each batch.
+            sizes: Number of rows of each batch.
+            fill: Function that writes `{column: (all rows, ...)}`.
+            finish: Last step of each batch.
 
         Returns:
-            For each batch a function: called in the thread of the loop, it returns the batch, ready to be used there.
+            For each batch a function that, called in the thread of the loop, returns the batch ready for use there.
         """
         ...
 
 
 def make_transfer(features: Mapping[str, Feature], rows: int, device: torch.device, spare: int) -> Transfer:
-    """The way to `device` for batches of these columns.
+    """The transfer to `device` for batches of these columns.
 
     Args:
-        features: the columns.
-        rows: that are sent at a time, at most.
-        device: where batches go.
-        spare: arrays of so many rows whose memory is kept for the next ones, in host memory.
+        features: Features of the columns.
+        rows: Largest number of rows that are sent at a time.
+        device: Device of the batches.
+        spare: Number of host arrays whose memory is kept for later batches.
     """
     if device.type == "cuda":
         return CudaTransfer(features, rows, device)
@@ -88,14 +88,14 @@ class HostTransfer:
         }
 
     def begin(self) -> None:
-        """Nothing is to be waited for."""
+        """There is nothing to wait for."""
 
     def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
         leases = {name: memory.lease() for name, memory in self._memory.items()}
         fill({name: lease.memory[: sum(sizes)] for name, lease in leases.items()})
         batches = []
         for number, (start, stop) in enumerate(_spans(sizes)):
-            # A tensor of its own for each batch: slices of one would count as changed when another is changed in place.
+            # A separate tensor for each batch: slices of one would count as changed when another slice is.
             batch = {name: torch.from_numpy(lease.part(start, stop)) for name, lease in leases.items()}
             if self._device.type != "cpu":
                 batch = {name: values.to(self._device) for name, values in batch.items()}
@@ -104,17 +104,17 @@ class HostTransfer:
 
 
 class Lease:
-    """Memory on loan, given back when nothing refers to it or to any part of it."""
+    """Lent memory, which is returned when nothing refers to it or to any part of it."""
 
     def __init__(self, memory: np.ndarray, give_back: Callable[[np.ndarray], object] | None) -> None:
         self.memory = memory
         self._give_back = give_back
 
     def part(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop), on loan as long as this very array, or a tensor of it, is there."""
+        """Rows [start, stop), lent as long as this array, or a tensor of it, exists."""
         view = self.memory[start:stop]
         if self._give_back is not None:
-            # NumPy's slices refer to the memory, not to each other: so each part holds the loan by itself.
+            # NumPy's slices refer to the memory and not to each other, so each part holds the loan itself.
             weakref.finalize(view, _let_go, self).atexit = False
         return view
 
@@ -128,15 +128,15 @@ def _let_go(lease: Lease) -> None:
 
 
 class Recycled:
-    """Arrays that take over the memory of earlier ones, once nothing refers to those any more.
+    """Arrays that reuse the memory of earlier arrays when nothing refers to those any more.
 
-    malloc gives large arrays back to the system when they are freed, and the page faults of fresh ones
-    (80 us a MB) would cost as much as the rows' copying.
+    malloc returns large freed arrays to the system, and the page faults of new arrays (80 us a MB) would cost as
+    much as copying the rows.
 
     Args:
-        shape: of all arrays.
-        dtype: of all.
-        spare: free arrays that are kept, at most.
+        shape: Shape of all arrays.
+        dtype: Dtype of all arrays.
+        spare: Largest number of free arrays that are kept.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str, spare: int) -> None:
@@ -154,7 +154,7 @@ class Recycled:
 
 
 class CudaTransfer:
-    """Pinned buffers that are used again, and copies on a stream of their own beside the training's."""
+    """Reused pinned buffers, and copies on a separate stream next to that of training."""
 
     overlaps: ClassVar[bool] = True
 
@@ -164,14 +164,14 @@ class CudaTransfer:
         self._ring = BufferRing(lambda: _pinned(features, rows), _SLOTS)
 
     def begin(self) -> None:
-        # What the loop has queued so far may be a transform's constants, and the side stream must not overtake that.
-        # Only once a pass: a wait for each batch would put its copy behind the training that is queued.
+        # The loop may have queued constants of a transform, which the side stream must not overtake. Only once a
+        # pass: with a wait for each batch its copy would come after the queued training.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def send(self, sizes: Sequence[int], fill: Fill, finish: Finish) -> list[Receive]:
         with self._ring.lend() as slot, torch.cuda.stream(self._stream):
             fill({name: buffer[: sum(sizes)].numpy() for name, buffer in slot.buffers.items()})
-            # Blocking: to wait for it, a thread sleeps. By default it spins, on a core that fills the next buffers.
+            # Blocking: a waiting thread sleeps. By default it would spin on a core that fills the next buffers.
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             slot.wait = copied.synchronize
             try:
@@ -196,8 +196,8 @@ class CudaTransfer:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(finished)
             for tensor in finished_batch.values():
-                if tensor.is_cuda:  # a transform may add columns of its own
-                    # Its memory belongs to the side stream: keep it until the loop's stream has used it.
+                if tensor.is_cuda:  # a transform may add columns
+                    # Its memory belongs to the side stream, so it is kept until the loop's stream has used it.
                     tensor.record_stream(stream)
             return finished_batch
 
@@ -223,18 +223,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass
 class Slot(Generic[Buffers]):
-    """Buffers, and how to wait until nothing reads them any more."""
+    """Buffers, and a function that waits until nothing reads them any more."""
 
     buffers: Buffers
     wait: Callable[[], object]
 
 
 class BufferRing(Generic[Buffers]):
-    """A fixed number of buffers that are used in turn, each again only when its last copy has ended.
+    """A fixed number of buffers that are used in turn, each only when its last copy has ended.
 
     Args:
-        make: allocates the buffers of one slot.
-        slots: how many.
+        make: Function that allocates the buffers of one slot.
+        slots: Number of slots.
     """
 
     def __init__(self, make: Callable[[], Buffers], slots: int) -> None:
@@ -244,7 +244,7 @@ class BufferRing(Generic[Buffers]):
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[Slot[Buffers]]:
-        """A free slot, waited for if need be. Set its `wait` once a copy out of it has begun."""
+        """A free slot; waits for one if necessary. Set its `wait` after a copy out of it has begun."""
         slot = self._free.get()
         try:
             slot.wait()

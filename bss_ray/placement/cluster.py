@@ -1,4 +1,4 @@
-"""The nodes of the cluster: those that are there, and those that its autoscaler can add."""
+"""The nodes of the cluster: existing nodes, and nodes that its autoscaler can add."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import ray
 from bss_ray.placement.packing import Node
 from bss_ray.runtime.ray_internals import NodeGroup, node_groups
 
-_HEAD = "node:__internal_head__"  # a resource that Ray gives to the head alone
-_GROUP_LABEL = "ray.io/node-group"  # the autoscaler's name of a node's kind
+_HEAD = "node:__internal_head__"  # a resource that Ray gives only to the head
+_GROUP_LABEL = "ray.io/node-group"  # the autoscaler's label for the kind of a node
 
-# Nodes of a kind without limit: more than any run here asks for.
+# Number of nodes of a kind without limit, more than any run needs.
 _NO_LIMIT = 1024
 
 
 def read_nodes() -> list[Node]:
-    """Nodes that are there, and those that the autoscaler can add, if there is one."""
+    """Existing nodes, and nodes that the autoscaler can add, if there is one."""
     there = [_node(entry) for entry in ray.nodes() if entry["Alive"]]
     return there + list(_coming(there, node_groups()))
 
@@ -40,5 +40,5 @@ def _coming(there: list[Node], groups: Iterable[NodeGroup]) -> Iterable[Node]:
     for group in groups:
         limit = _NO_LIMIT if group.max_count < 0 else group.max_count
         for index in range(limit - started[group.name]):
-            # The autoscaler does not tell which labels its nodes will have.
+            # The autoscaler does not tell the labels of its nodes.
             yield Node(id=f"{group.name} {index}", resources=group.resources, labels=None, there=False)

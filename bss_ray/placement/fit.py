@@ -1,4 +1,4 @@
-"""Whether all that a run asks for can stand at the same time, and where its actors go so that it does. No Ray."""
+"""Whether all processes of a run fit at the same time, and where its actors must be for that. Without Ray."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from bss_ray.placement.packing import DEVICES, UNIT, Node, ProcessGroup, fits, m
 
 
 def check_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> None:
-    """Refuse what the nodes could never hold.
+    """Refuse groups that the nodes can never hold.
 
     Args:
-        nodes: all that are there or can be added.
-        groups: in the order in which Ray is asked for them.
+        nodes: All nodes that exist or can be added.
+        groups: Groups in the order in which Ray is asked for them.
 
     Raises:
-        ResourceError: names the group, the resource or label, what is asked for, what there is, and the remedy.
+        ResourceError: The groups do not fit; the error names group, resource or label, request, supply and remedy.
     """
     if fits(nodes, groups):
         return
@@ -33,15 +33,15 @@ def check_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> None:
 def place(
     nodes: Sequence[Node], groups: Sequence[ProcessGroup], weights: Mapping[str, Mapping[str, float]]
 ) -> dict[str, list[str]]:
-    """Where the processes of some groups go, so that all others still fit.
+    """Places of the processes of some groups with which all other processes still fit.
 
     Args:
-        nodes: all that are there or can be added.
-        groups: which fit on them.
-        weights: of the groups to place: how much of the group's work lies on each node.
+        nodes: All nodes that exist or can be added.
+        groups: Groups that fit on the nodes.
+        weights: For each group to place, how much of its work is on each node.
 
     Returns:
-        Node of each process by group; empty for one that must wait for a node that is not there yet.
+        Node of each process by group; empty for a process that must wait for a node that does not exist yet.
     """
     there = {node.id for node in nodes if node.there}
     fixed: dict[str, Counter[str]] = {name: Counter() for name in weights}
@@ -65,7 +65,7 @@ def _first_that_fits(
     name: str,
     choices: Iterable[str],
 ) -> str:
-    """The first of the nodes on which one more of the group can stand, and fixes it there."""
+    """The first of the nodes with room for one more process of the group, which is fixed there."""
     for choice in choices:
         fixed[name][choice] += 1
         if choice and fits(nodes, groups, fixed):
@@ -75,7 +75,7 @@ def _first_that_fits(
 
 
 def deal(weights: Mapping[str, float], count: int) -> list[str]:
-    """So many places over nodes in proportion to their weights, by largest remainder; empty ones without weights."""
+    """`count` places on nodes in proportion to their weights, by largest remainder; empty places without weights."""
     total = sum(weights.values())
     if not total:
         return [""] * count
@@ -127,11 +127,11 @@ def _hint(nodes: Sequence[Node], name: str) -> str:
     if name.startswith(prefix):
         types = sorted({own.removeprefix(prefix) for node in nodes for own in node.resources if own.startswith(prefix)})
         return f"Accelerator types of the cluster: {', '.join(types) or 'none'}"
-    return "Lower their numbers, or give them less each"
+    return "Lower their numbers, or give each of them less"
 
 
 def _coming(nodes: Sequence[Node]) -> str:
-    """Says so where nodes count that are not there yet."""
+    """A note if nodes count that do not exist yet."""
     coming = sum(not node.there for node in nodes)
     return f", with all {coming} nodes that its autoscaler may add" if coming else ""
 
@@ -144,21 +144,21 @@ def _check_alone(nodes: Sequence[Node], group: ProcessGroup) -> None:
         apart = ", all of them on one" if group.together else ", no two of them on one" if group.apart else ""
         raise ResourceError(
             f"each of the {group.name} needs {takes or 'nothing'} on one node{where}{apart}, and the nodes have room "
-            f"for {seats} of {group.count}{_coming(nodes)}. Lower their number, or give them less each"
+            f"for {seats} of {group.count}{_coming(nodes)}. Lower their number, or give each of them less"
         )
 
 
 def _refuse_together(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> None:
-    """Each group fits alone, and all of them do not: names the first that no longer fits beside those before it."""
+    """Each group fits alone, but not all groups together: names the first that does not fit with those before it."""
     for stop in range(2, len(groups) + 1):
         last = groups[stop - 1]
         seats = most(nodes, groups[:stop], last.name)
         if seats < last.count:
             asked = " and ".join(_text(group) for group in groups[:stop] if group.count)
             raise ResourceError(
-                f"{asked} do not fit on the nodes at the same time{_coming(nodes)}: beside the others there is room "
+                f"{asked} do not fit on the nodes at the same time{_coming(nodes)}: next to the others there is room "
                 f"for {max(seats, 0)} of {last.count} {last.name}. The nodes have {_shown(nodes, groups[:stop])}"
-                f"{_shares_hint(groups[:stop])}. Lower a number, or give them less each"
+                f"{_shares_hint(groups[:stop])}. Lower a number, or give each of them less"
             )
     raise AssertionError("all of them fit")
 

@@ -22,9 +22,9 @@ UNIT = 10_000
 # leave no third 0.6. Ray's own list.
 DEVICES = frozenset({"GPU", "TPU", "NPU", "HPU", "RBLN", "neuron_cores"})
 
-# How many processes of each group, in the order of the groups.
+# Number of processes of each group, in the order of the groups.
 Counts = tuple[int, ...]
-# Which nodes must hold how many processes of a group: `{group: {node id: count}}`.
+# Number of processes of a group that certain nodes must hold: `{group: {node id: count}}`.
 Fixed = Mapping[str, Mapping[str, int]]
 # Ten-thousandths of each resource.
 _Amounts = tuple[tuple[str, int], ...]
@@ -32,15 +32,15 @@ _Amounts = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node that is there, or that the cluster's autoscaler can add.
+    """A node that exists, or that the cluster's autoscaler can add.
 
     Attributes:
-        id: Ray's; of one that is not there yet, any that no other has.
-        resources: all it has, in use or not.
-        labels: None where they are not known before it is there; it may then have any.
-        there: whether it is there.
-        address: its own.
-        head: whether it is the cluster's head.
+        id: Ray's id of the node; any unique text for a node that does not exist yet.
+        resources: All resources of the node, used or not.
+        labels: Labels of the node; None if they are not known before the node exists, which may then have any labels.
+        there: Whether the node exists.
+        address: Address of the node.
+        head: Whether the node is the head of the cluster.
     """
 
     id: str
@@ -56,12 +56,12 @@ class ProcessGroup:
     """Equal processes of a run.
 
     Attributes:
-        name: in the plural.
-        count: of the processes.
-        each: what each of them takes.
-        selector: labels of the nodes that they may be on, in Ray's syntax.
-        apart: at most one of them on a node.
-        together: all of them on one node.
+        name: Name of the processes, in the plural.
+        count: Number of the processes.
+        each: Resources of each process.
+        selector: Labels of the nodes that the processes may be on, in Ray's syntax.
+        apart: Whether each process needs a node of its own.
+        together: Whether all processes must be on one node.
     """
 
     name: str
@@ -72,21 +72,21 @@ class ProcessGroup:
     together: bool = False
 
     def text(self, resource: str) -> str:
-        """What all of them take of a resource."""
+        """Amount of a resource that all processes of the group need."""
         return f"{self.count} {self.name} x {self.each[resource]:g}"
 
 
 def fits(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed | None = None) -> bool:
-    """Whether all processes can stand at the same time, those of `fixed` where it says."""
+    """Whether all processes fit at the same time, with those of `fixed` on their nodes."""
     fixed = fixed or {}
     if not _sums_suffice(nodes, groups):
         return False
-    # Mostly there is room enough, and the first arrangement that comes to mind shows it.
+    # Usually there is enough room, and a simple arrangement shows it.
     return _first_fit(nodes, groups, fixed) or tuple(group.count for group in groups) in _held(nodes, groups, fixed)
 
 
 def most(nodes: Sequence[Node], groups: Sequence[ProcessGroup], name: str) -> int:
-    """How many processes of one group, up to its count, fit beside all of the others; -1: not even the others do."""
+    """Number of processes of a group, up to its count, that fit with all others; -1 if the others alone do not fit."""
     index = [group.name for group in groups].index(name)
 
     def too_many(count: int) -> bool:
@@ -106,7 +106,7 @@ def _sums_suffice(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> bool
 
 
 def _first_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed) -> bool:
-    """Whether all fit if each group takes what it finds, first on nodes with the least of what it has no use for."""
+    """Whether all fit if each group takes the first room, first on nodes with the least of unused resources."""
     rooms = [_room(node, groups) for node in nodes]
     for group in groups:
         left = group.count - sum(fixed.get(group.name, {}).values())
@@ -130,7 +130,7 @@ def _first_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fix
 
 
 def _held(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed) -> set[Counts]:
-    """The largest counts that the nodes hold together, none above what is asked for; fewer of each always fit, too."""
+    """The largest counts that the nodes hold together, none above its request; fewer of each always fit, too."""
     target = tuple(group.count for group in groups)
     kinds = Counter(_node_counts(node, groups, fixed) for node in nodes)
     held = {(0,) * len(groups)}
@@ -140,7 +140,7 @@ def _held(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed) -
 
 
 def _times(counts: Iterable[Counts], number: int, target: Counts) -> set[Counts]:
-    """Largest counts of so many equal nodes: by doubling, since a cluster may have a thousand."""
+    """Largest counts of `number` equal nodes, by doubling, because a cluster may have a thousand nodes."""
     if number == 1:
         return set(counts)
     half = _times(counts, number // 2, target)
@@ -157,22 +157,22 @@ def _together(one: set[Counts], other: set[Counts], target: Counts) -> set[Count
 
 
 def _largest(counts: Iterable[Counts]) -> set[Counts]:
-    """Those that no other one exceeds or equals everywhere."""
+    """Counts that no other counts exceed or equal for every group."""
     kept: list[Counts] = []
-    for candidate in sorted(set(counts), reverse=True):  # what exceeds one comes before it
+    for candidate in sorted(set(counts), reverse=True):  # counts that exceed others come before them
         if not any(all(a >= b for a, b in zip(other, candidate, strict=True)) for other in kept):
             kept.append(candidate)
     return set(kept)
 
 
 def _node_counts(node: Node, groups: Sequence[ProcessGroup], fixed: Fixed) -> frozenset[Counts]:
-    """The largest counts that a node holds; none at all if it cannot hold what is fixed on it."""
+    """The largest counts that a node holds; none if it cannot hold the processes fixed on it."""
     room = tuple(sorted(_room(node, groups).items()))
     return _counts(room, tuple(_wanted(node, group, fixed) for group in groups))
 
 
 def _room(node: Node, groups: Sequence[ProcessGroup]) -> _Room:
-    """What an empty node has of what the groups take."""
+    """Amounts of an empty node of the resources that the groups need."""
     used = {name for group in groups for name in group.each}
     amounts = _units({name: amount for name, amount in node.resources.items() if name in used})
     return {name: (UNIT,) * (amount // UNIT) if name in DEVICES else (amount,) for name, amount in amounts}
@@ -198,7 +198,7 @@ def _units(amounts: Mapping[str, float]) -> _Amounts:
 
 
 class _Wanted(NamedTuple):
-    """Of one group on one node."""
+    """What a group needs on a node."""
 
     each: _Amounts
     at_most: int
@@ -206,35 +206,35 @@ class _Wanted(NamedTuple):
     all_or_none: int
 
     def numbers(self, fitting: int) -> Iterable[int]:
-        """How many of them may stand, where so many fit."""
+        """Number of processes that may be on the node if `fit` of them fit."""
         numbers = range(self.at_least, min(fitting, self.at_most) + 1)
         return [number for number in numbers if number in (0, self.all_or_none)] if self.all_or_none else numbers
 
 
-# Free parts of each resource: one for the whole of it, or one for each device.
+# Free parts of each resource: one part for all of it, or one for each device.
 _Room = dict[str, tuple[int, ...]]
 
 
-@functools.lru_cache(maxsize=4096)  # clusters have few kinds of nodes, and each is looked at again and again
+@functools.lru_cache(maxsize=4096)  # clusters have few kinds of nodes, and each is used again and again
 def _counts(room: tuple[tuple[str, tuple[int, ...]], ...], wanted: tuple[_Wanted, ...]) -> frozenset[Counts]:
-    """The largest counts in a room, taken in Ray's way and order."""
+    """The largest counts in a room, if Ray starts the processes in its way and order."""
     return frozenset(_largest(_fill(dict(room), wanted)))
 
 
 def _fill(room: _Room, wanted: Sequence[_Wanted]) -> list[Counts]:
-    """Counts among which are the largest."""
+    """Counts that include the largest ones."""
     if not wanted:
         return [()]
     first, *others = wanted
     rooms = _rooms(room, first.each, first.at_most)
     numbers = list(first.numbers(len(rooms) - 1))
-    if not (first.each and others):  # nobody needs what fewer of them would leave
+    if not (first.each and others):  # no other group needs what fewer processes would leave
         numbers = numbers[-1:]
     return [(number, *rest) for number in numbers for rest in _fill(rooms[number], others)]
 
 
 def _rooms(room: _Room, each: _Amounts, at_most: int) -> list[_Room]:
-    """What 0, 1, 2, ... processes leave, as far as they fit."""
+    """Rooms that 0, 1, 2, ... processes leave, as long as they fit."""
     if not each:
         return [room] * (at_most + 1)
     rooms = [room]
@@ -244,7 +244,7 @@ def _rooms(room: _Room, each: _Amounts, at_most: int) -> list[_Room]:
 
 
 def _take(room: _Room, each: _Amounts) -> _Room | None:
-    """What is left once one more process has taken what it needs; None where it does not fit."""
+    """Room that one more process leaves; None if it does not fit."""
     left = dict(room)
     for name, amount in each:
         instances = left.get(name, ())
@@ -258,7 +258,7 @@ def _take(room: _Room, each: _Amounts) -> _Room | None:
             if not fitting:
                 return None
             best = list(instances)
-            best[best.index(min(fitting))] -= amount  # a share goes where least is left, as Ray has it
+            best[best.index(min(fitting))] -= amount  # a share goes where the least is left, as in Ray
             left[name] = tuple(best)
     return left
 

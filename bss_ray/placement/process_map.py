@@ -1,4 +1,4 @@
-"""What runs where, from facts: a message for the people who watch a run."""
+"""Which process really is where: a message for the people who watch a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SHOWN = ("CPU", "GPU")
 
 
 def process_map_message(prefix: str, rank_nodes: Sequence[str], rank_takes: Mapping[str, float]) -> PlacementMap:
-    """Where the processes of a run are at this moment; two looks at Ray's tables, and nobody is asked.
+    """Where the processes of a run are at this moment, from two reads of Ray's tables without a call to any process.
 
     Args:
-        prefix: of the names of the run's actors.
-        rank_nodes: id of the node of each rank.
-        rank_takes: what a rank takes.
+        prefix: Prefix of the names of the run's actors.
+        rank_nodes: Id of the node of each rank.
+        rank_takes: Resources of a rank.
     """
     own = [actor for actor in actors() if actor.name.startswith(prefix) or actor.class_name == CONTROLLER]
     there = [(_role(actor, prefix), actor.node, actor.takes) for actor in own]
@@ -31,7 +31,7 @@ def describe(
     nodes: Sequence[Node],
     left: Mapping[str, Mapping[str, float]],
 ) -> PlacementMap:
-    """The message of `process_map_message`, of processes (what, id of the node, what each takes)."""
+    """The message of `process_map_message` from processes (role, id of the node, resources)."""
     on: dict[str, Counter[str]] = defaultdict(Counter)
     for what, node, _ in processes:
         on[node][what] += 1
@@ -58,7 +58,7 @@ def _left(node: Node, left: Mapping[str, float]) -> dict[str, tuple[float, float
 
 
 def _names(nodes: Sequence[Node]) -> list[str]:
-    """Addresses; with the start of the node's id where several share one."""
+    """Addresses of nodes, with the start of the node's id if several nodes share an address."""
     addresses = Counter(node.address for node in nodes)
     return [
         node.address + (f"/{node.id[:6]}" if addresses[node.address] > 1 else "") + (" (head)" if node.head else "")

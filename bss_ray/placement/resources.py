@@ -1,4 +1,4 @@
-"""What a run asks of the cluster: refused at once where the cluster could only leave it pending for ever."""
+"""The resources of a run, which are refused at once if the cluster could only leave them pending forever."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Placement:
             raise ConfigError(f"placement.label_selector={self.label_selector}: {problem}")
 
     def scaling(self, ranks: ray.train.ScalingConfig) -> ray.train.ScalingConfig:
-        """These ranks, placed as the settings say; what they leave at its default is as `ranks` says."""
+        """These ranks, placed as the settings say; settings at their default are taken from `ranks`."""
         changed: dict[str, object] = {}
         if self.ranks != Placement.ranks:
             changed["placement_strategy"] = self.ranks.upper()
@@ -86,9 +86,9 @@ class ResourceRequest:
 
     Attributes:
         scoring: Settings of scoring, with the engine that `auto` stands for.
-        nodes: Nodes that are there, or that an autoscaler can add.
+        nodes: Nodes that exist, or that an autoscaler can add.
         groups: Groups of equal processes, in the order in which Ray is asked for them.
-        notices: What the user should read.
+        notices: Messages to the user.
     """
 
     scoring: Scoring
@@ -97,34 +97,34 @@ class ResourceRequest:
     notices: Sequence[str] = ()
 
     def seats(self, shards: Shards) -> dict[str, list[str]]:
-        """Node of each holder and scorer: where the rows are, as far as all others still fit."""
+        """Node of each holder and scorer: where the rows are, as long as all other processes still fit."""
         rows = Counter({node.id: 0 for node in self.nodes if node.there})
         for part in shards.parts:
             if part.node in rows:
                 rows[part.node] += part.rows
-        if not rows.total():  # all nodes read them alike; a head without CPUs is for other things
+        if not rows.total():  # all nodes read them equally well; a head without CPUs is for other work
             rows.update(node.id for node in self.nodes if node.there and node.resources.get("CPU"))
         actors = [group.name for group in self.groups if group.name in (HOLDERS, SCORERS)]
         return place(self.nodes, self.groups, dict.fromkeys(actors, rows))
 
 
 def check_resources(scaling: ray.train.ScalingConfig, scoring: Scoring, placement: Placement) -> ResourceRequest:
-    """Settle the engine, and refuse at once what the cluster could only leave pending forever.
+    """Choose the engine, and refuse at once what the cluster could only leave pending forever.
 
     Args:
-        scaling: Settings of the ranks; of an elastic run the fewest count.
+        scaling: Settings of the ranks; of an elastic run the smallest number counts.
         scoring: How and where rows are scored.
         placement: What ranks and scorers leave to others, and whether to wait for nodes.
 
     Raises:
-        ResourceError: names the processes, the resource or label, what is asked for, what there is, and the remedy.
+        ResourceError: Processes do not fit; the error names them, resource or label, request, supply and remedy.
         RayVersionError: the installed Ray lacks what a run needs.
     """
-    train_parts()  # what Ray no longer has is an error here, and not in the middle of a run
+    train_parts()  # a missing name of Ray is an error here, and not in the middle of a run
     settled, why = settle_engine(scaling, scoring)
     notices = [f"scoring engine: {settled.engine}; {why}"] if scoring.engine == "auto" else []
     nodes = read_nodes()
-    # Rows that are lost with one of several nodes are made again on a CPU that is left.
+    # Rows that are lost with one of several nodes are made again on a free CPU.
     unsaid = placement.spare_cpus is None and len(nodes) > 1
     if unsaid and fits(nodes, with_spare := groups_of(scaling, settled, 1)):
         return ResourceRequest(settled, nodes, with_spare, notices)
@@ -170,7 +170,7 @@ def _ranks(scaling: ray.train.ScalingConfig) -> list[ProcessGroup]:
 
 
 def resources_per_rank(scaling: ray.train.ScalingConfig) -> dict[str, float]:
-    """What Ray Train asks for each rank, its accelerator type included."""
+    """Resources that Ray Train requests for each rank, its accelerator type included."""
     asked = {"CPU": scaling.num_cpus_per_worker, "GPU": scaling.num_gpus_per_worker}
     return {name: amount for name, amount in {**asked, **scaling.additional_resources_per_worker}.items() if amount}
 
@@ -186,7 +186,7 @@ def _scorers(scaling: ray.train.ScalingConfig, scoring: Scoring) -> ProcessGroup
 
 
 def scorer_options(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, Any]:
-    """Ray's options of a scorer beside CPUs and GPUs: the ranks' labels and, if it takes of a GPU, accelerator type."""
+    """Ray's options of a scorer except CPUs and GPUs: the ranks' labels and, with a GPU share, accelerator type."""
     kind = f"accelerator_type:{scaling.accelerator_type}"
     typed = scaling.accelerator_type is not None and scoring.gpus_per_scorer > 0
     labels = scaling.label_selector if isinstance(scaling.label_selector, dict) else {}
@@ -194,7 +194,7 @@ def scorer_options(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[s
 
 
 def settle_engine(scaling: ray.train.ScalingConfig, scoring: Scoring) -> tuple[Scoring, str]:
-    """The settings with the engine that `auto` stands for on this cluster, and why it is that one."""
+    """The settings with the engine that `auto` stands for on this cluster, and the reason for it."""
     ranks = scaling.max_workers
     if ranks == 0 and scoring.engine == "auto" and not scoring.overlap:
         return replace(scoring, engine="workers"), "num_workers=0 trains and scores in this process"
@@ -208,5 +208,5 @@ def settle_engine(scaling: ray.train.ScalingConfig, scoring: Scoring) -> tuple[S
 
 
 def in_this_process(scaling: ray.train.ScalingConfig, scoring: Scoring) -> bool:
-    """Whether a run needs no process but the one that trains: no ranks elsewhere, and no scorers that deliver."""
+    """Whether the process that trains is the only process of a run, without other ranks and without scorers."""
     return scaling.num_workers == 0 and scoring.engine != "actors"

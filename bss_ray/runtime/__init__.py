@@ -1,1 +1,1 @@
-"""What every process of a run needs: limits to waits, logs, threads, events, profiles."""
+"""Parts that every process of a run needs: time limits, logs, threads, events, profiles."""

@@ -85,5 +85,5 @@ class EventLog:
         self._stopping = True
 
     def stop_requested(self) -> bool:
-        """Whether the ranks are to stop."""
+        """Whether the ranks must stop."""
         return self._stopping

@@ -25,7 +25,7 @@ def ray_logging(log_format: str) -> dict[str, object]:
     """Arguments of `ray.init`: with `json` all processes of the job write JSON lines, with Ray's ids."""
     if log_format != "json":
         return {}
-    import ray  # after --help: it takes a second
+    import ray  # imported after --help, because it takes a second
 
     return {"logging_config": ray.LoggingConfig(encoding="JSON", log_level="INFO")}
 

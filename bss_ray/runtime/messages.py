@@ -27,7 +27,7 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """What every message carries.
+    """Fields of every message.
 
     Attributes:
         kind: Name of the class of messages: `event` in JSON lines.

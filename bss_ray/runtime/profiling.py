@@ -18,7 +18,7 @@ from bss_ray.storage import StoragePath
 
 STEP, SCORING = "step-rank0.json", "scoring.json"
 
-# Operators that a summary names.
+# Number of operators in a summary.
 _ROWS = 15
 
 
@@ -49,7 +49,7 @@ def _chrome_trace(profiler: profile) -> bytes:
         return path.read_bytes()
 
 
-# Steps of an epoch before the one that is profiled: allocators, kernels and the loader are warm then.
+# Steps of an epoch before the profiled step, after which allocators, kernels and the loader are warm.
 _WARM_UP = 10
 
 _ABSENT = {
@@ -72,7 +72,7 @@ class Profiler:
         self._steps = 0
 
     def step(self, batch: int, batches: int, *, due: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the training step of a batch.
+        """Context of the training step of a batch.
 
         Args:
             batch: Number of the batch in its epoch.
@@ -88,11 +88,11 @@ class Profiler:
         return recorded(STEP, self._post)
 
     def scoring(self) -> contextlib.AbstractContextManager[None]:
-        """Around a scoring pass of this rank."""
+        """Context of a scoring pass of this rank."""
         return recorded(SCORING, self._post) if self.takes_scoring() else contextlib.nullcontext()
 
     def takes_scoring(self) -> bool:
-        """Whether this scoring pass is to be profiled; only one is."""
+        """Whether to profile this scoring pass; only one pass is profiled."""
         taken = SCORING in self._left
         self._left.discard(SCORING)
         return taken
@@ -111,7 +111,7 @@ class ProfileFolder:
         self._summaries: dict[str, str] = {}
 
     def take(self, message: ProfileRecorded) -> str:
-        """Write a trace that a process has recorded; returns what to tell the user."""
+        """Write a trace that a process has recorded; returns a message to the user."""
         import ray
 
         file = message.file
@@ -127,7 +127,7 @@ class ProfileFolder:
         """Write the timeline of the command's tasks and actors, and the summary."""
         import ray
 
-        # Of all jobs of the cluster; their workers' events do not say whose they are.
+        # Events of all jobs of the cluster, because events of workers do not name their job.
         events = [event for event in ray.timeline() if event["ts"] >= 1e6 * self._began]
         self._write("timeline.json", json.dumps(events))
         parts = [f"{file}\n\n{self._summaries.get(file, why)}\n" for file, why in _ABSENT.items()]

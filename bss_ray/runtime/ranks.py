@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class RankGroup(abc.ABC):
-    """This rank among all ranks. All of them make the same calls.
+    """This rank among all ranks. All ranks make the same calls.
 
     Attributes:
         rank: Number of this rank, from 0.
@@ -69,7 +69,7 @@ class OneRank(RankGroup):
 
 
 class TorchRanks(RankGroup):
-    """Ranks of `torch.distributed`, whose process group has been made."""
+    """Ranks of `torch.distributed`, whose process group exists."""
 
     def gather(self, own: T) -> list[T]:
         everyones = [own] * self.count

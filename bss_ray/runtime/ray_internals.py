@@ -90,7 +90,7 @@ def without_helpers(*, logs: bool) -> Iterator[None]:
         logs: Whether to start the monitor of logs, which brings what other processes print to this process.
     """
     settings = functools.partial(_parameter.RayParams, no_monitor=True, include_log_monitor=logs)
-    no_server = mock.Mock(return_value=("", None))  # neither an address nor a process
+    no_server = mock.Mock(return_value=("", None))  # there is neither an address nor a process
     with (
         mock.patch.object(_parameter, "RayParams", settings),
         mock.patch.object(_services, "start_api_server", no_server),
@@ -99,13 +99,13 @@ def without_helpers(*, logs: bool) -> Iterator[None]:
 
 
 def label_problem(selector: Mapping[str, str]) -> str | None:
-    """What is wrong with a label selector's syntax, if anything is."""
+    """The error in the syntax of a label selector, if there is one."""
     problem: str | None = validate_label_selector(dict(selector))
     return problem
 
 
 def near(node: str) -> NodeAffinitySchedulingStrategy:
-    """The strategy of an actor that goes to a node while the node is there and has room, and else elsewhere."""
+    """The strategy of an actor that starts on a node if the node exists and has room, and otherwise elsewhere."""
     # Without the spilling it would wait forever for a node that others have filled.
     return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
 
@@ -141,7 +141,7 @@ def node_groups() -> list[NodeGroup]:
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """What nobody uses at the moment on each node, by the node's id."""
+    """Resources of each node that nobody uses at the moment, by the node's id."""
     free: dict[str, dict[str, float]] = _state.available_resources_per_node()
     return free
 
@@ -151,7 +151,7 @@ class Actor:
     """An actor of this job that is not dead.
 
     Attributes:
-        name: Name of the actor; empty where it has none.
+        name: Name of the actor; empty if it has none.
         class_name: Name of its class.
         node: Id of its node; empty while it waits for one.
         takes: Resources of the actor.
@@ -224,7 +224,7 @@ def ref_bundles(dataset: ray.data.Dataset) -> Iterator[RefBundle]:
 
 
 def block_accessor(block: Block) -> BlockAccessor:
-    """Reads a block, of whatever kind it is."""
+    """An accessor of a block of any kind."""
     with _names_of_ray():
         from ray.data.block import BlockAccessor
     return BlockAccessor.for_block(block)
@@ -235,7 +235,7 @@ def block_accessor(block: Block) -> BlockAccessor:
 
 @dataclass(frozen=True)
 class TrainParts:
-    """What Ray Train has no public way for.
+    """Functions for which Ray Train has no public interface.
 
     Attributes:
         fixed_policy: Makes Ray Train's policy for a fixed number of ranks, but asks no autoscaler for their nodes: Ray

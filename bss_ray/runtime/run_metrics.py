@@ -28,7 +28,7 @@ class Figure(NamedTuple):
 
 # By their names in Ray. Prometheus sees `ray_bss_ray_epoch`, and counters as `ray_bss_ray_rows_trained_total`.
 FIGURES: dict[str, Figure] = {
-    "bss_ray_epoch": Figure("gauge", "epoch", "Epoch at hand, from 0."),
+    "bss_ray_epoch": Figure("gauge", "epoch", "Current epoch, from 0."),
     "bss_ray_score_version": Figure("gauge", "version", "Score version in force: publications so far."),
     "bss_ray_rows_trained": Figure("counter", "new_rows", "Rows that were handed to the train loops of all ranks."),
     "bss_ray_loss": Figure("gauge", "train_loss", "Mean training loss of the last epoch, over all ranks."),
@@ -44,14 +44,14 @@ FIGURES: dict[str, Figure] = {
     "bss_ray_loader_stall_share": Figure(
         "gauge",
         "loader_stall_share",
-        "Share of the training time that the loops waited for batches: of the epoch at hand on rank 0, and of a whole "
+        "Share of the training time that the loops waited for batches: of the current epoch on rank 0, and of a whole "
         "epoch over all ranks.",
     ),
     "bss_ray_moved_share": Figure(
         "gauge", "moved_share", "Share of the last epoch's rows that came from another node than their rank's."
     ),
     "bss_ray_moved_rows": Figure("counter", "moved_rows", "Rows that came from another node than their rank's."),
-    "bss_ray_restarts": Figure("counter", "restarts", "Times that training went on from a checkpoint."),
+    "bss_ray_restarts": Figure("counter", "restarts", "Number of times that training resumed from a checkpoint."),
 }
 
 
@@ -76,7 +76,7 @@ class RunMetrics:
     def _record(self, name: str, figure: Figure, value: float) -> None:
         if figure.kind == "gauge":
             self._metrics[name].set(value)
-        elif value > 0:  # Ray takes no other
+        elif value > 0:  # Ray accepts no other value
             self._metrics[name].inc(value)
 
 

@@ -32,13 +32,13 @@ def in_threads(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterato
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # the caller stopped early, or a part failed
+        finally:  # after the caller stopped early, or a part failed
             for future in waiting:
                 future.cancel()
 
 
 def _num_threads() -> int:
-    """Torch is asked where it is there, and not imported: holders do without it."""
+    """Torch's number of threads if torch is imported already; it is not imported for this: holders do without."""
     if "torch" in sys.modules:
         return int(sys.modules["torch"].get_num_threads())
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
@@ -51,11 +51,11 @@ Made = TypeVar("Made")
 def work_ahead(
     items: Iterator[Item], work: Callable[[Item], Made], *, ahead: int, threads: int
 ) -> Generator[Made, None, None]:
-    """`work(item)` of every item, in their order, made in the background before the loop asks for it.
+    """`work(item)` of every item in their order, computed in the background before the loop requests it.
 
-    The items are made in a thread of their own, one after the other: an item may wait (for a window of the
-    order, say) while earlier ones are worked on. An exception there or in `work` reaches the loop in its
-    turn, with its own traceback. When the loop ends, however it ends, so do the threads.
+    A separate thread takes the items one after the other: an item may wait (e.g. for a window of the order)
+    while earlier items are worked on. An exception there or in `work` reaches the loop in its turn, with its
+    own traceback. The threads end with the loop, however it ends.
 
     Args:
         items: Iterator that is advanced in one thread only.
@@ -67,7 +67,7 @@ def work_ahead(
     producer = ThreadPoolExecutor(1, "bss_ray-plan")
     workers = ThreadPoolExecutor(threads, "bss_ray-load")
 
-    # Lists of one item, or of none at the end.
+    # Lists of one item, or empty lists at the end.
     def take() -> list[Item]:
         return list(itertools.islice(items, 1))
 
@@ -77,13 +77,13 @@ def work_ahead(
     pending: deque[Future[list[Made]]] = deque()
     try:
         while True:
-            while len(pending) <= ahead:  # one of them is asked for now
+            while len(pending) <= ahead:  # one of them is requested now
                 pending.append(workers.submit(run, producer.submit(take)))
             made = pending.popleft().result()
             if not made:
                 return
-            yield made.pop()  # held here it would stay alive until the next one is there
+            yield made.pop()  # a reference here would keep it alive until the next result exists
     finally:
-        # Producer first: a worker may be waiting for an item, and a cancelled item ends that.
+        # The producer first: a worker may wait for an item, and a cancelled item ends this wait.
         for executor in (producer, workers):
             executor.shutdown(wait=True, cancel_futures=True)

@@ -55,7 +55,7 @@ def wait_for(reference: object, what: str) -> Any:
         WaitError: The value did not come within the limit.
         BssRayError: A task has raised it.
     """
-    import ray  # runs in a single process do without it
+    import ray  # runs in a single process do without Ray
 
     with users_errors():
         try:
@@ -84,7 +84,7 @@ def users_errors() -> Iterator[None]:
 
 def unwrap_ray_error(error: BaseException) -> BaseException:
     """The error itself, without the wrappers that Ray puts around it between processes."""
-    ray = sys.modules.get("ray")  # where Ray is not at work there are no wrappers
+    ray = sys.modules.get("ray")  # without Ray there are no wrappers
     while ray is not None and isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         error = error.cause
     if isinstance(error, BssRayError) and _ADDED_BY_RAY in str(error):

@@ -1,1 +1,1 @@
-"""The sampler: one exact global order per epoch, drawn from scores that are spread over holders."""
+"""The sampler: one exact global order per epoch, drawn from scores that are distributed over holders."""

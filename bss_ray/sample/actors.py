@@ -1,7 +1,7 @@
 """The Ray back end of the seam: actors around `Holder` and `CoordinatorService`, their clients, and how they start.
 
-A thin shell that decides nothing. Nothing here imports torch: a run may have many holders, and each would take a second
-longer to start and 120 MB more.
+A thin shell without decisions of its own. It does not import torch: a run may have many holders, and each would take a
+second longer to start and 120 MB more.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from bss_ray.sample.holder import Holder
 from bss_ray.sample.service import CoordinatorService, CoordinatorStub
 from bss_ray.sample.state import MeasureBatch
 
-if TYPE_CHECKING:  # they need torch
+if TYPE_CHECKING:  # these modules need torch
     from bss_ray.data.shards import Shards
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# An answer of the event log takes a millisecond. One that does not come is asked for again.
+# An answer of the event log takes a millisecond. If none comes within this time, the call is repeated.
 _ANSWER_S = 30.0
 
-# Time in which the error of a wait that timed out reaches those who asked.
+# Seconds for the error of a timed-out wait to reach the callers.
 _LAST_WORDS_S = 2.0
 
 
@@ -77,7 +77,7 @@ class HolderActor(Named):
 
 
 class ActorHolders:
-    """`Holders` that are actors; all of them work at the same time. It travels to whoever delivers measures.
+    """`Holders` that are actors and work at the same time. It is sent to all processes that deliver measures.
 
     Args:
         names: Names of the actors, in the order of their rows. Names, since Ray cannot promise to restart an actor
@@ -113,10 +113,10 @@ class ActorHolders:
         return results
 
     def deliver(self, batch: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
-        """Bring measures to the holders of their rows; returns when they have them.
+        """Send measures to the holders of their rows; returns when the holders have them.
 
         Raises:
-            ray.exceptions.RayActorError: a holder is lost.
+            ray.exceptions.RayActorError: A holder is lost.
         """
         edges = itertools.pairwise([*self._first_rows, np.iinfo(np.int64).max])
         parts = [(index, batch.within(*edge)) for index, edge in enumerate(edges)]
@@ -137,7 +137,7 @@ class ActorHolders:
 def start_holders(
     shards: Shards, *, count: int, cpus: float = 0.0, nodes: Sequence[str] = (), run: str = "run"
 ) -> tuple[ActorHolders, list[ActorHandle]]:
-    """Start holder actors; shards are dealt out in runs, so that a holder's rows lie together.
+    """Start holder actors; each gets consecutive shards, so that its rows are consecutive.
 
     Args:
         shards: All rows.
@@ -147,12 +147,12 @@ def start_holders(
         run: Name of the run, for people. All actors of one start are `bss_ray-<run>-<8 hex digits>-<role>`.
 
     Returns:
-        All of them together, and their handles, which keep them alive.
+        The `Holders`, and the actors' handles, which keep them alive.
     """
     count = min(count, len(shards.parts))
     edges = [len(shards.parts) * index // count for index in range(count + 1)]
-    # It comes back empty, and the next attempt of the ranks fills it from the checkpoint. A call whose connection turns
-    # out to be broken is sent once more: it does the same twice, or finds another version than it wants.
+    # A holder restarts empty, and the next attempt of the ranks fills it from the checkpoint. A call over a broken
+    # connection is sent once more: it has the same effect twice, or finds another version than it needs.
     actor = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=1)(HolderActor)
     spans = [(part.first_row, part.rows) for part in shards.parts]
     start = uuid.uuid4().hex[:8]
@@ -165,11 +165,11 @@ def start_holders(
 
 
 def near(nodes: Sequence[str], index: int) -> dict[str, Any]:
-    """Ray's options of an actor that goes to its node while that is there and has room, and else elsewhere."""
+    """Ray's options of an actor that starts on its node if the node exists and has room, and otherwise elsewhere."""
     node = nodes[index] if nodes else ""
     if not node:
         return {}
-    # A byte: Ray starts an actor that asks for no resource at all anywhere, whatever its strategy says.
+    # A byte, because Ray starts an actor without any resource request on any node, whatever its strategy says.
     return {"scheduling_strategy": near_node(node), "memory": 1}
 
 
@@ -179,8 +179,8 @@ def near(nodes: Sequence[str], index: int) -> dict[str, Any]:
 class CoordinatorActor(Named):
     """A `CoordinatorService` and the run's event log.
 
-    The event log has a thread of its own, so that the driver can look while scores are being made. Where the service
-    has waited in vain for another process its own process ends, see `_exit_if_timed_out`.
+    The event log has its own thread, so that the driver can read it while scores are being made. If the service has
+    waited in vain for another process, its own process ends, see `_exit_if_timed_out`.
     """
 
     def __init__(
@@ -209,11 +209,11 @@ class CoordinatorActor(Named):
 
 
 def _exit_if_timed_out(work: Future[object]) -> None:
-    """End this process where it has waited for another one in vain; Ray starts it again, and the ranks fill it.
+    """End this process if it has waited for another process in vain; Ray restarts it, and the ranks fill it.
 
-    What does not come may be there all the same. After an outage of the network the raylet that has a result may wait
-    for an answer that is lost, and until that wait is over, seven minutes by Ray's defaults, it tells the owner of no
-    other result either; so none of them is fetched, in whatever attempt. Another process is another owner.
+    The result may exist all the same. After an outage of the network the raylet that has it may wait for a lost
+    answer, and until this wait is over, after seven minutes by Ray's defaults, it announces no other result to the
+    owner either. So no result is fetched, in any attempt, until another process is the owner.
     """
     if not work.cancelled() and isinstance(work.exception(), WaitError):
         threading.Timer(_LAST_WORDS_S, os._exit, [1]).start()
@@ -276,7 +276,7 @@ class RayEventLog:
         call = self._actor.call_events.options(name=f"events.{method.__name__}")
         try:
             answer: T = ray.get(call.remote(method, *args, **kwargs), timeout=timeout_s)
-        except ray.exceptions.RayError as error:  # a timeout is one, too
+        except ray.exceptions.RayError as error:  # a timeout is an OSError, too
             raise UnavailableError(f"the coordinator does not answer: {error}") from error
         return answer
 
@@ -293,7 +293,7 @@ def start_coordinator(
         run: Name of the run, which metrics are tagged with.
 
     Returns:
-        Its client, and its handle, which keeps it alive.
+        The coordinator's client, and the actor's handle, which keeps it alive.
     """
     actor = ray.remote(concurrency_groups={"events": 1})(CoordinatorActor)
     handle = actor.options(name=holders.prefix + "coordinator", num_cpus=0, max_restarts=-1).remote(

@@ -1,10 +1,10 @@
-"""How ranks, scorers and the driver speak with a run's holders and coordinator: the typed seam, with two back ends.
+"""The typed interface of a run's holders and coordinator for ranks, scorers and the driver, with two back ends.
 
-    in the process   `LocalHolders`, and the `CoordinatorService` itself: plain calls
-    Ray              `ActorHolders` and `RayCoordinator` (`sample/actors.py`): the same calls, of objects in actors
+    in the process   `LocalHolders` and `CoordinatorService`: plain calls
+    Ray              `ActorHolders` and `RayCoordinator` (`sample/actors.py`): the same calls to objects in actors
 
-Methods are named by themselves and not by strings (`holders.map(Holder.moments, draw)`), so mypy follows a score from
-the measurer to the permutation. Nothing here imports Ray or torch.
+Methods are passed themselves and not as strings (`holders.map(Holder.moments, draw)`), so mypy follows a score from
+the measurer to the permutation. This module imports neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bss_ray.sample.holder import Holder
 from bss_ray.sample.plan import Plan
 from bss_ray.sample.state import Ages, MeasureBatch, SavedScores, ScoreBlock
 
-if TYPE_CHECKING:  # they need torch, which processes of holders and the coordinator do without
+if TYPE_CHECKING:  # these modules need torch, which holders and the coordinator do without
     from bss_ray.data.shards import Shards
     from bss_ray.measure.snapshot import ModelSnapshot
 
@@ -33,7 +33,7 @@ EVERY = slice(None)
 
 
 class Shared(Protocol[T_co]):
-    """A value that stays where it is until somebody gets it: in this process, or in Ray's object store."""
+    """A value that stays in this process or in Ray's object store until it is fetched."""
 
     def get(self, what: str) -> T_co:
         """The value.
@@ -55,7 +55,7 @@ class Here(Generic[T]):
 
 
 class Review(NamedTuple):
-    """What an epoch that was presented leaves to say.
+    """The report on an epoch that was presented.
 
     Attributes:
         neglected_rows: Number of rows that were drawn neither in the epoch nor in the `NEGLECT_EPOCHS` - 1 before it.
@@ -69,7 +69,7 @@ class Review(NamedTuple):
 
 
 class Publication(NamedTuple):
-    """What became of measures that were to be published.
+    """The result of publishing measures.
 
     Attributes:
         version: Score version in force now.
@@ -94,7 +94,7 @@ class Holders(Protocol):
     def start(
         self, of: slice, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Sequence[Shared[T]]:
-        """Call a method of some holders; their results stay where they are."""
+        """Call a method of some holders without fetching the results."""
         ...
 
     def map(self, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
@@ -102,14 +102,14 @@ class Holders(Protocol):
         ...
 
     def deliver(self, batch: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
-        """Bring measures to the holders of their rows (see `Holder.receive`); returns when they have them."""
+        """Send measures to the holders of their rows (see `Holder.receive`); returns when the holders have them."""
         ...
 
 
 class LocalHolders:
     """Holders in this process.
 
-    A coordinator plans ahead in a thread of its own while ranks deliver, so calls take turns.
+    A coordinator plans ahead in its own thread while ranks deliver measures, so calls take turns.
     """
 
     def __init__(self, holders: Sequence[Holder]) -> None:
@@ -138,9 +138,9 @@ class ActorLostError(RuntimeError):
 
 
 class ScoringFailedError(RuntimeError):
-    """The rows could not be scored, because scorers were lost and did not come back.
+    """Rows could not be scored because scorers were lost and did not come back.
 
-    No error of the user's, and none of the run's: it can resume with the scores that it has.
+    This is neither an error of the user nor of the run, which can continue with the scores that it has.
     """
 
 
@@ -148,8 +148,8 @@ class ScoringFailedError(RuntimeError):
 class ScoringJob:
     """What scorers need to measure all rows with one model.
 
-    The shards travel with each job and not to the actors' constructors: Ray cannot promise to restart an actor whose
-    constructor was given objects of the store.
+    The shards are sent with each job and not to the actors' constructors, because Ray cannot promise to restart an
+    actor whose constructor was given objects of the object store.
 
     Attributes:
         model: The model to score with; one transfer per node.
@@ -179,16 +179,16 @@ class ScoringPool(Protocol):
             homes: Id of the node of each shard; empty where all nodes read the shard alike.
 
         Returns:
-            Number of rows that have sound measures, and sentences that the user should read.
+            Number of rows with finite measures, and messages to the user.
 
         Raises:
-            ScoringFailedError: scorers were lost and did not come back.
+            ScoringFailedError: Scorers were lost and did not come back.
         """
         ...
 
 
 class CoordinatorClient(Protocol):
-    """A run's coordinator, as ranks and the driver call it; see `CoordinatorService` for what the methods do."""
+    """The coordinator of a run for ranks and the driver; `CoordinatorService` describes the methods."""
 
     @property
     def events(self) -> EventLogClient: ...

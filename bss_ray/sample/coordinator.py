@@ -1,7 +1,7 @@
 """The coordinator: score versions, the plan of each epoch, and reductions over all holders.
 
-It sees counts, sums and bounds of every holder, and one window of row ids at a time; never the
-scores of all rows. `Coordinator` is a plain class; `CoordinatorService` says who asks it for what when.
+It sees counts, sums and bounds of every holder, and one window of row ids at a time, but never the scores
+of all rows. `Coordinator` is a plain class, which `CoordinatorService` calls.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from bss_ray.schedule.schedulers import Scheduler, Uniform
 
 P = ParamSpec("P")
 
-# A row is neglected when it has not been drawn for so many epochs.
+# Number of epochs without a draw after which a row is neglected.
 NEGLECT_EPOCHS = 5
 
-# Below this share of the epoch's size the effective sample size is worth a warning.
+# Share of the epoch's size below which the effective sample size is worth a warning.
 _PEAKED = 0.1
 
-# Above this share of all rows so are neglected ones.
+# Share of all rows above which neglected rows are worth a warning.
 _NEGLECTED = 0.1
 
 
@@ -58,17 +58,17 @@ class Coordinator:
     """Publishes scores and plans epochs.
 
     Args:
-        holders: hold the scores of all rows, each row once.
-        rows: N, rows of the training set.
-        scheduler: from scores to weights and sizes.
-        seed: the run's seed, in [0, 2**64).
-        batch_size: rows of a *global* batch.
-        tail: `keep` or `drop` the last, smaller batch of an epoch.
-        accumulation: how measures become scores.
-        window_rows: largest window of the order.
+        holders: Holders of the scores of all rows, each row once.
+        rows: Number N of rows of the training set.
+        scheduler: Scheduler, from scores to weights and sizes.
+        seed: Seed of the run, in [0, 2**64).
+        batch_size: Number of rows of a *global* batch.
+        tail: Whether to `keep` or `drop` the last, smaller batch of an epoch.
+        accumulation: How measures become scores.
+        window_rows: Number of rows of the largest window of the order.
 
     Raises:
-        ConfigError: a setting is out of its range, or there are fewer rows than a global batch.
+        ConfigError: A setting is out of its range, or there are fewer rows than a global batch.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Coordinator:
         self._version = 0
         self._attempt = ""
         self._refused = 0
-        # Two epochs: a rank may still be in the one that others have just left.
+        # Two epochs, because a rank may still be in an epoch that others have just left.
         self._plans: collections.OrderedDict[int, _Planned] = collections.OrderedDict()
         self._reviews: dict[int, Review] = {}
 
@@ -105,32 +105,33 @@ class Coordinator:
 
     @property
     def version(self) -> int:
-        """Number of publications so far; 0 before any."""
+        """Number of publications so far, from 0."""
         return self._version
 
     @property
     def attempt(self) -> str:
-        """Names the start of the ranks: each calls `reset` or `load` once. Holders take measures of this one alone."""
+        """Name of the current attempt, set by `reset` or `load`. Measures of other attempts are refused."""
         return self._attempt
 
     def reset(self) -> None:
-        """Start over without scores."""
-        self._attempt = secrets.token_hex(4)  # a number would begin anew with a restarted coordinator
+        """Start a new attempt without scores."""
+        self._attempt = secrets.token_hex(4)  # a number would start from 0 again in a restarted coordinator
         self._holders.map(Holder.reset, self._attempt)
         self._replace(0)
 
     def publish(self, version: int, *, expected: int | None = None) -> Publication:
-        """Make the measures that holders have received the scores of `version`.
+        """Publish the measures that holders have received as the scores of `version`.
 
-        Holders keep their scores until all have said what they have: a version exists whole or not at all.
+        Holders keep their scores until all holders have reported: a version exists on all holders or not at all.
 
         Args:
-            version: the next one. Any other is refused, and counted: it is stale, or comes twice.
-            expected: so many rows, at least, must have been measured; None: any number. The others keep their score.
+            version: The next version. Any other version is stale or repeated, so it is refused and counted.
+            expected: Smallest number of rows that must have been measured; None: any number. Other rows keep their
+                score.
 
         Raises:
-            DataError: rows have fewer than two modalities, and that is an error.
-            LostStateError: measures, or the scores before, are gone with a holder that was restarted.
+            DataError: Rows have fewer than two modalities, and the settings make this an error.
+            LostStateError: A holder was restarted and has lost measures or the earlier scores.
         """
         if version != self._version + 1:
             self._refused += 1
@@ -156,14 +157,14 @@ class Coordinator:
         self._holders.map(Holder.forget)
 
     def load(self, saved: SavedScores | list[ScoreBlock], version: int) -> None:
-        """Go back to saved scores.
+        """Load saved scores for a new attempt.
 
         Args:
             saved: the scores, or where each holder reads those of its rows.
-            version: the saved version.
+            version: The saved version.
 
         Raises:
-            CheckpointError: there is no score for every row.
+            CheckpointError: Some rows have no score.
         """
         self._attempt = secrets.token_hex(4)
         found = sum(self._holders.map(Holder.load, saved, version, self._attempt))
@@ -175,13 +176,13 @@ class Coordinator:
         self._replace(version)
 
     def _replace(self, version: int) -> None:
-        """Other scores: what was planned from those before is void."""
+        """Forget everything that was planned from earlier scores."""
         self._version = version
         self._plans.clear()
         self._reviews.clear()
 
     def state(self) -> list[ScoreBlock]:
-        """Scores and measures of all rows; only for small data and tests, it gathers every row."""
+        """Scores and measures of all rows, which are gathered; only for small data and tests."""
         return [part for parts in self._holders.map(Holder.state, self._version) for part in parts]
 
     # ---- plans --------------------------------------------------------------------------------
@@ -190,8 +191,8 @@ class Coordinator:
         """The plan of `epoch`, from the scores of the current version.
 
         Raises:
-            ScheduleError: the scheduler needs scores and there are none yet.
-            WeightError: the weights are bad, or fewer rows have weight than the epoch presents.
+            ScheduleError: The scheduler needs scores and there are no scores yet.
+            WeightError: Weights are bad, or fewer rows have a positive weight than the epoch presents.
         """
         return self._planned(epoch).plan
 
@@ -215,18 +216,18 @@ class Coordinator:
         pieces: list[Keys] = [
             keys for held in self._holders.map(Holder.window, draw, window.low, window.high) for keys in held
         ]
-        # Rows ascend within a piece and pieces do not overlap, so a stable sort breaks ties by row id.
+        # Rows ascend within each part and parts do not overlap, so a stable sort breaks ties by row id.
         pieces = sorted((piece for piece in pieces if len(piece.rows)), key=lambda piece: int(piece.rows[0]))
         keys = np.concatenate([piece.keys for piece in pieces])
         rows = np.concatenate([piece.rows for piece in pieces])
         assert len(rows) == window.rows, f"window of {window.rows} rows brought {len(rows)}"
-        del pieces  # one window at a time: they hold as much as their concatenation
+        del pieces  # one window at a time, because the parts take as much memory as their concatenation
         order = sort_by_key(keys)[:wanted]
         self._holders.map(Holder.mark_drawn, draw, window.low, float(keys[order[-1]]), int(rows[order[-1]]))
         return np.asarray(rows[order])
 
     def review(self, epoch: int) -> Review:
-        """Look back at `epoch`, all of whose windows have been made."""
+        """Report on `epoch`, all of whose windows have been made."""
         if epoch not in self._reviews:
             rows = sum(self._holders.map(Holder.neglected, epoch, NEGLECT_EPOCHS))
             ages = sum(self._holders.map(Holder.ages, self._version), start=Ages())
@@ -278,7 +279,7 @@ class Coordinator:
         return _Planned(plan, draw, windows)
 
     def _cutoff(self, subset: int) -> tuple[int, int]:
-        """The last of the `subset` rows of highest score, ties by lower row id: (score bits, row id)."""
+        """The last of the `subset` rows of highest score as (score bits, row id); ties go to the lower row id."""
 
         def count(prefixes: Sequence[int], shift: int) -> np.ndarray:
             return self._sum(Holder.score_counts, prefixes, shift)
@@ -288,7 +289,7 @@ class Coordinator:
         return bits, row
 
     def _mixed(self, draw: Draw, moments: Moments, subset: int) -> Draw:
-        """Blend e / N in: weight + c with c N / (total + c N) = e."""
+        """The uniform mix e / N: weight + c with c N / (total + c N) = e."""
         mix = draw.scheduler.uniform_mix
         if mix == 1:
             return replace(draw, scheduler=Uniform())
@@ -320,12 +321,12 @@ def _diagnostics(moments: Moments, size: int) -> dict[str, float]:
 
 
 def _effective_size(moments: Moments) -> float:
-    """(sum of w)^2 / sum of w^2: so many rows of equal weight would be as diverse."""
+    """(sum of w)^2 / sum of w^2: the number of rows of equal weight that would be as diverse."""
     return float(moments.total**2 / moments.squares)
 
 
 def _warnings(epoch: int, moments: Moments, size: int, scheduler: Scheduler) -> dict[str, str]:
-    """What to tell the user about a distribution, in plain words."""
+    """Messages to the user about a distribution, in plain words."""
     effective = _effective_size(moments)
     if effective >= _PEAKED * size:
         return {}
@@ -352,12 +353,12 @@ def check_batch_size(batch_size: int, rows: int) -> None:
     """Refuse a global batch that the data cannot fill.
 
     Raises:
-        ConfigError: it is below 1, or larger than the data set.
+        ConfigError: The batch size is below 1, or larger than the dataset.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size counts the rows of a global batch and must be at least 1; received {batch_size}")
     if batch_size > rows:
         raise ConfigError(
-            f"a global batch must not be larger than the data set: batch_size={batch_size}, rows={rows}. "
+            f"a global batch must not be larger than the dataset: batch_size={batch_size}, rows={rows}. "
             "Lower batch_size"
         )

@@ -1,4 +1,4 @@
-"""What travels between the coordinator and the holders for one epoch's draw."""
+"""The data that coordinator and holders exchange for the draw of one epoch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from bss_ray.schedule.schedulers import Scheduler
 
 @dataclass(frozen=True)
 class Draw:
-    """All that a holder needs to make the keys of its rows for one epoch.
+    """Everything that a holder needs to make the keys of its rows for one epoch.
 
     Attributes:
-        seed: the run's seed.
-        epoch: epoch, from 0.
-        version: score version that the draw is made from.
-        scheduler: gives the weight of a score.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        version: Score version that the draw is made from.
+        scheduler: Scheduler, which gives the weight of a score.
         cutoff: None, or (bits, row): only rows of a score above that of `bits` (`ordered_bits`, of
             the negated score), or of the same score and a row id up to `row`.
-        added_weight: the uniform mix: added to each eligible row's weight.
+        added_weight: Weight of the uniform mix, which is added to each eligible row's weight.
         horizon: None without replacement; else the time of the last arrival.
     """
 
@@ -44,12 +44,12 @@ class Moments:
     """Figures of the weights w of some rows.
 
     Attributes:
-        positive: rows with w > 0.
-        total: sum of w,
-        squares: of w^2, and
-        w_log_w: of w log w; all exact, so they do not depend on who holds which row.
-        largest: largest w.
-        problems: what is wrong with them; the other figures leave such rows out.
+        positive: Number of rows with w > 0.
+        total: Sum of w. This and the next two sums are exact, so they do not depend on which holder has which row.
+        squares: Sum of w^2.
+        w_log_w: Sum of w log w.
+        largest: Largest w.
+        problems: Problems of the weights; the other figures leave such rows out.
     """
 
     positive: int = 0
@@ -71,16 +71,16 @@ class Moments:
 
     @staticmethod
     def of(weights: np.ndarray, first_row: int) -> Moments:
-        """Of weights (n,) float64 of the rows from `first_row` on."""
+        """Figures of the weights (n,) float64 of the rows from `first_row` on."""
         problems = weight_problems(weights, first_row)
         if problems:
             return Moments(problems=tuple(problems))
         positive = weights[weights > 0]
         highest = float(positive.max(initial=0.0))
-        # Squares of very large or small weights leave float64's range: take a power of two out first.
+        # Squares of very large or small weights leave the range of float64, so a power of two is divided out first.
         scale = math.frexp(highest)[1]
         squares = exact_sum(np.ldexp(positive, -scale) ** 2) * Fraction(4) ** scale
-        w_log_w = exact_sum(positive * np.log(positive))  # np.log: only looked at, nothing is drawn from it
+        w_log_w = exact_sum(positive * np.log(positive))  # np.log: nothing is drawn from it
         return Moments(len(positive), exact_sum(positive), squares, w_log_w, highest)
 
 
@@ -96,6 +96,6 @@ class Keys(NamedTuple):
     rows: np.ndarray
 
     def within(self, low: int, high: int) -> Keys:
-        """Those whose key bits lie in [low, high)."""
+        """The rows whose key bits are in [low, high)."""
         here = within(self.keys.view(np.uint64), low, high)
         return Keys(self.keys[here], self.rows[here])

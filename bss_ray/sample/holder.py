@@ -3,10 +3,9 @@
 `Holder` is a plain class; `HolderActor` puts it into a Ray actor. It keeps 16 bytes a row: score,
 similarity and information (float32), the epoch in which the row was last drawn and the score version in which
 it was last measured (uint16). Measures of the next version take 12 more, from the first that arrives until
-they are published. It does not ask who measured them: scorers, ranks between epochs, or the training pass itself.
-Weights and keys are made when they are asked for and forgotten again; the keys of one window's worth
-of rows are kept, because a holder of more rows than that would otherwise make all its keys once more
-for every window of the epoch.
+they are published, whether scorers, ranks between epochs, or the training pass itself have made them.
+Weights and keys are made when they are requested and not kept, except the keys of one window's worth of
+rows, because a holder of more rows would otherwise make all its keys again for every window of the epoch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from bss_ray.sample.permutation import arrivals, race_keys
 from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, ordered_bits
 from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, SavedScores, ScoreBlock
 
-# Rows whose weights and keys are made at a time: they stay in cache, and nothing beside the state grows.
+# Number of rows whose weights and keys are made at a time: they stay in cache, and need no memory for all rows.
 _CHUNK_ROWS = 1 << 17
 
 # Rows of one window: 2^24 keys and ids are 256 MiB.
@@ -43,14 +42,14 @@ _LAST_COUNT = (1 << 16) - 1
 
 
 class HolderSummary(NamedTuple):
-    """What a holder says of the measures at hand, before they are published.
+    """A holder's report on its measures before they are published.
 
     Attributes:
-        similarity: what its normalisation needs to know of the own rows.
-        information: likewise.
-        measured: rows with a measure of the next version.
-        unpaired: those of them that have no similarity.
-        refused: deliveries that were refused so far.
+        similarity: Norm of the similarity of the holder's own rows.
+        information: Norm of the information of the holder's own rows.
+        measured: Number of rows with a measure of the next version.
+        unpaired: Number of these rows that have no similarity.
+        refused: Number of deliveries that were refused so far.
     """
 
     similarity: Norm
@@ -74,7 +73,7 @@ class _Chunk(NamedTuple):
 
 @dataclass
 class _Prepared:
-    """Own rows whose key bits lie in [low, high), one `Keys` a run."""
+    """Own rows whose key bits are in [low, high), one `Keys` for each run of rows."""
 
     draw: Draw
     low: int
@@ -86,12 +85,12 @@ class Holder:
     """Scores, measures and keys of the rows of some shards.
 
     Args:
-        spans: (first row id, rows) of each shard whose rows it holds.
+        spans: (first row id, rows) of each shard whose rows the holder has.
     """
 
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
-        # Neighbouring shards are one run: random numbers are drawn by blocks of 65,536 row ids, and
-        # small shards would draw the same block again and again.
+        # Neighbouring shards are one run of rows: random numbers are drawn by blocks of 65,536 row ids, and small
+        # shards would draw the same block again and again.
         self._runs = [ScoreBlock.empty(first, rows) for first, rows in _joined(spans)]
         self._version = 0
         self._attempt = ""
@@ -108,16 +107,17 @@ class Holder:
         self._replace([ScoreBlock.empty(run.first_row, len(run.score)) for run in self._runs], 0)
 
     def receive(self, delivery: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> int:
-        """Keep measures until they are published; the scores stay as they are. Rows of others are passed over.
+        """Keep measures until they are published; the scores stay the same. Rows of other holders are ignored.
 
         Args:
-            delivery: the measures.
-            epoch: in which they were made; those of a later epoch replace those of an earlier one.
-            attempt: of the ranks, as told by `reset` or `load`; what another attempt sends is refused.
-            version: that the measures are for; those for another than the next are refused. None: for the next.
+            delivery: The measures.
+            epoch: Epoch in which the measures were made; those of a later epoch replace those of an earlier epoch.
+            attempt: Attempt of the ranks, as given to `reset` or `load`; measures of another attempt are refused.
+            version: Version that the measures are for; measures for another than the next version are refused. None:
+                the next version.
 
         Returns:
-            How many own rows it had; 0 if it was refused.
+            Number of own rows in the delivery; 0 if it was refused.
         """
         if attempt != self._attempt or version not in (None, self._version + 1):
             self._refused += 1
@@ -125,7 +125,7 @@ class Holder:
         if epoch > self._epoch:
             self._age_pending()
             self._epoch = epoch
-        elif epoch < self._epoch:  # a late one: its steps are not those of the epoch at hand
+        elif epoch < self._epoch:  # a late delivery, whose steps are not those of the current epoch
             delivery = delivery._replace(step=np.minimum(delivery.step, 0))
         found = 0
         for index, run in enumerate(self._runs):
@@ -144,13 +144,13 @@ class Holder:
         self._runs = [replace(run, pending=None) for run in self._runs]
 
     def _age_pending(self) -> None:
-        """What has been measured so far is of an earlier epoch from now on."""
+        """Mark all measures so far as those of an earlier epoch."""
         for run in self._runs:
             if run.pending is not None:
                 np.minimum(run.pending.step, 0, out=run.pending.step)
 
     def summary(self, normalise: Normalise) -> HolderSummary:
-        """What the normalisation over all rows needs to know of the own ones, by their latest measures."""
+        """The own rows' part of the normalisation over all rows, from their latest measures."""
         kind = NORMALISATIONS[normalise]
         norms: list[list[Norm]] = [[], []]
         measured, unpaired = 0, []
@@ -174,12 +174,12 @@ class Holder:
         norms: tuple[Norm, Norm],
         accumulation: Accumulation,
     ) -> None:
-        """Turn the measures at hand into the scores of `version`, with norms over the rows of all holders.
+        """Turn the current measures into the scores of `version`, with norms over the rows of all holders.
 
         Rows that have not been measured keep their score.
 
         Raises:
-            LostStateError: the scores before are gone.
+            LostStateError: The earlier scores are lost.
         """
         self._check_version(version - 1)
 
@@ -204,17 +204,17 @@ class Holder:
             for name, values in columns.items():
                 np.copyto(getattr(new, name)[here], values, where=fresh, casting="same_kind")
 
-        # New arrays: the old ones may be part of a state that was handed out.
+        # New arrays, because the old arrays may be part of a state that was handed out.
         runs = {run.first_row: run.copy() for run in self._runs}
         for _ in in_threads(update, self._chunks()):
             pass
         self._replace(list(runs.values()), version)
 
     def ages(self, version: int) -> Ages:
-        """How old the own rows' scores are.
+        """Ages of the own rows' scores.
 
         Raises:
-            LostStateError: the scores are not those of `version`.
+            LostStateError: The scores are not those of `version`.
         """
         self._check_version(version)
         found = Ages()
@@ -227,25 +227,25 @@ class Holder:
         """Scores and measures of all own rows.
 
         Raises:
-            LostStateError: they are not those of `version`.
+            LostStateError: The state is not that of `version`.
         """
         self._check_version(version)
-        # Marks of drawn rows and measures go on in the arrays at hand; what is handed out stays as it is.
+        # Later marks of drawn rows and measures change the arrays of this holder, so copies are handed out.
         return [
             replace(run, last_drawn=run.last_drawn.copy(), pending=None if run.pending is None else run.pending.copy())
             for run in self._runs
         ]
 
     def load(self, saved: SavedScores | list[ScoreBlock], version: int, attempt: str = "") -> int:
-        """Take over scores that were saved by any holders; rows of other holders are passed over.
+        """Load scores that any holders have saved; rows of other holders are ignored.
 
         Args:
             saved: the saved scores, or where they are read from: only what overlaps the own rows is.
-            version: of them.
-            attempt: of the ranks; from now on measures of another one are refused.
+            version: Version of the saved scores.
+            attempt: Attempt of the ranks; from now on measures of another attempt are refused.
 
         Returns:
-            How many own rows were found.
+            Number of own rows that were found.
         """
         runs = [ScoreBlock.empty(run.first_row, len(run.score)) for run in self._runs]
         parts = saved if isinstance(saved, list) else saved.scores(runs[0].first_row, runs[-1].stop_row)
@@ -273,7 +273,7 @@ class Holder:
         return found
 
     def _replace(self, runs: list[ScoreBlock], version: int) -> None:
-        """New scores. The arrays are new as well: the old ones may be part of a state that was handed out."""
+        """Set new scores in new arrays, because the old arrays may be part of a state that was handed out."""
         self._runs, self._version, self._epoch = runs, version, -1
         self._top_counts = self._prepared = None
 
@@ -284,11 +284,11 @@ class Holder:
     # ---- the draw -----------------------------------------------------------------------------
 
     def score_counts(self, prefixes: Sequence[int], shift: int) -> np.ndarray:
-        """`radix.Counts` of the negated scores: ascending is best score first."""
+        """`radix.Counts` of the negated scores, whose ascending order puts the best score first."""
         return self._count(lambda chunk: _score_bits(chunk), prefixes, shift)
 
     def tie_counts(self, score_bits: int, prefixes: Sequence[int], shift: int) -> np.ndarray:
-        """`radix.Counts` of the ids of the rows whose negated score is exactly that of `score_bits`."""
+        """`radix.Counts` of the ids of the rows whose negated score has exactly the bits `score_bits`."""
 
         def tied(chunk: _Chunk) -> np.ndarray:
             return (chunk.first_row + np.flatnonzero(_score_bits(chunk) == score_bits)).astype(np.uint64)
@@ -296,7 +296,7 @@ class Holder:
         return self._count(tied, prefixes, shift)
 
     def moments(self, draw: Draw) -> Moments:
-        """Figures of the own rows' weights, and what is wrong with them: keys can be made only of sound ones."""
+        """Figures of the own rows' weights, and their problems: keys can be made only from sound weights."""
         self._check_version(draw.version)
 
         def look(chunk: _Chunk) -> Moments:
@@ -313,7 +313,7 @@ class Holder:
         return counts
 
     def window(self, draw: Draw, low: int, high: int) -> list[Keys]:
-        """Own rows whose key bits lie in [low, high): one `Keys` for each run of rows."""
+        """Own rows whose key bits are in [low, high), with one `Keys` for each run of rows."""
         self._check_version(draw.version)
         ready = self._prepared
         if ready is None or ready.draw != draw or not ready.low <= low <= high <= ready.high:
@@ -321,21 +321,21 @@ class Holder:
         return [keys.within(low, high) for keys in ready.keys]
 
     def mark_drawn(self, draw: Draw, low: int, last_key: float, last_row: int) -> None:
-        """Note that rows of key bits from `low` up to the row `last_row` of key `last_key` are drawn in this epoch."""
+        """Mark rows with key bits from `low` up to the row `last_row` of key `last_key` as drawn in this epoch."""
         last = int(np.array(last_key).view(np.uint64))
         for run, found in zip(self._runs, self.window(draw, low, last + 1), strict=True):
             drawn = found.rows[(found.keys < last_key) | (found.rows <= last_row)]
             run.last_drawn[drawn - run.first_row] = min(draw.epoch + 1, _LAST_COUNT)
 
     def neglected(self, epoch: int, epochs: int) -> int:
-        """How many own rows were not drawn in `epoch` and the epochs before it, `epochs` in all."""
-        # After uint16's last epoch there is no telling; 65,535 epochs are far away.
+        """Number of own rows that were not drawn in the `epochs` epochs up to `epoch`."""
+        # Unknown after the last epoch of uint16, 65,535.
         first = min(epoch + 1, _LAST_COUNT) - epochs + 1
         return sum(int(np.count_nonzero(run.last_drawn < first)) for run in self._runs) if first > 0 else 0
 
     def _prepare(self, draw: Draw, low: int, high: int) -> _Prepared:
-        """Make the keys of own rows in [low, high), and of as many beyond as one window holds."""
-        self._prepared = None  # the old ones go first
+        """Make the keys of own rows in [low, high), and of later rows up to one window's worth."""
+        self._prepared = None  # the old keys are freed first
         if self._top_counts is None or self._top_counts[0] != draw:
             self.key_counts(draw, [0], TOP_SHIFT)
         assert self._top_counts is not None
@@ -364,7 +364,7 @@ class Holder:
         return counts
 
     def _chunks(self) -> Iterator[_Chunk]:
-        """All own rows in order, cut where blocks of ids end: a block's numbers are drawn once."""
+        """All own rows in order, divided where blocks of ids end, so that each block's numbers are drawn once."""
         for run in self._runs:
             edge = -run.first_row % _CHUNK_ROWS
             edges = [0, *range(edge or _CHUNK_ROWS, len(run.score), _CHUNK_ROWS), len(run.score)]
@@ -384,7 +384,7 @@ def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _latest(run: ScoreBlock, name: str) -> np.ndarray:
-    """(n,) the latest measures of a run's rows, published or not."""
+    """(n,) latest measures of a run of rows, published or not."""
     published: np.ndarray = getattr(run, name)
     if run.pending is None:
         return published
@@ -393,7 +393,7 @@ def _latest(run: ScoreBlock, name: str) -> np.ndarray:
 
 
 def _scores(chunk: _Chunk) -> np.ndarray:
-    """(c,) float64, as schedulers expect them."""
+    """Scores (c,) float64, as schedulers expect them."""
     return chunk.run.score[chunk.start : chunk.stop].astype(np.float64)
 
 
@@ -402,7 +402,7 @@ def _score_bits(chunk: _Chunk) -> np.ndarray:
 
 
 def _weights(chunk: _Chunk, draw: Draw) -> np.ndarray:
-    """Weights (c,) float64; 0 for rows that cannot be drawn. `Holder.moments` has looked whether they are sound."""
+    """Weights (c,) float64; 0 for rows that cannot be drawn. `Holder.moments` has checked that they are sound."""
     score = _scores(chunk)
     weights = np.asarray(draw.scheduler.weights(score), dtype=np.float64) + draw.added_weight
     if weights.shape != score.shape:
@@ -416,7 +416,7 @@ def _weights(chunk: _Chunk, draw: Draw) -> np.ndarray:
 
 
 def _keys(chunk: _Chunk, draw: Draw) -> Keys:
-    """Keys of the rows that can be drawn; with replacement a row may have several."""
+    """Keys of the rows that can be drawn; with replacement a row may have several keys."""
     weights = _weights(chunk, draw)
     place = {"seed": draw.seed, "epoch": draw.epoch, "first_row": chunk.first_row}
     if draw.horizon is not None:

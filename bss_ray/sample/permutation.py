@@ -3,7 +3,7 @@
 For seed s and epoch e every block of 65,536 consecutive row ids draws its own Exp(1) numbers from a
 counter-based generator. A row's key is E / weight; rows in ascending (key, row id) are a weighted
 permutation without replacement (Efraimidis and Spirakis 2006). A key depends on (seed, epoch, row id,
-weight) alone, so the order is the same however the rows are cut into shards, holders and workers.
+weight) only, so the order is the same however the rows are divided among shards, holders and workers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BLOCK_ROWS = 65_536
 # Keys are E / weight with E in about [2^-60, 2^6]; within these bounds no key overflows to infinity.
 MIN_WEIGHT, MAX_WEIGHT = 2.0**-900, 2.0**900
 
-# Rounds of arrivals that a whole block draws together; rows that still arrive after them (very heavy
-# ones, hence few) go on with a generator of their own.
+# Rounds of arrivals that a whole block draws together. Rows that still arrive after them are very heavy and
+# hence few, and use a generator of their own.
 _BLOCK_ROUNDS = 16
 
-# Parts of the keys that stay in cache while they are looked through.
+# Number of keys in a part that stays in cache while it is searched.
 _PART_ROWS = 1 << 18
 
-# Keys that are sorted at once: their arrays are just below 32 MiB, which malloc uses again. Larger ones it gives back
-# to the system, and page faults of fresh memory take longer than the sort (10^7 keys: 0.24 s; 2^23 at once 0.60 s).
+# Number of keys sorted at once: their arrays are just below 32 MiB, which malloc reuses. It returns larger ones
+# to the system, and page faults of new memory take longer than the sort (10^7 keys: 0.24 s; 2^23 at once 0.60 s).
 _SORT_ROWS = 1 << 22
 
-# What a generator is for, as part of its key: streams of different purposes never overlap.
+# Purpose of a generator, as part of its key, so that streams of different purposes never overlap.
 _BLOCK_STREAM, _ROW_STREAM = 0, 1
 
 
@@ -43,7 +43,7 @@ def check_seed(seed: int) -> int:
     """`seed` itself, if a 64-bit generator key can hold it.
 
     Raises:
-        ConfigError: it is negative or needs more than 64 bits.
+        ConfigError: The seed is negative or needs more than 64 bits.
     """
     if not 0 <= seed < 2**64:
         raise ConfigError(f"seed must lie in [0, 2**64); received {seed}")
@@ -57,21 +57,21 @@ def exponentials(seed: int, epoch: int, block: int, round_: int = 0) -> np.ndarr
     level; `-np.log(u)` differs between machines.
 
     Args:
-        seed: the run's seed, in [0, 2**64).
-        epoch: epoch, from 0.
-        block: block of row ids: rows [65536 * block, 65536 * (block + 1)).
+        seed: Seed of the run, in [0, 2**64).
+        epoch: Epoch, from 0.
+        block: Block of row ids: rows [65536 * block, 65536 * (block + 1)).
         round_: 0 for the first arrivals; 1, 2, ... for later ones (drawing with replacement).
 
     Returns:
         (65536,) float64.
     """
-    # The lowest counter word counts within a stream, so streams 2^64 apart can never meet.
+    # The lowest counter word counts within a stream, so streams 2^64 apart can never overlap.
     return _generator(seed, _BLOCK_STREAM, 0, round_, block, epoch).standard_exponential(BLOCK_ROWS)
 
 
 def _generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
     """The generator of one purpose and place."""
-    # As uint64: NumPy makes floats of a list with numbers above 2^63, and loses their last bits.
+    # As uint64, because NumPy makes floats of a list with numbers above 2^63 and loses their last bits.
     key, words = np.array([seed, stream], dtype=np.uint64), np.array(counter, dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=words))
 
@@ -81,10 +81,10 @@ def check_weights(weights: np.ndarray, first_row: int = 0) -> np.ndarray:
 
     Args:
         weights: (n,) numbers.
-        first_row: row id of `weights[0]`, for the message.
+        first_row: Row id of `weights[0]`, for the message.
 
     Raises:
-        WeightError: NaN, infinite, negative, or positive but outside [2^-900, 2^900].
+        WeightError: A weight is NaN, infinite, negative, or positive but outside [2^-900, 2^900].
     """
     weights = np.ascontiguousarray(weights, dtype=np.float64)
     if weights.ndim != 1:
@@ -97,7 +97,7 @@ def weight_problems(weights: np.ndarray, first_row: int = 0) -> list[Problem]:
     """Rules that some of these weights (n,) float64 break; no order can be drawn from them."""
     if len(weights) == 0:
         return []
-    lowest, highest = weights.min(), weights.max()  # NaN in either if there is one anywhere
+    lowest, highest = weights.min(), weights.max()  # both are NaN if any weight is
     if lowest >= MIN_WEIGHT and highest <= MAX_WEIGHT:
         return []
     tiny, huge = (weights > 0) & (weights < MIN_WEIGHT), weights > MAX_WEIGHT
@@ -118,12 +118,12 @@ def race_keys(weights: np.ndarray, *, seed: int, epoch: int, first_row: int = 0)
 
     Args:
         weights: (n,) float64, checked (see `check_weights`).
-        seed: the run's seed.
-        epoch: epoch, from 0.
-        first_row: row id of `weights[0]`.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        first_row: Row id of `weights[0]`.
 
     Returns:
-        (n,) float64; infinity where the weight is 0.
+        (n,) float64; infinity for rows of weight 0.
     """
     keys = np.empty(len(weights))
 
@@ -133,7 +133,7 @@ def race_keys(weights: np.ndarray, *, seed: int, epoch: int, first_row: int = 0)
         draws = exponentials(seed, epoch, block)[offset : offset + stop - start]
         with np.errstate(divide="ignore", invalid="ignore"):
             np.divide(draws, weights[start:stop], out=keys[start:stop])
-        keys[start:stop][weights[start:stop] == 0] = np.inf  # also where E itself was 0: 0 / 0 is NaN
+        keys[start:stop][weights[start:stop] == 0] = np.inf  # also if E itself is 0, because 0 / 0 is NaN
 
     for _ in in_threads(race, _blocks(first_row, len(weights))):
         pass
@@ -145,16 +145,16 @@ def arrivals(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws with replacement, as arrivals before `horizon` of one Poisson process per row.
 
-    Row i arrives at rate weight_i, at E1 / w, (E1 + E2) / w, ...; the arrivals of all rows in the
-    order of time are independent draws with probability weight_i / sum(weights). The first arrival is
-    the key of the draw without replacement, and like it belongs to the row alone.
+    Row i arrives at rate weight_i, at E1 / w, (E1 + E2) / w, ...; the arrivals of all rows in the order of
+    time are independent draws with probability weight_i / sum(weights). The first arrival is the key of the
+    draw without replacement. All arrivals depend on the row only.
 
     Args:
         weights: (n,) float64, checked.
-        horizon: only arrivals at or before this time are returned.
-        seed: the run's seed.
-        epoch: epoch, from 0.
-        first_row: row id of `weights[0]`.
+        horizon: Time of the last arrival to return.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+        first_row: Row id of `weights[0]`.
 
     Returns:
         keys (d,) float64 and row ids (d,) int64; row ids ascend.
@@ -189,7 +189,7 @@ def _later_arrivals(seed: int, epoch: int, row_id: int, elapsed: float, weight: 
     generator = _generator(seed, _ROW_STREAM, 0, 0, row_id, epoch)
     times: list[np.ndarray] = []
     while elapsed / weight <= horizon:
-        # A fixed chunk: its size must not depend on the horizon, or the sums would round differently.
+        # Chunks of a fixed size, because sums would round differently if it depended on the horizon.
         steps = elapsed + np.cumsum(generator.standard_exponential(1024))
         elapsed = float(steps[-1])
         times.append(steps / weight)
@@ -198,7 +198,7 @@ def _later_arrivals(seed: int, epoch: int, row_id: int, elapsed: float, weight: 
 
 
 def horizon_for(draws: int, total_weight: float) -> float:
-    """A time before which at least `draws` arrivals are all but certain (miss below 1e-20).
+    """A time before which there are almost certainly at least `draws` arrivals (probability of fewer below 1e-20).
 
     The number of arrivals before t is Poisson with mean t * total_weight; ten standard deviations.
     """
@@ -206,13 +206,13 @@ def horizon_for(draws: int, total_weight: float) -> float:
 
 
 def sort_by_key(keys: np.ndarray) -> np.ndarray:
-    """Positions of `keys` in ascending order; equal keys stay as they stand.
+    """Positions of `keys` in ascending order; equal keys keep their order.
 
-    Non-negative float64 compare as their bits do. The leading bits of a key and its position share one
-    64-bit word, and the words are sorted in place: NumPy's vectorised sort of plain words takes a fifth of
-    the time of a sort that carries positions along (2^24 keys: 0.13 s against 0.68 s of `torch.sort`), and
-    words are all different, so no unstable sort and no SIMD level can change the result. The few keys
-    whose leading bits are equal are put right at the end.
+    Non-negative float64 numbers compare like their bits. The leading bits of a key and its position share one
+    64-bit word, and the words are sorted in place: NumPy's vectorised sort of plain words takes a fifth of the
+    time of a sort that carries positions along (2^24 keys: 0.13 s against 0.68 s of `torch.sort`). All words
+    are different, so neither an unstable sort nor the SIMD level can change the result. The few keys whose
+    leading bits are equal are sorted at the end.
 
     Args:
         keys: (n,) float64, non-negative, contiguous.
@@ -239,12 +239,12 @@ def sort_by_key(keys: np.ndarray) -> np.ndarray:
 
 
 def _settle(keys: np.ndarray, positions: np.ndarray, leading: np.ndarray) -> None:
-    """Put `positions` in order where the sorted leading bits of keys are equal."""
+    """Sort `positions` by whole keys where the sorted leading bits of keys are equal."""
     equal = leading[1:] == leading[:-1]
     if not equal.any():
         return
     tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
-    if len(tied) > len(keys) // 8:  # keys that crowd in a corner of their range
+    if len(tied) > len(keys) // 8:  # many keys in a small part of their range
         positions[:] = np.argsort(keys, kind="stable")
         return
     among = positions[tied]
@@ -256,22 +256,22 @@ def weighted_permutation(
 ) -> np.ndarray:
     """Row ids in the order of a weighted draw without replacement.
 
-    The first row is row i with probability weight_i / sum(weights), the next likewise among the rest,
-    and so on. Rows of weight 0 never occur. The same arguments give the same order on any machine, and
-    no global random state is read or written.
+    The first row is row i with probability weight_i / sum(weights), the second row is drawn in the same way
+    from the remaining rows, and so on. Rows of weight 0 never occur. The same arguments give the same order
+    on any machine, and no global random state is read or written.
 
     Args:
         weights: (n,) numbers, finite and non-negative; only their ratios matter.
-        seed: the run's seed, in [0, 2**64).
-        epoch: epoch, from 0; each has its own order.
-        size: how many rows; None for all rows of positive weight.
-        first_row: row id of `weights[0]`.
+        seed: Seed of the run, in [0, 2**64).
+        epoch: Epoch, from 0; each epoch has its own order.
+        size: Number of rows; None for all rows of positive weight.
+        first_row: Row id of `weights[0]`.
 
     Returns:
         (size,) int64 row ids.
 
     Raises:
-        WeightError: NaN, infinite, negative or all-zero weights, or more rows asked for than have
+        WeightError: Weights are NaN, infinite, negative or all zero, or `size` exceeds the number of rows of
             positive weight.
 
     Example:
@@ -296,10 +296,10 @@ def weighted_permutation(
 
 
 def _first_by_key(keys: np.ndarray, size: int) -> np.ndarray:
-    """Positions (size,) int64 of the `size` smallest keys in ascending order, ties as they stand.
+    """Positions (size,) int64 of the `size` smallest keys in ascending order; equal keys keep their order.
 
-    The windows of the distributed sampler, in one process: only keys that are wanted are sorted, and
-    what a sort needs beside them stays small.
+    It uses windows like the distributed sampler: only the needed keys are sorted, and a sort needs little
+    additional memory.
     """
     order = np.empty(size, dtype=np.int64)
     if size == 0:

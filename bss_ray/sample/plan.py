@@ -1,4 +1,4 @@
-"""The plan of one epoch: how many rows, in which global batches, and which rank takes which row."""
+"""The plan of one epoch: number of rows, global batches, and which rank takes which row."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TAILS: tuple[str, ...] = get_args(Tail)
 class Plan:
     """The order of one epoch, cut into windows and global batches.
 
-    It holds no row ids: windows of the order are asked for one at a time (`Order`), so a plan is
-    small whatever the number of rows.
+    It has no row ids: windows of the order are requested one at a time (`Order`), so a plan is small for any
+    number of rows.
 
     Attributes:
-        epoch: epoch, from 0.
-        version: score version that the order is drawn from; 0 before any scores.
-        size: rows drawn, in global batches 0, 1, ... of `batch_size`.
-        batch_size: rows of a global batch, over all ranks.
-        tail: whether the last, smaller batch is kept or dropped.
-        window_ends: end position of each window, ascending; the last is `size`.
-        diagnostics: figures of the sampling distribution p: `eligible_rows` (p > 0),
-            `effective_sample_size` (1 / sum of p^2), `entropy` (nats; at most the log of the eligible rows),
-            `largest_share` (largest p), `expected_draws` (draws per eligible row, on average).
-        warnings: what the user should know about it, in plain words, by the kind of trouble.
+        epoch: Epoch, from 0.
+        version: Score version that the order is drawn from; 0 before any scores.
+        size: Number of rows drawn, in global batches 0, 1, ... of `batch_size`.
+        batch_size: Number of rows of a global batch, over all ranks.
+        tail: Whether the last, smaller batch is kept or dropped.
+        window_ends: End position of each window, ascending; the last is `size`.
+        diagnostics: Figures of the sampling distribution p: `eligible_rows` (p > 0), `effective_sample_size` (1 / sum
+            of p^2), `entropy` (nats; at most the log of the eligible rows), `largest_share` (largest p),
+            `expected_draws` (draws per eligible row, on average).
+        warnings: Messages to the user about the distribution in plain words, by the kind of trouble.
     """
 
     epoch: int
@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows that the epoch presents: `size`, less a dropped tail."""
+        """Number of rows that the epoch presents: `size` without a dropped tail."""
         return min(self.size, self.batches * self.batch_size)
 
     def span(self, batch: int) -> tuple[int, int]:
@@ -66,8 +66,8 @@ class Order:
     """The row ids of a plan by position, read window by window.
 
     Args:
-        plan: the epoch's plan.
-        window: returns window `i` of the plan as (rows,) int64 row ids.
+        plan: Plan of the epoch.
+        window: Function that returns window `i` of the plan as (rows,) int64 row ids.
     """
 
     def __init__(self, plan: Plan, window: Callable[[int], np.ndarray]) -> None:
@@ -76,7 +76,7 @@ class Order:
         self._current: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Row ids (stop - start,) int64 at positions [start, stop); moves on cheaply, not back."""
+        """Row ids (stop - start,) int64 at positions [start, stop); moving forward is cheap, moving back is not."""
         parts: list[np.ndarray] = []
         while start < stop:
             index = self._plan.window_of(start)
@@ -91,8 +91,8 @@ class Order:
 def share_out(homes: np.ndarray, rank_homes: np.ndarray) -> np.ndarray:
     """Which rank takes which row of a global batch.
 
-    Each rank takes as many rows as any other, to within one. Rows go to the ranks of the node that
-    holds them as long as those have room; the surplus fills the room left elsewhere.
+    The ranks' numbers of rows differ by at most one. Rows go to the ranks of the node that holds them as long
+    as these have room; the remaining rows fill up the other ranks.
 
     Args:
         homes: (b,) int node of each row's shard.

@@ -1,8 +1,8 @@
 """Exact global answers from small messages: selection, windows and sums over many holders.
 
-No process sees all rows. A holder counts its own 64-bit values by 16 of their bits; the counts of all
-holders, summed, tell in which of 65,536 bins an answer lies, and four such rounds pin it down to the
-bit. Integer sums do not depend on the order of summation, so neither does any answer.
+No process sees all rows. A holder counts its own 64-bit values by 16 of their bits. The sum of all holders'
+counts tells in which of 65,536 bins an answer is, and four such rounds give its exact bits. Integer sums do
+not depend on the order of summation, so the answers do not either.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HALF_BITS = 26
 
 
 def ordered_bits(values: np.ndarray) -> np.ndarray:
-    """float64 values (n,) as uint64 that compare in the same order (-0.0 and 0.0 alike)."""
+    """float64 values (n,) as uint64 that compare in the same order (-0.0 and 0.0 are equal)."""
     bits = (values + 0.0).view(np.uint64)  # -0.0 + 0.0 is 0.0
     negative = bits >> np.uint64(63) == 1
     return np.where(negative, ~bits, bits | np.uint64(1 << 63))
@@ -37,7 +37,7 @@ def ordered_bits(values: np.ndarray) -> np.ndarray:
 
 def digit_counts(values: np.ndarray, prefixes: Sequence[int], shift: int) -> np.ndarray:
     """One holder's part of `Counts` for uint64 `values` (n,)."""
-    # Below 2^63 as int64, which bincount takes as they are.
+    # Values below 2^63 as int64, which bincount accepts without a copy.
     if shift == TOP_SHIFT:
         return np.bincount((values >> np.uint64(shift)).view(np.int64), minlength=BINS)[None]
     wanted = np.array(prefixes, dtype=np.uint64)
@@ -50,11 +50,11 @@ def digit_counts(values: np.ndarray, prefixes: Sequence[int], shift: int) -> np.
 
 
 def radix_select(counts: Counts, rank: int) -> tuple[int, int]:
-    """The value that stands at `rank` (from 0) in ascending order, and its rank among its equals.
+    """The value at position `rank` (from 0) in ascending order, and its rank among equal values.
 
     Args:
-        counts: counts of the values over all holders.
-        rank: below the number of values.
+        counts: Counts of the values over all holders.
+        rank: Rank of the value, from 0, below the number of values.
     """
     prefix = 0
     for shift in range(TOP_SHIFT, -1, -DIGIT_BITS):
@@ -69,7 +69,7 @@ def radix_select(counts: Counts, rank: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Window:
-    """Values in [low, high), and how many there are."""
+    """Values in [low, high), and their number."""
 
     low: int
     high: int
@@ -78,7 +78,7 @@ class Window:
 
 def within(values: np.ndarray, low: int, high: int) -> np.ndarray:
     """Ascending positions (k,) int64 of the uint64 `values` (n,) in [low, high)."""
-    # One comparison: below `low` the difference wraps round to a large number.
+    # One comparison is enough: below `low` the difference wraps around to a large number.
     return np.flatnonzero(values - np.uint64(low) <= np.uint64(high - 1 - low))
 
 
@@ -96,13 +96,13 @@ class _Bins(NamedTuple):
 def cut_windows(counts: Counts, *, size: int, limit: int) -> list[Window]:
     """Cut the first `size` values into consecutive windows of at most `limit` values.
 
-    A window is larger only where one single value occurs more often than `limit`. The last window
-    may reach beyond `size`.
+    A window is larger only if a single value occurs more often than `limit`. The last window may extend
+    beyond `size`.
 
     Args:
-        counts: counts of the values over all holders.
-        size: how many values are wanted, at least 1 and at most as many as there are.
-        limit: largest window.
+        counts: Counts of the values over all holders.
+        size: Number of values, at least 1 and at most as many as there are.
+        limit: Size of the largest window.
     """
     bins = _digit_bins(counts([0], TOP_SHIFT)[0], 0, TOP_SHIFT)
     assert bins.rows.sum() >= size > 0, f"{size} values wanted, {bins.rows.sum()} there"
@@ -114,7 +114,7 @@ def cut_windows(counts: Counts, *, size: int, limit: int) -> list[Window]:
         # One pass over the values refines all bins that are too large.
         prefixes = [int(first) >> (shift + DIGIT_BITS) for first in bins.first[large]]
         refined = zip(prefixes, counts(prefixes, shift), strict=True)
-        # A sixteenth of a window is fine enough to fill windows well, and few enough to handle.
+        # Bins of a sixteenth of a window are small enough to fill windows well, and there are few of them.
         finer = [_joined(_digit_bins(digits, prefix, shift), max(1, limit // 16)) for prefix, digits in refined]
         bins = _ascending([bins.of(~large), *finer])
     windows = _joined(bins.of(np.cumsum(bins.rows) - bins.rows < size), limit)
@@ -134,7 +134,7 @@ def _ascending(parts: Sequence[_Bins]) -> _Bins:
 
 
 def _joined(bins: _Bins, limit: int) -> _Bins:
-    """Neighbours joined into as few bins as possible of at most `limit` rows each (or one bin alone)."""
+    """Neighbouring bins joined into as few as possible of at most `limit` rows each (or a single bin)."""
     below = np.concatenate([[0], np.cumsum(bins.rows)])
     edges = [0]
     while edges[-1] < len(bins.rows):
@@ -147,8 +147,8 @@ def _joined(bins: _Bins, limit: int) -> _Bins:
 def exact_sum(values: np.ndarray) -> Fraction:
     """Exact sum of finite float64 (n,).
 
-    Floating-point sums depend on how the rows are grouped; a fraction does not, so parts of any
-    number of holders add up to the same total.
+    Floating-point sums depend on the grouping of rows. A fraction does not, so parts of any number of holders
+    add up to the same total.
     """
     total = 0
     # A cache-sized part at a time; float64 adds integers below 2^27 exactly up to 2^26 of them.

@@ -1,9 +1,9 @@
-"""Scores on disk: the files of each holder's rows, and how any other holders find theirs again.
+"""Scores on disk: the files of each holder's rows, from which any other holders can read their rows.
 
-A file holds consecutive rows of one holder as plain arrays. It appears under its name only when it is
-whole: it is written beside, flushed to the disk, and renamed. What a manifest says of the files (their
-rows and digests) is written after all of them, so a reader asks for no more files than it needs, and
-notices one that is missing, damaged, or of another score version.
+A file holds consecutive rows of one holder as plain arrays. It is written under a temporary name, flushed to
+the disk, and renamed when it is complete. A manifest with the rows and digests of the files is written after
+all of them, so a reader opens only the files it needs, and notices a file that is missing, damaged, or of
+another score version.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from bss_ray.errors import CheckpointError, StorageError
 from bss_ray.sample.state import PENDING_COLUMNS, STATE_COLUMNS, PendingMeasures, ScoreBlock
 from bss_ray.storage.files import write_local
 
-# Prefix of the arrays of measures that are not yet published.
+# Prefix of the arrays of measures that are not published yet.
 _PENDING = "coming_"
 
-# Rows of one file (268 MB): whoever wants some of them reads them all.
+# Rows of one file (268 MB); a reader of some of them reads all of them.
 _FILE_ROWS = 1 << 24
 
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """What a manifest says of a file of scores.
+    """The entry of a score file in a manifest.
 
     Attributes:
-        name: file name.
-        first_row: row id of its first row.
-        rows: number of rows.
-        digest: BLAKE2 of its content.
+        name: Name of the file.
+        first_row: Row id of its first row.
+        rows: Number of rows.
+        digest: BLAKE2 of the content.
     """
 
     name: str
@@ -48,7 +48,7 @@ class ScoreFile:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
-    """Let `write` fill a file that is there whole or not at all; an older one stays until then.
+    """Let `write` fill a file, which is replaced only when the new content is complete.
 
     Returns:
         BLAKE2 digest of the content.
@@ -75,7 +75,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
 
 
 def digest(stream: BinaryIO) -> str:
-    """BLAKE2 of what is left in a stream."""
+    """BLAKE2 of the rest of a stream."""
     return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
 
 
@@ -106,17 +106,17 @@ def _save_arrays(arrays: dict[str, Any], stream: BinaryIO) -> None:
 def read_scores(
     files: Iterable[ScoreFile], read: Callable[[str], bytes], *, version: int, start: int, stop: int
 ) -> list[ScoreBlock]:
-    """Saved scores that overlap rows [start, stop), whoever held them.
+    """Saved scores that overlap rows [start, stop), whichever holders saved them.
 
     Args:
-        files: all files of the manifest.
-        read: content of a file by name; a FileNotFoundError where there is none.
-        version: score version that the manifest names.
-        start: first row id wanted.
-        stop: row id behind the last one wanted.
+        files: All files of the manifest.
+        read: Function that returns the content of a file by name, or raises FileNotFoundError.
+        version: Score version that the manifest names.
+        start: First row id to read.
+        stop: Row id after the last row to read.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or holds other rows or another version than the manifest says.
+        CheckpointError: A file is missing or damaged, or has other rows or another version than the manifest says.
     """
     wanted = (file for file in files if file.first_row < stop and file.first_row + file.rows > start)
     return [_read_file(file, read, version) for file in wanted]

@@ -1,4 +1,4 @@
-"""The coordinator at work: who does what when, and nothing of what is decided."""
+"""The coordinator's threads and event log: when each part of its work is done, and in which thread."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WindowKey = tuple[int, int, int]
 
 
 class _Measured(NamedTuple):
-    """All shards, by the scorers."""
+    """Result of a scoring pass over all shards."""
 
     sound: int
     notices: tuple[str, ...]
@@ -46,11 +46,10 @@ class _Measured(NamedTuple):
 
 
 class CoordinatorService:
-    """A `Coordinator` over holders, the scorers' pool, and the run's event log: a `CoordinatorClient` as it stands.
+    """A `Coordinator` over holders, with the scorers' pool and the run's event log; it is a `CoordinatorClient` itself.
 
-    One thread does all of the coordinator's work, in the order in which it is asked for, so that the next window
-    is made while the ranks consume the one at hand. Another thread leads the scorers, whether the ranks wait for them
-    or not.
+    One thread does all of the coordinator's work in the order of the requests, so that the next window is made while
+    the ranks consume the current window. Another thread leads the scorers, whether the ranks wait for them or not.
 
     Args:
         holders: Hold the scores of all rows.
@@ -91,16 +90,16 @@ class CoordinatorService:
         return self._begin("load", self._coordinator.load, saved, version)
 
     def _begin(self, what: str, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> str:
-        # A version that is published again after a restart need not have the same scores to the bit.
+        # A version that is published again after a restart need not have bit-identical scores.
         self._forget_windows()
-        self._running = None  # what an earlier attempt has begun: its deliveries are refused
+        self._running = None  # started by an earlier attempt, whose deliveries are refused
         self._do(work, *args, **kwargs)
         attempt = self._coordinator.attempt
         self._log.at(version=self._coordinator.version).info("%s: attempt %s of the ranks", what, attempt)
         return attempt
 
     def start_scoring(self, job: Shared[ScoringJob], homes: Sequence[str]) -> None:
-        """Have all rows measured, next to whatever else is done; `finish_scoring` publishes. See `ScoringPool.run`."""
+        """Start to measure all rows in another thread; `finish_scoring` publishes. See `ScoringPool.run`."""
         self._running = self._watched(self._scoring.submit(self._measure_all, job, homes))
 
     def _measure_all(self, job: Shared[ScoringJob], homes: Sequence[str]) -> _Measured:
@@ -110,11 +109,11 @@ class CoordinatorService:
             sound, notices = self._pool.run(job, homes)
             return _Measured(sound, tuple(notices), time.perf_counter() - started)
         except ScoringFailedError:
-            self._do(self._coordinator.forget)  # some rows may have been measured, and a version is whole or not there
+            self._do(self._coordinator.forget)  # some rows may have been measured, but a version needs all rows
             raise
 
     def finish_scoring(self, version: int) -> Publication:
-        """Publish what `start_scoring` has begun, or what a checkpoint has brought of it, as `version`."""
+        """Publish the measures that `start_scoring` has requested, or that a checkpoint has brought, as `version`."""
         if self._running is None:
             return self.publish(version, None)
         running, self._running = self._running, None
@@ -142,13 +141,13 @@ class CoordinatorService:
         return plan
 
     def window(self, epoch: int, index: int, version: int) -> Shared[np.ndarray]:
-        """A window, (rows,) int64 row ids: one object for all ranks, one copy per node."""
+        """A window, (rows,) int64 row ids: one object for all ranks, with one copy per node."""
         self._check_version(version)
         window = self._window((version, epoch, index)).result()
         plan = self._do(self._coordinator.plan, epoch)
         if index + 1 < len(plan.window_ends):
             self._window((version, epoch, index + 1))
-        elif self._running is None:  # else there will be other scores
+        elif self._running is None:  # otherwise other scores will come
             self._submit(self._coordinator.plan_ahead, epoch)
         return window
 
@@ -158,9 +157,9 @@ class CoordinatorService:
         return self._do(self._coordinator.review, epoch)
 
     def states(self, version: int, rank: int = 0, ranks: int = 1) -> Sequence[Shared[list[ScoreBlock]]]:
-        """State of score version `version` of holders `rank`, `rank + ranks`, ...: those that a rank writes.
+        """State of score version `version` of holders `rank`, `rank + ranks`, ..., which a rank writes.
 
-        The scores do not pass through here. Measures that are being made are part of the state: it waits for them.
+        The scores do not pass through this process. Measures in progress are part of the state, so it waits for them.
         """
         self._check_version(version)
         if self._running is not None:
@@ -169,7 +168,7 @@ class CoordinatorService:
         return self._holders.start(slice(rank, None, ranks), Holder.state, version)
 
     def close(self) -> None:
-        """End its threads, after what they are doing; for a service whose process lives on."""
+        """End the threads after their current work; for a service whose process continues."""
         for threads in (self._planner, self._scoring):
             threads.shutdown(wait=True, cancel_futures=True)
 
@@ -177,7 +176,7 @@ class CoordinatorService:
         return self._submit(work, *args, **kwargs).result()
 
     def _submit(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have the planner's thread do it, after whatever it was asked for before."""
+        """Let the planner's thread do the work after all earlier requests."""
         return self._watched(self._planner.submit(work, *args, **kwargs))
 
     def _watched(self, work: Future[T]) -> Future[T]:
@@ -186,10 +185,10 @@ class CoordinatorService:
         return work
 
     def _window(self, key: _WindowKey) -> Future[Shared[np.ndarray]]:
-        """A window that is made, or will be as soon as what was asked for before it is done."""
+        """A window that is made, or will be made after all earlier requests."""
         if key not in self._windows:
             self._windows[key] = self._submit(self._make_window, *key[1:])
-            # A rank may still want the one that another has just left; and one is made ahead.
+            # A rank may still need the window that another has just left, and one window is made ahead.
             while len(self._windows) > 3:
                 self._windows.popitem(last=False)
         return self._windows[key]
@@ -210,7 +209,7 @@ class CoordinatorService:
 
 
 class CoordinatorStub(abc.ABC):
-    """A `CoordinatorClient` of a service that is somewhere else: each method calls the service's, by `call`."""
+    """A `CoordinatorClient` of a service elsewhere: each method calls that of the service by `call`."""
 
     @abc.abstractmethod
     def call(

@@ -1,4 +1,4 @@
-"""What holders know of rows: scores and measures, measures on their way, and how old they are."""
+"""State of holders: scores and measures of rows, measures in delivery, and ages of scores."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 class LostStateError(RuntimeError):
-    """A holder or the coordinator was restarted and came back without its scores.
+    """A holder or the coordinator was restarted and has lost its scores.
 
-    No error of the user's: the ranks start again, and every start loads the scores of the checkpoint.
+    This is no error of the user: the ranks start again, and every start loads the scores of the checkpoint.
     """
 
 
@@ -20,13 +20,13 @@ class ScoreBlock:
     """Scores of consecutive rows, as holders keep and save them.
 
     Attributes:
-        first_row: row id of the first.
+        first_row: Row id of the first row.
         score: (n,) float32.
         similarity: (n,) float32, of the last measurement; NaN for a row with fewer than two modalities.
         information: (n,) float32, of the last measurement.
         last_drawn: (n,) uint16, epoch + 1 in which the row was last drawn; 0 for never.
         last_measured: (n,) uint16, score version in which the row was last measured; 0 for never.
-        pending: measures of the next version, as far as they are there.
+        pending: Measures of the next version that exist already.
     """
 
     first_row: int
@@ -46,16 +46,16 @@ class ScoreBlock:
 
     @property
     def stop_row(self) -> int:
-        """Row id behind the last."""
+        """Row id after the last row."""
         return self.first_row + len(self.score)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name; without those of the next version."""
+        """The arrays by name, without those of the next version."""
         return {name: getattr(self, name) for name in STATE_COLUMNS}
 
     def copy(self) -> ScoreBlock:
-        """The same scores in arrays of their own, without measures of a next version."""
+        """A copy of the scores, without measures of a next version."""
         score, similarity, information, last_drawn, last_measured = (values.copy() for values in self.arrays.values())
         return ScoreBlock(self.first_row, score, similarity, information, last_drawn, last_measured)
 
@@ -73,16 +73,16 @@ class SavedScores(Protocol):
 
 @dataclass(frozen=True)
 class PendingMeasures:
-    """Measures of some rows, not yet published.
+    """Measures of some rows that are not published yet.
 
-    A row that is measured again keeps the later measure: that of the higher step, then of the higher information. So
-    within an epoch neither the order in which measures arrive nor one that arrives twice changes anything. Ranks meet
-    between epochs, so those of one epoch are all there before the next one's.
+    A row that is measured again keeps the measure of the higher step, and of equal steps the higher information. So
+    within an epoch neither the order of arrival nor a repeated delivery changes anything. Ranks meet at a barrier
+    between epochs, so all measures of an epoch arrive before those of the next epoch.
 
     Attributes:
         similarity: (n,) float32.
         information: (n,) float32.
-        step: (n,) int32 global batch, from 1, of the epoch at hand; 0 from an earlier one; -1: not measured.
+        step: (n,) int32 global batch, from 1, of the current epoch; 0 from an earlier epoch; -1: not measured.
     """
 
     similarity: np.ndarray
@@ -91,7 +91,7 @@ class PendingMeasures:
 
     @staticmethod
     def empty(rows: int) -> PendingMeasures:
-        """None yet."""
+        """No measures."""
         similarity, information = (np.zeros(rows, np.float32) for _ in range(2))
         return PendingMeasures(similarity, information, np.full(rows, -1, np.int32))
 
@@ -101,16 +101,16 @@ class PendingMeasures:
         return {name: getattr(self, name) for name in PENDING_COLUMNS}
 
     def copy(self) -> PendingMeasures:
-        """The same measures in arrays of their own."""
+        """A copy of the measures."""
         return PendingMeasures(*(values.copy() for values in self.arrays.values()))
 
     @property
     def measured(self) -> np.ndarray:
-        """(n,) which rows have been measured."""
+        """(n,) true for rows that have been measured."""
         return np.asarray(self.step >= 0)
 
     def take(self, rows: np.ndarray, new: MeasureBatch) -> None:
-        """Keep new measures (k,) of `rows` (k,), positions that ascend; one may occur more than once."""
+        """Keep new measures (k,) of `rows` (k,), which are ascending positions with possible repeats."""
         own = self.arrays.values()
         fresh = (new.similarity, new.information, new.step)
         if (self.step[rows] < 0).all() and (np.diff(rows) > 0).all():
@@ -121,7 +121,7 @@ class PendingMeasures:
         places = np.concatenate([rows, rows])
         similarity, information, step = both
         order = np.lexsort((similarity, information, step, places))
-        last = order[np.flatnonzero(np.diff(places[order], append=-1))]  # the greatest of each place
+        last = order[np.flatnonzero(np.diff(places[order], append=-1))]  # the last of each position is the greatest
         for array, values in zip(own, both, strict=True):
             array[places[last]] = values[last]
 
@@ -130,13 +130,13 @@ PENDING_COLUMNS = ("similarity", "information", "step")
 
 
 class MeasureBatch(NamedTuple):
-    """Measures on their way to the holders.
+    """Measures in delivery to the holders.
 
     Attributes:
         rows: (k,) int64 row ids, ascending.
         similarity: (k,) float32.
         information: (k,) float32.
-        step: (k,) int32 global batch, from 1; 0 where rows are measured beside training.
+        step: (k,) int32 global batch, from 1; 0 for rows that are not measured in a training step.
     """
 
     rows: np.ndarray
@@ -157,23 +157,23 @@ class MeasureBatch(NamedTuple):
         return MeasureBatch(*(column[order] for column in columns))
 
     def sound(self) -> MeasureBatch:
-        """Those of rows whose outputs were finite; the others keep the score that they have."""
+        """The measures of rows whose outputs are finite; other rows keep their score."""
         good = ~np.isnan(self.information)
         return self if good.all() else MeasureBatch(*(column[good] for column in self))
 
     def within(self, start: int, stop: int) -> MeasureBatch:
-        """Those of rows [start, stop)."""
+        """The measures of rows [start, stop)."""
         low, high = np.searchsorted(self.rows, [start, stop])
         return MeasureBatch(*(column[low:high] for column in self))
 
 
 class Ages(NamedTuple):
-    """How old the scores of some rows are, in versions.
+    """Ages of the scores of some rows, in versions.
 
     Attributes:
-        scored: rows that have been measured at all.
-        total: sum of their ages.
-        oldest: largest of them.
+        scored: Number of rows that have ever been measured.
+        total: Sum of their ages.
+        oldest: Largest of their ages.
     """
 
     scored: int = 0

@@ -81,7 +81,7 @@ def read_measure_file(folder: StoragePath, file: MeasureFile) -> pa.Table:
     if len(table) != file.rows:
         raise CheckpointError(
             f"{path} holds {len(table)} rows and not {file.rows}. Remove it and give the same command again: its rows "
-            "are scored anew"
+            "are scored again"
         )
     return table
 

@@ -1,1 +1,1 @@
-"""Who measures the rows, and when: settings, engines, scorers and their pool."""
+"""Which process measures the rows, and when: settings, engines, scorers and their pool."""

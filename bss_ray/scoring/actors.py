@@ -1,4 +1,4 @@
-"""Scorers as Ray actors: the Ray back end of `scoring/pool.py`, a thin shell that decides nothing."""
+"""Scorers as Ray actors: the Ray back end of `scoring/pool.py`, a thin shell without decisions of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class ScorerActor(Named):
-    """A `Scorer` that measures shards and delivers what it found to the holders."""
+    """A `Scorer` that measures shards and delivers the measures to the holders."""
 
     def __init__(
         self, label: str, measurer: Measurer, scoring: Scoring, holders: ActorHolders, wait_limit_s: float
@@ -41,7 +41,7 @@ class ScorerActor(Named):
         self._job: ScoringJob
 
     def node(self) -> str:
-        """Id of the node it runs on."""
+        """Id of the actor's node."""
         return str(ray.get_runtime_context().get_node_id())
 
     def measure(self, job: InStore[ScoringJob], shard: int) -> ShardReport:
@@ -62,7 +62,7 @@ class ScorerActor(Named):
 
 @dataclass(frozen=True)
 class RayAnswer(Generic[T]):
-    """What an actor will answer."""
+    """The future answer of an actor."""
 
     reference: ray.ObjectRef
 
@@ -70,7 +70,7 @@ class RayAnswer(Generic[T]):
         try:
             value: T = ray.get(self.reference)
         except ray.exceptions.RayTaskError:
-            raise  # the scorer is there: what it ran has failed, also when that was a call of a lost holder
+            raise  # the scorer lives, but its call has failed, perhaps because of a lost holder
         except ray.exceptions.RayActorError as error:
             raise ActorLostError(first_line(error)) from error
         return value
@@ -82,7 +82,7 @@ class RayScorers:
     def node(self, name: str) -> RayAnswer[str] | None:
         try:
             return RayAnswer(ray.get_actor(name).node.remote())
-        except ValueError:  # Ray does not restart it any more
+        except ValueError:  # Ray does not restart the actor any more
             return None
 
     def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> RayAnswer[ShardReport]:
@@ -114,7 +114,7 @@ def start_scorers(
         options: Further options of Ray for each of them.
 
     Returns:
-        Their handles, which keep them alive.
+        The actors' handles, which keep them alive.
     """
     actor = ray.remote(num_cpus=scoring.cpus_per_scorer, num_gpus=scoring.gpus_per_scorer, max_restarts=-1)(ScorerActor)
     return [

@@ -55,7 +55,7 @@ class Scoring(Accumulation, ScoringPass):
         gpus_per_scorer: Share of a GPU of a scorer; leave the rest of the GPU to the ranks.
 
     Raises:
-        ConfigError: a setting is unknown, out of its range, or without effect.
+        ConfigError: A setting is unknown, out of its range, or without effect.
     """
 
     engine: Engine = "auto"
@@ -71,7 +71,7 @@ class Scoring(Accumulation, ScoringPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ScoringPass.__post_init__(self)  # which that of `Accumulation` does not call
+        ScoringPass.__post_init__(self)  # which the method of `Accumulation` does not call
         check_one_of("scoring engine", self.engine, ENGINES)
         for name, least in (("num_holders", 1), ("num_scorers", 1), ("sweep_every", 0), ("max_failed_updates", 0)):
             if getattr(self, name) < least:
@@ -82,7 +82,7 @@ class Scoring(Accumulation, ScoringPass):
         self._check_effect()
 
     def _check_effect(self) -> None:
-        """Refuse settings that the engine has no use for."""
+        """Refuse settings without an effect with the engine."""
         if self.overlap and self.engine not in ("actors", "auto"):
             raise ConfigError(f"scoring.overlap is for engine=actors; engine={self.engine} has no use for it")
         if self.channels_last and self.engine not in ("actors", "auto"):
@@ -105,7 +105,7 @@ class Scoring(Accumulation, ScoringPass):
 
 
 def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ranks_use_gpu: bool) -> tuple[Engine, str]:
-    """The engine that `auto` stands for, and why.
+    """The engine that `auto` stands for, and the reason.
 
     Args:
         scoring: Settings of scoring.
@@ -127,7 +127,7 @@ def choose_engine(scoring: Scoring, *, spare_cpus: float, spare_gpus: float, ran
         return "workers", "the ranks hold all GPUs: they score their own rows, without a second copy of the model"
     if spare_cpus >= scoring.num_scorers:
         return "actors", f"the ranks leave {_count(spare_cpus, 'CPU')} for {_count(scoring.num_scorers, 'scorer')}"
-    few = f"{_count(spare_cpus, 'CPU')}, too few for {_count(scoring.num_scorers, 'scorer')} beside them"
+    few = f"{_count(spare_cpus, 'CPU')}, too few for {_count(scoring.num_scorers, 'scorer')} as well"
     return "workers", f"the ranks leave {few}"
 
 

@@ -1,4 +1,4 @@
-"""The three ways to new scores, as a rank sees them: who measures the rows, and when.
+"""The three engines from the view of a rank: which process measures the rows, and when.
 
     actors    scorer actors forward all rows; the ranks wait, or train on (`overlap`)
     workers   the ranks forward the rows of their own nodes
@@ -34,26 +34,26 @@ from bss_ray.scoring.config import Scoring
 from bss_ray.scoring.pool import kept_rows_notice
 from bss_ray.scoring.scorer import RowMeasures, Scorer, bad_row_problems, not_finite
 
-# Rows that are measured after an epoch have later measures than those that training has made in it.
+# Step of measures made after an epoch, which is later than all steps of training in the epoch.
 _AFTER_ALL_STEPS = int(np.iinfo(np.int32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineContext:
-    """What engines work with.
+    """Everything that engines work with.
 
     Attributes:
-        coordinator: publishes scores.
-        holders: take measures.
-        attempt: of the ranks, see `Coordinator.attempt`.
-        shards: the training rows.
-        loader: of this rank.
-        scheduler: says when scores are due.
-        measurer: how to measure.
-        scoring: how and where.
-        ranks: this rank among all.
-        device: of this rank.
-        profiler: of this rank.
+        coordinator: Coordinator, which publishes scores.
+        holders: Holders, which take measures.
+        attempt: Attempt of the ranks, see `Coordinator.attempt`.
+        shards: The training rows.
+        loader: Loader of this rank.
+        scheduler: Scheduler, which says when scores are due.
+        measurer: How rows are measured.
+        scoring: How and where rows are scored.
+        ranks: This rank among all ranks.
+        device: Device of this rank.
+        profiler: Profiler of this rank.
     """
 
     coordinator: CoordinatorClient
@@ -70,7 +70,7 @@ class EngineContext:
 
 
 class Engine(abc.ABC):
-    """One rank's part in scoring. All ranks make the same calls."""
+    """The part of one rank in scoring. All ranks make the same calls."""
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context
@@ -78,33 +78,33 @@ class Engine(abc.ABC):
     def observe(  # noqa: B027 - most engines need none
         self, step: int, row_ids: Tensor, rows: Observation, similarity: Tensor
     ) -> None:
-        """Look at a training step.
+        """Observe a training step.
 
         Args:
-            step: global batch, from 1.
-            row_ids: (b,) int64; `FILLER` for rows that belong to no one.
-            rows: its outputs.
-            similarity: (b,) of them.
+            step: Global batch, from 1.
+            row_ids: (b,) int64; `FILLER` for filler rows.
+            rows: Observation of the batch.
+            similarity: (b,) similarities of the batch's rows.
         """
 
     def hand_over(self, epoch: int, version: int) -> None:  # noqa: B027 - likewise
-        """Deliver what has been observed so far, so that a checkpoint holds it; `version` is in force."""
+        """Deliver all observations so far, so that a checkpoint contains them; `version` is the current version."""
 
     @abc.abstractmethod
     def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
-        """Scores after `epoch`; the same answer on all ranks.
+        """Make new scores after `epoch`; all ranks get the same answer.
 
         Args:
-            epoch: that has ended; -1 before the first.
-            version: in force.
-            model: of this rank, as trained so far.
+            epoch: Epoch that has ended; -1 before the first epoch.
+            version: Current version.
+            model: Model of this rank, as trained so far.
 
         Returns:
-            What was published, or why not; None if no scores are due.
+            The publication, or its failure; None if no scores are due.
         """
 
     def go_on(self, epoch: int, version: int, model: nn.Module) -> None:  # noqa: B027 - likewise
-        """Begin what goes on beside `epoch`, before its first batch; `version` is in force."""
+        """Start scoring during `epoch`, before its first batch; `version` is the current version."""
 
 
 class ActorsEngine(Engine):
@@ -113,7 +113,7 @@ class ActorsEngine(Engine):
     def update(self, epoch: int, version: int, model: nn.Module) -> Publication | None:
         context = self._context
         overlapped = self._in_flight(epoch, version)
-        # The first scores are waited for: without them there is nothing to draw from.
+        # The run waits for the first scores, because nothing can be drawn without them.
         at_once = context.scheduler.scores_due_after(epoch) and (version == 0 or not context.scoring.overlap)
         if not overlapped and not at_once:
             return None
@@ -129,9 +129,9 @@ class ActorsEngine(Engine):
             self._start(epoch - 1, version, model)
 
     def _in_flight(self, epoch: int, version: int) -> bool:
-        """Whether scores are being made beside `epoch`: of the model after the epoch before it.
+        """Whether the model after the previous epoch is scored during `epoch`.
 
-        It follows from the position alone, so a resumed run knows it.
+        This follows from the position only, so a resumed run knows it.
         """
         scheduler = self._context.scheduler
         return (
@@ -149,14 +149,14 @@ class ActorsEngine(Engine):
             epoch=epoch,
             version=version + 1,
             attempt=context.attempt,
-            # The last: whoever gets it has most likely measured one before.
+            # The last shard: a scorer that gets it has most likely measured a shard before.
             profiled=len(context.shards.parts) - 1 if context.profiler.takes_scoring() else -1,
         )
         context.coordinator.start_scoring(Here(job), [part.node for part in context.shards.parts])
 
 
 class DeliveringEngine(Engine):
-    """Ranks deliver measures themselves."""
+    """Base of engines in which ranks deliver measures themselves."""
 
     def _deliver(self, epoch: int, version: int, found: RowMeasures, step: np.ndarray | int = 0) -> None:
         delivery = MeasureBatch.of(found.rows, found.similarity, found.information, step).sound()
@@ -164,15 +164,15 @@ class DeliveringEngine(Engine):
         context.holders.deliver(delivery, epoch=epoch, version=version, attempt=context.attempt)
 
     def _publish(self, version: int, found: RowMeasures, *, whole: bool) -> Publication:
-        """Publish what all ranks have delivered.
+        """Publish the measures that all ranks have delivered.
 
         Args:
-            version: the new one.
-            found: what this rank has measured.
-            whole: all sound rows must have arrived.
+            version: The new version.
+            found: Measures that this rank has made.
+            whole: Whether measures of all sound rows must have arrived.
 
         Raises:
-            ModelOutputError: outputs are not finite, and that is an error.
+            ModelOutputError: Outputs are not finite, and the settings make this an error.
         """
         context = self._context
         reports: list[_RankReport] = context.ranks.gather(
@@ -213,7 +213,7 @@ class WorkersEngine(DeliveringEngine):
     def sweep(self, epoch: int, version: int, model: nn.Module) -> Publication:
         """Measure all rows and publish."""
         context = self._context
-        # A loop may hand over an averaged copy, now and then.
+        # A loop may pass another model, such as an averaged copy, at times.
         if self._scorer is None or self._scorer.model is not unwrap_model(model):
             self._scorer = Scorer(
                 context.measurer,
@@ -237,10 +237,10 @@ class OnlineEngine(DeliveringEngine):
         if context.measurer.needs_model:
             raise ConfigError(
                 f"scoring.engine=online measures the outputs of training, and information="
-                f"{context.measurer.information!r} looks at the model itself. Use engine=workers or actors"
+                f"{context.measurer.information!r} needs the model itself. Use engine=workers or actors"
             )
         self._sweeper = WorkersEngine(context)
-        self._seen: list[tuple[Tensor, ...]] = []  # on the device, until the epoch's end
+        self._seen: list[tuple[Tensor, ...]] = []  # on the device until the end of the epoch
         self._observed = _nothing()
 
     def observe(self, step: int, row_ids: Tensor, rows: Observation, similarity: Tensor) -> None:
@@ -289,20 +289,20 @@ _ENGINES: dict[str, type[Engine]] = {"actors": ActorsEngine, "workers": WorkersE
 
 
 def make_engine(context: EngineContext) -> Engine:
-    """The engine that the settings name."""
+    """The engine of the settings."""
     return _ENGINES[context.scoring.engine](context)
 
 
 class ScoreUpdates:
-    """Asks the engine for new scores; a run can do without them for a while.
+    """Requests new scores from the engine; a run can do without them for a while.
 
     Args:
-        engine: makes them.
-        allowed_failures: in a row.
-        notice: tells the user.
+        engine: Engine that makes the updates.
+        allowed_failures: Number of failures in a row that are allowed.
+        notice: Function that tells the user something.
 
     Attributes:
-        rows_per_second: of the scoring pass that the last update came from; None where there was none.
+        rows_per_second: Speed of the scoring pass of the last update; None if there was no pass.
     """
 
     def __init__(self, engine: Engine, allowed_failures: int, notice: Callable[[str], None]) -> None:
@@ -313,12 +313,12 @@ class ScoreUpdates:
         self.rows_per_second: float | None = None
 
     def after(self, epoch: int, version: int, model: nn.Module) -> int:
-        """The score version in force after `epoch`, where `version` was.
+        """The current score version after `epoch`, before which it was `version`.
 
         Raises:
-            ScoringError: updates have failed too often in a row.
-            ScoringFailedError: this one has failed, and there are no scores to go on with.
-            LostStateError: the coordinator was restarted.
+            ScoringError: Updates have failed too often in a row.
+            ScoringFailedError: This update has failed, and there are no earlier scores.
+            LostStateError: The coordinator was restarted.
         """
         self.rows_per_second = None
         publication = self._engine.update(epoch, version, model)
@@ -345,10 +345,10 @@ class ScoreUpdates:
         if self._failures > self._allowed:
             raise ScoringError(
                 f"scores could not be updated {self._failures} times in a row, and scoring.max_failed_updates="
-                f"{self._allowed}: {publication.failure}. Look at the scorers' resources and logs; the same command "
-                "goes on from the last checkpoint"
+                f"{self._allowed}: {publication.failure}. Check the scorers' resources and logs; the same command "
+                "resumes from the last checkpoint"
             )
         self._notice(
-            f"Warning: no new scores after epoch {epoch}: {publication.failure}. The run goes on with score version "
+            f"Warning: no new scores after epoch {epoch}: {publication.failure}. The run continues with score version "
             f"{version} (failure {self._failures} of {self._allowed} in a row)"
         )

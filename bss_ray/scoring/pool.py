@@ -1,4 +1,4 @@
-"""All rows through scorers: which shard goes to whom, what a scorer does with a shard, and what is said at the end."""
+"""A pass of all rows through scorers: which scorer gets which shard, its work, and the report at the end."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ T_co = TypeVar("T_co", covariant=True)
 
 _POLL_S = 1.0
 
-# A scorer may start on a node that is itself still starting.
+# Seconds for a scorer to start, perhaps on a node that is itself still starting.
 _START_TIMEOUT_S = 600.0
 
-# A shard that so many scorers have died of is not given to another.
+# A shard that has killed this number of scorers is not given to another.
 _MAX_DEATHS = 3
 
 
 class ShardReport(NamedTuple):
-    """What a scorer says of a shard that it has measured; the measures themselves went to the holders.
+    """A scorer's report on a measured shard; the measures themselves were sent to the holders.
 
     Attributes:
-        rows: rows of the shard.
-        problems: rows whose outputs are not finite.
-        notices: what the user should read.
+        rows: Number of rows of the shard.
+        problems: Problem of the rows whose outputs are not finite.
+        notices: Messages to the user.
     """
 
     rows: int
@@ -45,10 +45,10 @@ class ShardReport(NamedTuple):
 
 @dataclass
 class ShardQueue:
-    """Which shards are still to be measured; no Ray.
+    """The shards that must still be measured; without Ray.
 
     Args:
-        homes: node of each shard; empty where all nodes read it alike.
+        homes: Node of each shard; empty if all nodes read it equally well.
     """
 
     homes: Sequence[str]
@@ -65,17 +65,17 @@ class ShardQueue:
         return self.done == len(self.homes)
 
     def take(self, node: str) -> int | None:
-        """A shard for a scorer on `node`: one that lies there, if there is any; None if none is left."""
+        """A shard for a scorer on `node`, preferably a shard of that node; None if no shard is left."""
         if not self.waiting:
             return None
         near = (place for place, shard in enumerate(self.waiting) if self.homes[shard] == node)
         return self.waiting.pop(next(near, 0))
 
     def put_back(self, shard: int, why: str) -> None:
-        """The scorer was lost while it measured this shard.
+        """Return a shard whose scorer was lost while it measured the shard.
 
         Raises:
-            ScoringFailedError: so were others before.
+            ScoringFailedError: Too many scorers were lost with this shard.
         """
         self.deaths[shard] += 1
         if self.deaths[shard] >= _MAX_DEATHS:
@@ -105,13 +105,13 @@ def measure_shard(
 
 
 class Answer(Protocol[T_co]):
-    """What a scorer will answer. A `concurrent.futures.Future` is one."""
+    """The future answer of a scorer, e.g. a `concurrent.futures.Future`."""
 
     def result(self) -> T_co:
-        """The answer, once it is there.
+        """The answer, which must have arrived.
 
         Raises:
-            ActorLostError: the scorer is lost.
+            ActorLostError: The scorer is lost.
         """
         ...
 
@@ -120,22 +120,22 @@ class Scorers(Protocol):
     """The scorers of a pool by name: in Ray's actors, or in threads of this process."""
 
     def node(self, name: str) -> Answer[str] | None:
-        """Id of the node that a scorer is on, as soon as it is there; None if it does not come back any more."""
+        """Id of a scorer's node, as soon as it has started; None if it does not come back any more."""
         ...
 
     def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> Answer[ShardReport]:
-        """Have a scorer measure a shard of the job and deliver the measures to the holders."""
+        """Let a scorer measure a shard of the job and deliver the measures to the holders."""
         ...
 
     def wait(self, answers: Sequence[Answer[object]], timeout_s: float) -> Sequence[Answer[Any]]:
-        """Answers that are there; waits for one."""
+        """Answers that have arrived; waits for one answer."""
         ...
 
 
 class ScorerPool:
-    """A `ScoringPool` of scorers that share the shards out among them as they get done.
+    """A `ScoringPool` of scorers, each of which gets the next shard when it is free.
 
-    A scorer that is lost is not waited for while others are there; Ray restarts it meanwhile.
+    The pool does not wait for a lost scorer while there are others; Ray restarts it meanwhile.
 
     Args:
         names: Names of the scorers.
@@ -154,7 +154,7 @@ class ScorerPool:
         """See `ScoringPool.run`.
 
         Raises:
-            ScoringFailedError: scorers were lost and did not come back.
+            ScoringFailedError: Scorers were lost and did not come back.
             ModelOutputError: outputs are not finite, and that is an error.
         """
         run = _Run(ShardQueue(homes), self._names, job, self._timeout_s, self._scorers)
@@ -163,14 +163,14 @@ class ScorerPool:
 
 
 class _Run:
-    """One pass over all shards. A scorer is present, with or without a shard, or absent: starting, or lost."""
+    """One pass over all shards. A scorer is either present, with or without a shard, or absent: starting or lost."""
 
     def __init__(
         self, queue: ShardQueue, names: Sequence[str], job: Shared[ScoringJob], timeout_s: float, scorers: Scorers
     ) -> None:
         self._queue, self._scorers, self._timeout_s, self._job = queue, scorers, timeout_s, job
-        self._nodes: dict[str, str] = {}  # of those present
-        self._measuring: dict[Answer[ShardReport], tuple[str, int, float]] = {}  # scorer, shard, since when
+        self._nodes: dict[str, str] = {}  # nodes of the present scorers
+        self._measuring: dict[Answer[ShardReport], tuple[str, int, float]] = {}  # scorer, shard, start time
         now = time.monotonic()
         self._absent = {name: _Absence(now + max(timeout_s, _START_TIMEOUT_S), "it did not start") for name in names}
         self._asked: dict[Answer[str], str] = {}
@@ -178,10 +178,10 @@ class _Run:
         self.notices: list[str] = []
 
     def loop(self) -> None:
-        """Until all shards are done.
+        """Run until all shards are done.
 
         Raises:
-            ScoringFailedError: no scorer is present, and none is waited for any longer.
+            ScoringFailedError: No scorer is present, and the waits for all absent scorers are over.
         """
         while not self._queue.finished:
             self._ask_absent()
@@ -193,17 +193,17 @@ class _Run:
                     self._measured(*self._measuring.pop(answer)[:2], answer)
 
     def _check_waits(self) -> None:
-        """A scorer that is cut off or stuck is not waited for without end.
+        """Limit the wait for a scorer that is cut off or stuck.
 
         Raises:
-            WaitError: one has measured a single shard for longer than the limit.
+            WaitError: A scorer has measured a single shard for longer than the limit.
         """
         for name, shard, started in self._measuring.values():
             if time.monotonic() - started > wait_limit():
                 raise wait_timeout_error(f"{_role(name)} to measure shard {shard}")
 
     def _ask_absent(self) -> None:
-        """Ask for absent scorers, once at a time; give up those that are awaited for too long."""
+        """Check for absent scorers, with one call at a time; abandon those that are absent for too long."""
         now = time.monotonic()
         asked = set(self._asked.values())
         for name, absence in list(self._absent.items()):
@@ -211,7 +211,7 @@ class _Run:
                 continue
             absence.next_question = now + _POLL_S
             answer = self._scorers.node(name)
-            if answer is None:  # it is not restarted any more
+            if answer is None:  # Ray does not restart it any more
                 absence.deadline = now
             else:
                 self._asked[answer] = name
@@ -239,7 +239,7 @@ class _Run:
             self._absent[name] = _Absence(time.monotonic() + self._timeout_s, str(error))
             self._queue.put_back(shard, str(error))
             busy = {other for other, *_ in self._measuring.values()}
-            for idle in self._nodes.keys() - busy:  # it had nothing left to do
+            for idle in self._nodes.keys() - busy:  # it had no shard
                 self._next(idle)
         else:
             self._queue.done += 1
@@ -256,9 +256,9 @@ class _Absence:
     """A scorer that does not answer.
 
     Attributes:
-        deadline: until when it is waited for, by the monotonic clock.
-        why: it is absent.
-        next_question: when to ask for it again.
+        deadline: Time until which the run waits for it, by the monotonic clock.
+        why: Reason of the absence.
+        next_question: Time of the next check for it.
     """
 
     deadline: float
@@ -272,7 +272,7 @@ def _role(name: str) -> str:
 
 
 def summary(reports: Sequence[ShardReport], bad_rows: BadRows, notices: Sequence[str] = ()) -> tuple[int, list[str]]:
-    """Number of rows with sound measures, and what the user should read of a pass over all shards.
+    """Number of rows with finite measures, and messages to the user, of a pass over all shards.
 
     Args:
         reports: Reports on all shards.

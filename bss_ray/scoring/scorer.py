@@ -1,7 +1,7 @@
-"""A scorer: a replica of the model that measures rows. It has no state but the weights.
+"""A scorer: a copy of the model that measures rows. Its only state is the weights.
 
-`Scorer` is a plain class. Scorer actors have one each, ranks use one around the model that they train, and so
-do the actors of a job that scores a corpus.
+`Scorer` is a plain class. Each scorer actor has a `Scorer`, ranks use one around the model that they train, and the
+actors of a scoring job use one too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Columns = Mapping[str, np.ndarray]
 
 _ROW_ID = Feature((), "int64")
 
-# Batches that are on their way to a GPU while one is being measured, and threads that fill their buffers: one thread
-# copies about 10 GB/s, which is less than a fast GPU takes.
+# Number of batches in transfer to a GPU while one is measured, and of threads that fill their buffers: one thread
+# copies about 10 GB/s, which is less than a fast GPU needs.
 _AHEAD = 2
 _THREADS = 2
 
 _BAD_OUTPUTS = (
-    "logits must be finite: NaN or infinite measures. Look at these rows' inputs, or lower the learning rate if the "
+    "logits must be finite: NaN or infinite measures. Check these rows' inputs, or lower the learning rate if the "
     "model has diverged"
 )
 
@@ -48,9 +48,9 @@ class RowMeasures:
         rows: (n,) int64 row ids.
         similarity: (n,) float32; NaN for rows with fewer than two modalities.
         information: (n,) float32; NaN for rows whose outputs are not finite.
-        losses: (n,) float32 loss of each modality's own head, by `loss_column`, where it was asked for.
-        problems: rows whose outputs are not finite.
-        notices: what the user should read.
+        losses: (n,) float32 loss of each modality's head, by `loss_column`, if losses were requested.
+        problems: Problem of the rows whose outputs are not finite.
+        notices: Messages to the user.
     """
 
     rows: np.ndarray
@@ -65,12 +65,12 @@ class Scorer:
     """Measures rows with one model, unaugmented, in eval mode.
 
     Args:
-        measurer: how to measure a row.
-        label: name of the label column.
-        forward: batch size, precision and the like.
-        device: where the model runs.
+        measurer: How rows are measured.
+        label: Name of the label column.
+        forward: Settings of the forward pass, such as batch size and precision.
+        device: Device of the model.
         model: the model; or let `load` unpack one.
-        losses: measure the loss of each modality's head, too.
+        losses: Whether to measure the loss of each modality's head, too.
 
     Attributes:
         model: the module, as it is at the moment.
@@ -100,7 +100,7 @@ class Scorer:
             self._take(model)
 
     def load(self, snapshot: ModelSnapshot) -> None:
-        """Take the model of a snapshot; only its weights, where it is the same model as before."""
+        """Load the model of a snapshot, or only its weights if it is the same model as before."""
         if self._skeleton is None or not update_model(self.model, snapshot, self._skeleton):
             model = unpack_model(snapshot).to(self._device)
             if self._forward.channels_last:
@@ -110,27 +110,27 @@ class Scorer:
 
     def _take(self, model: nn.Module) -> None:
         self.model = unwrap_model(model)
-        # The last batch is shorter: torch compiles once more then, with a variable number of rows. New weights are
-        # copied into the same tensors and compile nothing.
+        # For the shorter last batch torch compiles once more with a variable number of rows. New weights are copied
+        # into the same tensors, so nothing is compiled for them.
         self._run: Any = torch.compile(self.model) if self._forward.compile else self.model
 
     def measure(self, columns: Columns, first_row: int = 0) -> RowMeasures:
         """Measure consecutive rows.
 
         Args:
-            columns: `{column: (n, ...)}`; read-only views are fine, the model sees copies.
-            first_row: row id of the first.
+            columns: Columns of the rows, `{column: (n, ...)}`; read-only views are fine, because the model gets copies.
+            first_row: Row id of the first row.
 
         Raises:
-            ModelOutputError: the outputs break the contract.
-            torch.OutOfMemoryError: a single row does not fit.
+            ModelOutputError: The outputs break the contract.
+            torch.OutOfMemoryError: A single row does not fit.
         """
         notices: list[str] = []
         with closing(self._batches(columns, first_row, notices)) as batches:
             return self._measure_all(batches, notices)
 
     def measure_batches(self, batches: Iterable[Tensors]) -> RowMeasures:
-        """Measure the rows of batches on the device, `{column: (b, ...), "row_id": (b,)}`; errors as of `measure`."""
+        """Measure the rows of batches on the device, `{column: (b, ...), "row_id": (b,)}`; see `measure` for errors."""
         return self._measure_all(batches, [])
 
     def _measure_all(self, batches: Iterable[Tensors], notices: list[str]) -> RowMeasures:
@@ -146,22 +146,22 @@ class Scorer:
                     else:
                         measured.append(found)
                         start += len(part["row_id"])
-            # One transfer at the end: none of the batches waits for the device.
+            # One transfer at the end, so that no batch waits for the device.
             measured = measured or [_nothing()]
             columns = {name: _to_numpy([batch[name] for batch in measured]) for name in measured[0]}
         return _report(columns, notices)
 
     def _measure_if_it_fits(self, batch: Tensors) -> dict[str, Tensor] | None:
-        """Measures of a batch; None if it does not fit into memory."""
+        """Measures of a batch; None if the batch does not fit into memory."""
         try:
             return self._measure_batch(batch)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error) or self._batch_size == 1:
                 raise
-        return None  # out of `except`: its traceback holds what did not fit
+        return None  # outside of `except`, whose traceback keeps what did not fit
 
     def _measure_batch(self, batch: Tensors) -> dict[str, Tensor]:
-        """(b,) measures, which rows have none by rights, and losses by modality where they are asked for."""
+        """(b,) measures, a mask of rows that rightly have no similarity, and losses by modality if requested."""
         with autocast(self._device, self._forward.precision):
             outputs = self._run(batch)
         rows = self._measurer.observe(outputs, batch[self._label], batch=batch, model=self.model)
@@ -173,7 +173,7 @@ class Scorer:
         return found
 
     def _batches(self, columns: Columns, first_row: int, notices: list[str]) -> Generator[Tensors, None, None]:
-        """Copies of the rows on the device; on their way there while others are measured."""
+        """Copies of the rows on the device, which are transferred while other rows are measured."""
         rows, begin = len(columns[self._label]), 0
         while begin < rows:
             size = self._batch_size
@@ -190,16 +190,16 @@ class Scorer:
                         batch = receive()
                         begin += size
                         yield batch
-                        del batch  # or it would stay alive until the next one is there
+                        del batch  # or it would stay alive until the next one exists
             except (RuntimeError, MemoryError) as error:
-                # The batches ahead need memory, too, and it is here that they find none.
+                # The batches ahead need memory, too, and may run out of it here.
                 if not _out_of_memory(error) or size == 1:
                     raise
             if begin < rows:
                 notices.append(self._halve())
 
     def _send(self, transfer: Transfer, columns: Columns, first_row: int, size: int, begin: int) -> Receive:
-        """Bring at most `size` rows from `begin` on to the device."""
+        """Transfer at most `size` rows from `begin` on to the device."""
         here = slice(begin, min(begin + size, len(columns[self._label])))
 
         def fill(arrays: dict[str, np.ndarray]) -> None:
@@ -223,13 +223,13 @@ class Scorer:
         return {**batch, **{name: images[name].to(memory_format=torch.channels_last) for name in images}}
 
     def _halve(self) -> str:
-        """A smaller batch for this and all later passes."""
+        """Halve the batch for this and all later passes."""
         self._transfers.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         too_large, self._batch_size = self._batch_size, self._batch_size // 2
         return (
-            f"scoring ran out of memory with batches of {too_large} rows and goes on with {self._batch_size}. Lower "
+            f"scoring ran out of memory with batches of {too_large} rows and continues with {self._batch_size}. Lower "
             "scoring.batch_size to begin there"
         )
 
@@ -242,17 +242,18 @@ def _report(columns: dict[str, np.ndarray], notices: list[str]) -> RowMeasures:
 
 
 def bad_row_problems(rows: np.ndarray, bad: np.ndarray) -> list[Problem]:
-    """The problem with rows (n,) where `bad` (n,) says that outputs are not finite, if there are any."""
+    """The problem of the rows (n,) whose outputs are not finite, as `bad` (n,) says, if there are any."""
     return [Problem(_BAD_OUTPUTS, int(bad.sum()), np.sort(rows[bad])[:NAMED_IDS].tolist())] if bad.any() else []
 
 
 def not_finite(similarity: np.ndarray, information: np.ndarray, unpaired: np.ndarray | None) -> np.ndarray:
-    """(n,) rows whose measures say that the model's outputs are NaN or infinite.
+    """(n,) true for rows whose measures show that the model's outputs are NaN or infinite.
 
     Args:
-        similarity: (n,) measures.
-        information: (n,) measures.
-        unpaired: (n,) rows with fewer than two modalities: they have no similarity, and nothing wrong. None: none.
+        similarity: (n,) similarities.
+        information: (n,) informations.
+        unpaired: (n,) true for rows with fewer than two modalities, which rightly have no similarity. None: no such
+            row.
     """
     sound = np.isfinite(similarity) if unpaired is None else np.isfinite(similarity) | unpaired
     return np.asarray(~(sound & np.isfinite(information)))
@@ -264,14 +265,14 @@ def _nothing() -> dict[str, Tensor]:
 
 
 def _to_numpy(parts: list[Tensor]) -> np.ndarray:
-    """(n,) of the batches' parts; floats as float32."""
+    """The parts of the batches joined to (n,); floats as float32."""
     joined = torch.cat(parts)
     array: np.ndarray = (joined.float() if joined.is_floating_point() else joined).cpu().numpy()
     return array
 
 
-# What else says that there is no memory left, in plain RuntimeErrors: the allocator of the CPU, the CUDA runtime where
-# other processes use the GPU too, libraries that allocate for themselves, and compilers, which wrap what they meet.
+# Texts of plain RuntimeErrors that mean out of memory: from the CPU's allocator, the CUDA runtime if other processes
+# use the GPU too, libraries with their own allocation, and compilers, which wrap other errors.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",

@@ -1,12 +1,12 @@
-"""A cluster in this process: a run of any train loop with ranks as threads, and everything of it can be lost.
+"""A cluster in this process: a run of any train loop with ranks as threads, in which everything can be killed.
 
     cluster = LocalCluster(shards, ranks=3, scheduler=Learning(temperature=0.3), seed=7, folder=tmp_path)
     result = cluster.run(train_loop)
 
-What runs is the real thing: the sampler, the engines, the loader, coordinator and holders. Only what Ray does is done
-here: ranks are threads, actors are objects that can be killed and come back empty, and ranks start again from the last
-whole checkpoint, as often as `max_failures` allows. It needs torch, NumPy and PyArrow, and starts in milliseconds, so a
-test can afford a kill at every batch of a run. Faults of `bss_ray.testing` (`KillRank`, `KillActor`) work in it.
+It runs the real sampler, engines, loader, coordinator and holders, and replaces only Ray: ranks are threads, actors are
+objects that can be killed and come back empty, and ranks start again from the last complete checkpoint, as often as
+`max_failures` allows. It needs torch, NumPy and PyArrow, and starts in milliseconds, so a test can afford a kill at
+every batch of a run. Faults of `bss_ray.testing` (`KillRank`, `KillActor`) work in it.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ from bss_ray.train.supervise import EventReader, watch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Which cluster, and which rank of it, the calling thread belongs to.
+# Cluster to which the calling thread belongs, and its rank.
 _of_thread = threading.local()
 
 
 class RankLostError(RuntimeError):
-    """A rank of the run is lost: others cannot meet it any more. It stands for what torch.distributed raises."""
+    """A rank of the run is lost, so others cannot meet it. It stands for the errors of torch.distributed."""
 
 
 class RankKilledError(BaseException):
-    """Ends a rank that is a thread, as kill -9 ends one that is a process."""
+    """Ends a rank that is a thread, as kill -9 ends a process."""
 
 
 def current_cluster() -> LocalCluster | None:
@@ -80,10 +80,10 @@ def current_cluster() -> LocalCluster | None:
 
 
 class Meeting:
-    """Where ranks that are threads meet.
+    """A meeting point of ranks that are threads.
 
-    One rank works at a time (`turn`), and the next one when it waits for others: torch's global random numbers are
-    then each rank's own, between two meetings, as they are in processes.
+    One rank works at a time (`turn`), and another when it waits: between two meetings torch's global random numbers
+    then belong to one rank, as in processes.
 
     Args:
         count: Number of ranks.
@@ -109,7 +109,7 @@ class Meeting:
                 self._has_turn.value = False
 
     def exchange(self, rank: int, own: T) -> list[T]:
-        """What every rank says, on every rank; copies, as between processes.
+        """The objects of all ranks, on every rank, as copies like between processes.
 
         Raises:
             RankLostError: a rank is lost.
@@ -138,7 +138,7 @@ class Meeting:
                 self._turn.acquire()
 
     def leave(self) -> None:
-        """A rank is lost: nobody waits for it any more."""
+        """Mark a rank as lost, so that no other rank waits for it."""
         self._barrier.abort()
 
 
@@ -163,7 +163,7 @@ class ThreadRanks(RankGroup):
         self._meeting.wait()
 
     def average_gradients(self, model: nn.Module) -> nn.Module:
-        """Begin with rank 0's weights, and average each gradient over the ranks once it is there, as DDP does."""
+        """Start with rank 0's weights, and average each gradient over the ranks once it is computed, as DDP does."""
 
         def average(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -183,11 +183,11 @@ class ThreadRanks(RankGroup):
 
 
 class _Holders:
-    """The holders of a cluster, as one of its coordinators, its ranks and scorers see them."""
+    """The holders of a cluster for its ranks and scorers, and for one of its coordinators."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
-        self.fenced = False  # a coordinator that was killed calls nobody any more
+        self.fenced = False  # a killed coordinator makes no calls any more
 
     def start(
         self, of: slice, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs
@@ -204,7 +204,7 @@ class _Holders:
 
 
 class _Coordinator(CoordinatorStub):
-    """The coordinator of a cluster, whichever it is at the moment."""
+    """The current coordinator of a cluster."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
@@ -222,7 +222,7 @@ class _Coordinator(CoordinatorStub):
 
 
 class _Events:
-    """The event log of a cluster, which is its coordinator's."""
+    """The event log of a cluster's current coordinator."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
@@ -252,7 +252,7 @@ class _Events:
 
 
 class _Scorers:
-    """The scorers of a cluster: each works in a thread of its own."""
+    """The scorers of a cluster, each in its own thread."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self._cluster = cluster
@@ -307,7 +307,7 @@ class LocalFolder:
 
 
 class _Backend:
-    """What one rank of a cluster has in place of Ray Train."""
+    """The backend of one rank of a cluster, in place of Ray Train."""
 
     def __init__(self, cluster: LocalCluster, ranks: RankGroup) -> None:
         self._cluster, self._ranks = cluster, ranks
@@ -330,7 +330,7 @@ class _Backend:
         return LocalFolder(str(folders[-1])) if folders else None
 
     def report(self, row: Mapping[str, Any], folder: Path | None) -> None:
-        """A checkpoint counts when the files of all ranks are there, as Ray Train has it."""
+        """Report; a checkpoint is complete when all ranks have delivered their files, as in Ray Train."""
         incoming = self._cluster.folder / "incoming"
         if folder is not None:
             shutil.copytree(folder, incoming, dirs_exist_ok=True)
@@ -342,7 +342,7 @@ class _Backend:
         self._ranks.barrier()
 
     def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
-        """They are in the first checkpoint."""
+        """Does nothing: the first checkpoint has the scores."""
 
     def preempted(self) -> bool:
         return self._ranks.from_first(self._cluster.preempting.is_set())
@@ -356,7 +356,7 @@ class _Backend:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """How a run in a `LocalCluster` has ended.
+    """The end of a run in a `LocalCluster`.
 
     Attributes:
         metrics: Metrics of the last report.
@@ -374,7 +374,7 @@ class LocalResult:
 
 
 class LocalCluster:
-    """A run in this process, all of which can be lost; see the module.
+    """A run in this process in which everything can be killed; see the module.
 
     Args:
         train: Training rows, in any store that this process reads without Ray.
@@ -487,7 +487,7 @@ class LocalCluster:
         )
 
     def kill(self, role: str, *, noticed: bool = True) -> None:
-        """Lose an actor; it is back at once, empty.
+        """Kill an actor, which comes back at once and empty.
 
         Args:
             role: `coordinator`, `holder-0`, ... or `scorer-0`, ...
@@ -506,11 +506,11 @@ class LocalCluster:
                 self._scorers.forget(role)
 
     def stop(self) -> None:
-        """Have the ranks save a checkpoint and end, as ctrl-C does."""
+        """Tell the ranks to save a checkpoint and end, as Ctrl-C does."""
         self.coordinator.events.request_stop()
 
     def preempt(self) -> None:
-        """Tell the ranks that a node is about to be taken away."""
+        """Tell the ranks that a node will be taken away soon."""
         self.preempting.set()
 
     def checkpoints(self) -> list[Path]:
@@ -561,14 +561,14 @@ class LocalCluster:
             return method(self._holders[index], *args, **kwargs)
 
     def check_there(self, role: str) -> None:
-        """The first call after a loss fails."""
+        """Let the first call after a kill fail."""
         with self._lock:
             if role in self.missed:
                 self.missed.discard(role)
                 raise ActorLostError(f"{role} is lost")
 
     def _attempt(self, count: int, train_loop: Callable[..., object], config: object) -> list[BaseException]:
-        """Start the ranks once; the errors that they ended with, the first one first."""
+        """Start the ranks once; returns the errors that they ended with, in order of time."""
         shutil.rmtree(self.folder / "incoming", ignore_errors=True)
         meeting = Meeting(count, self._timeout_s)
         errors: list[BaseException] = []

@@ -8,7 +8,7 @@
     ...
     assert fault.happened()
 
-Every rank calls `reached`; one of them acts. All of it can be pickled into `train_loop_config`.
+Every rank calls `reached`, and one rank acts. A fault can be pickled into `train_loop_config`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Fault:
     """Something that goes wrong once in a run, after a given global batch.
 
     Attributes:
-        action: what happens: one of the classes below, or any function of one's own.
-        marker: file that says that it has happened, so that a restarted process does not do it again;
-            in a folder that all ranks and the test see.
-        epoch: epoch, from 0.
-        batch: global batch of the epoch, from 0.
-        rank: which rank it happens on; negative numbers count from the last.
+        action: What happens: one of the classes below, or any function of your own.
+        marker: File that records that the fault has happened, so that a restarted process does not repeat it; in a
+            folder that all ranks and the test see.
+        epoch: Epoch, from 0.
+        batch: Global batch of the epoch, from 0.
+        rank: Rank on which the fault happens; negative numbers count from the last rank.
     """
 
     action: Callable[[], None]
@@ -45,7 +45,7 @@ class Fault:
     rank: int = -1
 
     def reached(self, epoch: int, batch: int, *, rank: int = 0, ranks: int = 1) -> None:
-        """Act, if this is the place and it has not happened yet."""
+        """Inject the fault if this is its place and it has not happened yet."""
         if (epoch, batch) != (self.epoch, self.batch) or rank != self.rank % ranks:
             return
         try:
@@ -56,7 +56,7 @@ class Fault:
         self.action()
 
     def happened(self) -> bool:
-        """Whether it was really injected."""
+        """Whether the fault was really injected."""
         return self.marker.exists()
 
 
@@ -75,7 +75,7 @@ class KillActor:
     """Kill -9 an actor of this run, from inside its train loop; Ray restarts it empty.
 
     Attributes:
-        role: `coordinator`, `holder-0`, ..., or `scorer-0`, ... of the engine `actors`.
+        role: Role of the actor: `coordinator`, `holder-0`, ..., or `scorer-0`, ... of the engine `actors`.
     """
 
     role: str
@@ -99,7 +99,7 @@ class KillController:
 
 @dataclass(frozen=True)
 class Raise:
-    """Raise an exception: a programming error in the loop, say."""
+    """Raise an exception, e.g. a programming error in the loop."""
 
     error: Exception
 
@@ -109,7 +109,7 @@ class Raise:
 
 @dataclass(frozen=True)
 class Hang:
-    """Do nothing for so many seconds: a slow or stuck rank."""
+    """Sleep for some seconds, as a slow or stuck rank."""
 
     seconds: float
 
@@ -119,12 +119,12 @@ class Hang:
 
 @dataclass(frozen=True)
 class FullDisk:
-    """Let this process write no more to any file: an OSError each time, until the process ends.
+    """Make each write of this process to a file an OSError, until the process ends.
 
     It stands for a full disk without filling one (`RLIMIT_FSIZE`; the error is EFBIG, not ENOSPC).
 
     Attributes:
-        file_bytes: files may grow up to this size all the same.
+        file_bytes: Size up to which files may still grow.
     """
 
     file_bytes: int = 0
@@ -140,7 +140,7 @@ def _local() -> ModuleType | None:
 
 
 def _actor_of_this_run(role: str) -> Any:
-    """The actor by its role. Others of that role may live next to it: of another run, or one that is ending."""
+    """The actor of this role. Others of the role may exist: of another run, or of a run that is ending."""
     import ray
 
     from bss_ray.train.sampler import get_sampler

@@ -1,4 +1,4 @@
-"""A call in a process of its own."""
+"""A call in a separate process."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def in_another_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwar
     Arguments and result are pickled; classes and functions of test modules may be among them.
 
     Raises:
-        RuntimeError: the call failed or its process was killed; with exit status and traceback.
+        RuntimeError: The call failed or its process was killed; the error has exit status and traceback.
     """
-    # Not the parent's seed, nor one that a run of tests is likely to set.
+    # Neither the parent's seed nor a seed that a test run is likely to set.
     environment = {**os.environ, "PYTHONHASHSEED": "20177", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryDirectory(prefix="bss_ray-") as folder:
         result = Path(folder, "result")

@@ -1,11 +1,11 @@
-"""What every sampler of this project promises, as tests: coverage, order, resume, refusals.
+"""The promises of every sampler of this project as tests: coverage, order, resume, refusals.
 
     class TestMine(SamplerContract):
         def make(self, setup: Setup) -> GlobalSampler:
             return MySampler(setup.weights, seed=setup.seed, ...)
 
 pytest collects the subclass. A promise that a sampler does not make is switched off by a class
-attribute (`resizable = False`), and shows up as a skipped test with that reason.
+attribute (`resizable = False`), and its tests are skipped with this reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytest: Any = optional_import("pytest", extra="testing", needed_for="the suite o
 
 
 def _weights() -> np.ndarray:
-    """41 weights over two orders of magnitude, three of them 0: at the ends and in the middle."""
+    """41 weights over two orders of magnitude; three of them are 0, at the ends and in the middle."""
     weights = np.random.default_rng(0).lognormal(size=41)
     weights[[0, 17, 40]] = 0.0
     return weights
@@ -39,15 +39,16 @@ def _weights() -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a sampler is to be made of.
+    """What a sampler is made of.
 
     Attributes:
         weights: (n,) float64 sampling weights, in the order of row ids.
-        seed: the run's seed.
-        ranks: how many ranks share each global batch.
-        batch_size: rows of a *global* batch. 38 rows in batches of 5 leave a tail that is smaller than 8 ranks.
-        size: rows of an epoch; None for all rows of positive weight.
-        rows: rows of the data set; None for as many as there are weights.
+        seed: Seed of the run.
+        ranks: Number of ranks that share each global batch.
+        batch_size: Number of rows of a *global* batch. 38 rows in batches of 5 leave a tail that is smaller than 8
+            ranks.
+        size: Number of rows of an epoch; None for all rows of positive weight.
+        rows: Number of rows of the dataset; None for as many as there are weights.
     """
 
     weights: np.ndarray = field(default_factory=_weights)
@@ -64,29 +65,29 @@ class Setup:
 
 
 class GlobalSampler(Protocol):
-    """A sampler, seen from above: all ranks' parts of every global batch."""
+    """A sampler as a whole: the parts of all ranks of every global batch."""
 
     def batches(self, epoch: int) -> Iterator[list[np.ndarray]]:
         """Row ids of each rank's part, global batch by global batch.
 
-        It begins at the sampler's position if that is in `epoch`, otherwise at the epoch's first global
-        batch. The position moves on before a batch is handed out: in the loop's body it counts as done.
+        It begins at the sampler's position if this is in `epoch`, otherwise at the epoch's first global batch. The
+        position advances before a batch is handed out: in the loop's body the batch counts as done.
         """
         ...
 
     def state(self) -> Any:
-        """The position, and whatever is needed to go on from it with a sampler of the same setup."""
+        """The position, and everything needed to resume from it with a sampler of the same setup."""
         ...
 
     def restore(self, state: Any) -> None:
-        """Go on from `state`; a state of another seed or other data is a ValueError."""
+        """Resume from `state`; a state of another seed or other data is a ValueError."""
         ...
 
 
 class SlicedSampler(abc.ABC):
-    """A sampler made of a function that gives the order of an epoch: cut into batches, dealt to ranks.
+    """A sampler made from a function that gives the order of an epoch, which is cut into batches and parts of ranks.
 
-    It is the plainest sampler that keeps the contract, for orders that have no sampler of their own.
+    It is the simplest sampler that keeps the contract, for orders without a sampler of their own.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -131,12 +132,13 @@ class SamplerContract(abc.ABC):
     """Tests of one sampler.
 
     Attributes:
-        resizable: a state goes on with another number of ranks, and global batches do not depend on it.
-        picklable: the sampler itself can be pickled, at any step.
-        json_state: its state is plain JSON; if not, it must survive pickling.
-        checks_rows: it knows the data's number of rows and refuses weights of another length.
-        sees_all_weights: a refusal of bad weights counts all of them; if not, those that one process holds.
-        other_process: it can be made in a fresh process (not where it needs a running cluster).
+        resizable: Whether a state can be resumed with another number of ranks, and global batches do not depend on that
+            number.
+        picklable: Whether the sampler itself can be pickled, at any step.
+        json_state: Whether its state is plain JSON; if not, the state must survive pickling.
+        checks_rows: Whether it knows the data's number of rows and refuses weights of another length.
+        sees_all_weights: Whether a refusal of bad weights counts all of them; if not, it counts those of one process.
+        other_process: Whether it can be made in a fresh process (not if it needs a running cluster).
         seeds, epochs: so many first draws, seeds * epochs, are compared with the weights.
     """
 
@@ -223,7 +225,7 @@ class SamplerContract(abc.ABC):
             assert self._rows(Setup(weights=Setup().weights * factor)) == expected
 
     def test_weights_of_extreme_range(self) -> None:
-        # Each 1e50 times the next: certain to come in this order.
+        # Each weight is 1e50 times the next, so this order is certain.
         weights = 10.0 ** np.array([0, -200, 200, 50, -100, 100, -50, 150, -150])
         assert self._rows(Setup(weights=weights)) == np.argsort(-weights).tolist()
 
@@ -250,7 +252,7 @@ class SamplerContract(abc.ABC):
     # ---- state --------------------------------------------------------------------------------
 
     def test_resume_at_every_step(self) -> None:
-        """From each step of an epoch come the rest of it and the next, as without a stop."""
+        """From each step of an epoch a resumed sampler gives the rest of it and the next epoch, as without a stop."""
         setup = Setup(ranks=2)
         first, second = self._batches(setup, 0), self._batches(setup, 1)
         sampler = self.make(setup)
@@ -342,7 +344,7 @@ class SamplerContract(abc.ABC):
         return [int(row) for (part,) in batches for row in part]
 
     def _travelled(self, state: Any) -> Any:
-        """The state after a way through a file."""
+        """The state after it was written to a file and read."""
         return json.loads(json.dumps(state)) if self.json_state else pickle.loads(pickle.dumps(state))
 
     def _restored(self, setup: Setup, state: Any) -> GlobalSampler:
@@ -351,7 +353,7 @@ class SamplerContract(abc.ABC):
         return sampler
 
     def _bad_rows(self) -> tuple[str, ...]:
-        """What a refusal says of the bad rows of `_with`: how many, and their ids."""
+        """The text of a refusal about the bad rows of `_with`: their number and their ids."""
         return (r"\b3\b", r"\b6, 11, 30\b") if self.sees_all_weights else (r"\b(6|11|30)\b",)
 
     def _refusal(self, setup: Setup) -> ValueError:

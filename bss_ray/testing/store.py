@@ -1,4 +1,4 @@
-"""What every store of this project promises, as tests: rows as they were given, in any order, unharmed.
+"""The promises of every store of this project as tests: rows as they were given, in any order, unharmed.
 
     class TestMine(StoreContract):
         def make(self, shards: Sequence[Arrays]) -> Store:
@@ -33,9 +33,9 @@ T = TypeVar("T")
 ROWS = 41
 CUTS = (0, 7, 8, 29, 41)  # one shard of a single row
 ROLES = Columns(modalities=("audio", "image"), id="name", extra=("truth",))
-INPUTS = (*ROLES.inputs, presence_column("audio"))  # what a batch holds: some rows have no audio
+INPUTS = (*ROLES.inputs, presence_column("audio"))  # columns of a batch; some rows have no audio
 
-# Row ids that a batch may be asked for.
+# Row ids that a batch may request.
 WANTED: dict[str, list[int]] = {
     "ascending": [2, 5, 11, 40],
     "any order": [33, 7, 0, 40, 12, 8],
@@ -52,7 +52,7 @@ WANTED: dict[str, list[int]] = {
 
 
 def make_columns() -> Arrays:
-    """Columns of several dtypes and shapes, among them text that is wider in some shards than in others."""
+    """Columns of several dtypes and shapes, with text that is wider in some shards than in others."""
     rng = np.random.default_rng(0)
     has_audio = np.arange(ROWS) % 4 != 1
     names = [f"row {row}" + "é" * (row // 10) for row in range(ROWS)]
@@ -67,7 +67,7 @@ def make_columns() -> Arrays:
 
 
 def cut_columns(columns: Arrays, cuts: Sequence[int] = CUTS) -> list[Arrays]:
-    """The columns of each shard; its text is as wide as its own widest."""
+    """The columns of each shard, whose text is as wide as its widest text."""
     shards = []
     for start, stop in itertools.pairwise(cuts):
         parts = {name: values[start:stop].copy() for name, values in columns.items()}
@@ -76,7 +76,7 @@ def cut_columns(columns: Arrays, cuts: Sequence[int] = CUTS) -> list[Arrays]:
 
 
 def shards_over(store: Store, columns: Arrays, cuts: Sequence[int] = CUTS) -> Shards:
-    """A data set over a store that holds `cut_columns(columns, cuts)`."""
+    """A dataset over a store that holds `cut_columns(columns, cuts)`."""
     return Shards(
         columns=ROLES,
         parts=tuple(Shard(start, stop - start, "") for start, stop in itertools.pairwise(cuts)),
@@ -91,7 +91,7 @@ class StoreContract(abc.ABC):
     """Tests of one store.
 
     Attributes:
-        views: `read` gives views of what is stored, the same memory each time, and not copies.
+        views: Whether `read` gives views of what is stored, the same memory each time, and not copies.
     """
 
     views: ClassVar[bool] = True
@@ -178,7 +178,7 @@ class StoreContract(abc.ABC):
 
     def test_another_process_reads_the_same(self) -> None:
         columns, shards = make_columns(), self._shards()
-        shards.gather(np.arange(ROWS))  # what this process has opened must not get in the way
+        shards.gather(np.arange(ROWS))  # what this process has opened must not travel
         ids = np.array(WANTED["any order"])
         batch = self.elsewhere(_gather, shards, ids, ROLES.all)
         _check_equal(batch, _rows(columns, ids, ROLES.all), "in another process")
@@ -190,7 +190,7 @@ class StoreContract(abc.ABC):
         assert len(self.packed(shards.store)) <= before + 64
 
     def packed(self, store: Store) -> bytes:
-        """The store as it travels."""
+        """The store after pickling."""
         return pickle.dumps(store)
 
     def test_some_shards_alone(self) -> None:

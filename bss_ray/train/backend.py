@@ -1,4 +1,4 @@
-"""What a rank is given to work with, and the backend that runs it: without Ray, so that it also runs in threads."""
+"""The context of a rank and the backend that runs it: without Ray, so that ranks can also be threads."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class StoredFolder(Protocol):
 
 
 class TrainBackend(Protocol):
-    """What a rank needs of whoever runs it and keeps its checkpoints."""
+    """The interface of a rank to the system that runs it and keeps its checkpoints."""
 
     def ranks(self) -> RankGroup:
-        """The calling rank among all."""
+        """The calling rank among all ranks."""
         ...
 
     def device(self) -> torch.device:
@@ -60,15 +60,15 @@ class TrainBackend(Protocol):
         ...
 
     def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
-        """Keep the scores of the untrained model, for other runs that begin with them."""
+        """Keep the scores of the untrained model for other runs that start with them."""
         ...
 
     def preempted(self) -> bool:
-        """Whether a node of the ranks is about to be taken away; all ranks ask, and have the same answer."""
+        """Whether a node of the ranks will be taken away soon; all ranks ask, and get the same answer."""
         ...
 
     def process_map(self, prefix: str, rank_nodes: Sequence[str]) -> PlacementMap | None:
-        """Where the processes of the run are; None where there is only the calling one.
+        """Where the processes of the run are; None if there is only the calling process.
 
         Args:
             prefix: Prefix of the names of the run's actors.
@@ -78,7 +78,7 @@ class TrainBackend(Protocol):
 
 
 class Stateful(Protocol):
-    """Anything with a state that belongs into a checkpoint: optimiser, schedule, scaler, ..."""
+    """Any object with a state that belongs to a checkpoint: optimiser, schedule, scaler, ..."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -1,12 +1,12 @@
-"""A checkpoint: model, optimiser and everything else with a state, and the sampler's whole state.
+"""A checkpoint: model, optimiser and all other objects with a state, and the sampler's whole state.
 
     manifest.json            format, fingerprint of the data, seed, position, history, digests of all files
     model.pt                 state dict
-    <name>.pt                state dict of whatever else was handed over (optimizer, lr_schedule, ...)
+    <name>.pt                state dict of each other object that was given (optimizer, lr_schedule, ...)
     scores-00000-00000.npz   scores and measures of one holder's rows, see `bss_ray.sample.score_files`
 
-Each rank writes the files of some holders, rank 0 the rest; Ray Train joins them in one folder and
-counts a checkpoint only when all ranks have delivered theirs.
+Each rank writes the files of some holders, and rank 0 also all other files. Ray Train joins them in one folder;
+a checkpoint is complete only when all ranks have delivered their files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bss_ray.storage import StoragePath
 from bss_ray.train.backend import SamplerContext, Stateful, StoredFolder
 from bss_ray.train.observed import Sums
 
-# 3: scores know the version in which a row was last measured, and measures of the next version belong to the state.
+# 3: each row has the version in which it was last measured, and measures of the next version belong to the state.
 FORMAT = 3
 MANIFEST = "manifest.json"
 
@@ -45,12 +45,12 @@ _MEND = "Restore the file from a copy, or start a new run under another name; no
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: three numbers. With the scores they are the sampler's whole state.
+    """The position of training: three numbers. Together with the scores they are the sampler's whole state.
 
     Attributes:
-        epoch: epoch, from 0.
-        batch: next global batch of that epoch.
-        version: score version that the epoch is drawn from.
+        epoch: Epoch, from 0.
+        batch: Next global batch of that epoch.
+        version: Score version that the epoch is drawn from.
     """
 
     epoch: int = 0
@@ -60,19 +60,19 @@ class Position:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is of.
+    """Description of a checkpoint.
 
     Attributes:
-        fingerprint: of the training data.
-        seed: of the run.
-        rows: of the training data.
-        num_classes: of the training data: values that each head returns.
-        position: where training goes on.
-        history: metrics of all finished epochs, in order.
-        observed: sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.observed.Sums`.
+        fingerprint: Fingerprint of the training data.
+        seed: Seed of the run.
+        rows: Number of rows of the training data.
+        num_classes: Number of values that each head returns for the training data.
+        position: Position at which training resumes.
+        history: Metrics of all finished epochs, in order.
+        observed: Sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.observed.Sums`.
         digests: BLAKE2 of each state dict's file.
-        scores: the files of scores.
-        format: version of this layout.
+        scores: Files of the scores.
+        format: Version of this layout.
     """
 
     fingerprint: str
@@ -99,7 +99,7 @@ def write_states(folder: Path, states: dict[str, Any]) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, after everything that it speaks of.
+    """Write the manifest, after all files that it names.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written to.
@@ -110,23 +110,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 class SavedCheckpoint:
-    """Reads a checkpoint wherever Ray Train stored it.
+    """Reads a checkpoint from any storage of Ray Train.
 
     Args:
-        checkpoint: from `ray.train.get_checkpoint()` or a `Result`.
+        checkpoint: Checkpoint from `ray.train.get_checkpoint()` or a `Result`.
 
-    All that reads a file raises a StorageError where its file system does not answer, or refuses.
+    All methods that read a file raise a StorageError if its file system does not answer, or refuses access.
     """
 
     def __init__(self, checkpoint: StoredFolder) -> None:
         self._path = StoragePath.of(checkpoint.path, checkpoint.filesystem)
-        self._manifest: Manifest | None = None  # once read and checked: every other file is checked against it
+        self._manifest: Manifest | None = None  # kept once read: other files are checked against it
 
     def manifest(self) -> Manifest:
         """The manifest.
 
         Raises:
-            CheckpointError: missing, damaged, or of another format version.
+            CheckpointError: The manifest is missing, damaged, or of another format version.
         """
         if self._manifest is not None:
             return self._manifest
@@ -153,7 +153,7 @@ class SavedCheckpoint:
         """The manifest, if the checkpoint belongs to this data and seed.
 
         Raises:
-            CheckpointError: it does not; names both values.
+            CheckpointError: It does not; the error names both values.
         """
         manifest = self.manifest()
         if manifest.fingerprint != fingerprint:
@@ -171,7 +171,7 @@ class SavedCheckpoint:
         """State dict `<name>.pt`, read without executing any code from it.
 
         Raises:
-            CheckpointError: missing or damaged.
+            CheckpointError: The file is missing or damaged.
         """
         file = f"{name}.pt"
         content = io.BytesIO(self._read(file))
@@ -181,10 +181,10 @@ class SavedCheckpoint:
             raise self._damaged(file, error) from error
 
     def scores(self, start: int, stop: int) -> list[ScoreBlock]:
-        """Saved scores that overlap rows [start, stop), whoever held them.
+        """Saved scores that overlap rows [start, stop), whichever holders saved them.
 
         Raises:
-            CheckpointError: a score file is missing or damaged.
+            CheckpointError: A score file is missing or damaged.
         """
         manifest = self.manifest()
         try:
@@ -195,7 +195,7 @@ class SavedCheckpoint:
             raise CheckpointError(f"checkpoint {self._path} is damaged: {error}. {_MEND}") from error
 
     def _read(self, file: str, *, check: bool = True) -> bytes:
-        """Content of a file, if it has the digest that the manifest names."""
+        """Content of a file whose digest must be that of the manifest."""
         try:
             content = self._content(file)
         except FileNotFoundError as error:
@@ -214,7 +214,7 @@ class SavedCheckpoint:
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:
-    # Through JSON and back: a tuple is written as a list, and NaN has one spelling.
+    # Through JSON and back, because a tuple is written as a list, and NaN has one spelling.
     return json.dumps(json.loads(json.dumps(manifest)), sort_keys=True).encode()
 
 
@@ -223,13 +223,13 @@ def _digest(content: bytes) -> str:
 
 
 class ResumeState(NamedTuple):
-    """Where an attempt of the ranks begins.
+    """The state with which an attempt of the ranks starts.
 
     Attributes:
-        attempt: its name.
-        position: epoch, next global batch, score version.
-        saved: the checkpoint that it goes on from.
-        manifest: of the checkpoint.
+        attempt: Name of the attempt.
+        position: Epoch, next global batch, score version.
+        saved: Checkpoint that the attempt resumes from.
+        manifest: Manifest of the checkpoint.
     """
 
     attempt: str
@@ -242,18 +242,18 @@ class Saver:
     """Saves and restores one rank's share of a run. All ranks make the same calls.
 
     Args:
-        context: of the run.
-        ranks: all of them.
+        context: Context of the run.
+        ranks: All ranks.
     """
 
     def __init__(self, context: SamplerContext, ranks: RankGroup) -> None:
         self._context, self._ranks = context, ranks
 
     def restore(self) -> ResumeState:
-        """Put all holders where the checkpoint stands (or at the start).
+        """Put all holders into the state of the checkpoint (or of the start).
 
         Raises:
-            CheckpointError: of other data or another seed, or damaged.
+            CheckpointError: The checkpoint has other data or another seed, or is damaged.
         """
         checkpoint, initial = self._context.backend.checkpoint(), self._context.initial_scores
         saved = None if checkpoint is None else SavedCheckpoint(checkpoint)
@@ -263,7 +263,7 @@ class Saver:
         position = Position() if initial is None else Position(version=1)
         position = position if manifest is None else manifest.position
         attempt = self._begin(saved or initial, position.version) if self._ranks.rank == 0 else ""
-        # No rank may plan before the holders stand where the checkpoint stands.
+        # No rank may plan before the holders have the state of the checkpoint.
         return ResumeState(self._ranks.from_first(attempt), position, saved, manifest)
 
     def _begin(self, scores: SavedScores | None, version: int) -> str:
@@ -282,16 +282,16 @@ class Saver:
         """Write this rank's share of a checkpoint and report it.
 
         Args:
-            row: metrics to report.
-            position: to go on from.
-            history: metrics of all epochs so far.
-            observed: sums over the unfinished epoch, of all ranks.
-            model: wrapped by DDP or not.
-            stateful: optimiser and the like, by name.
+            row: Metrics to report.
+            position: Position at which training resumes.
+            history: Metrics of all epochs so far.
+            observed: Sums over the unfinished epoch, of all ranks.
+            model: Model, wrapped by DDP or not.
+            stateful: Optimiser and other objects with a state, by name.
         """
         with tempfile.TemporaryDirectory(prefix="bss_ray-") as name:
             folder = Path(name)
-            self._ranks.barrier()  # all have handed over what belongs to the state
+            self._ranks.barrier()  # all ranks have delivered their part of the state
             everyones = self._ranks.gather(self._write_scores(folder, position.version))
             if self._ranks.rank == 0:
                 states = {"model": unwrap_model(model), **stateful}
@@ -308,11 +308,11 @@ class Saver:
                     scores=[file for own in everyones for file in own],
                 )
                 write_manifest(folder, manifest)
-            # A rank without a file of its own reports without one, and still takes part in the barrier.
+            # A rank without files still takes part in the barrier.
             self._context.backend.report(row, folder if any(folder.iterdir()) else None)
 
     def _write_scores(self, folder: Path, version: int) -> list[ScoreFile]:
-        """This rank's share of the score files: those of every so manieth holder."""
+        """This rank's share of the score files: holders `rank`, `rank + ranks`, ..."""
         rank, ranks = self._ranks.rank, self._ranks.count
         written: list[ScoreFile] = []
         for index, held in enumerate(self._context.coordinator.states(version, rank, ranks)):

@@ -1,11 +1,11 @@
-"""The run folder: what a run writes beside Ray Train's checkpoints, all of it readable by people.
+"""The run folder: the files of a run next to Ray Train's checkpoints, all of them readable by people.
 
-config.yaml      resolved configuration; the same command with the same configuration goes on
+config.yaml      resolved configuration; the same command with the same configuration resumes the run
 metrics.csv      a line per epoch
-tensorboard/     the same as events
+tensorboard/     the same figures as events
 scores.parquet/  final scores: row_id, similarity, information, score, label, id and extra columns
 result.json      the chosen epoch and its test metrics; written last: the run is complete
-report.html      figures, where plotly is installed
+report.html      figures, if plotly is installed
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from bss_ray.storage import StoragePath, absolute
 class Events:
     """Writes the metrics of epochs as TensorBoard events, each epoch at once.
 
-    Not by a `SummaryWriter`: it writes in a thread, and its `flush` does not wait for that.
+    It uses no `SummaryWriter`, which writes in a thread for which its `flush` does not wait.
 
-    A file of events is appended to, which an object store cannot do. So what is to lie there is written on this
-    machine, and copied whole after each epoch: a file of a few kB for each command of the run.
+    A file of events is appended to, which an object store cannot do. For an object store it is written on this
+    machine and copied as a whole after each epoch: a file of a few kB for each command of the run.
 
     Args:
-        folder: where they lie in the end.
+        folder: Final folder of the events.
 
     Raises:
-        StorageError: on a copy that fails.
+        StorageError: A copy fails.
     """
 
     def __init__(self, folder: StoragePath) -> None:
         self._folder = folder
         folder.mkdir()
         self._here = None if folder.local is not None else tempfile.TemporaryDirectory(prefix="bss_ray-")
-        self._writer: EventsWriter | None = None  # with the first epoch: a run that fails before leaves no file
+        self._writer: EventsWriter | None = None  # from the first epoch: a run that fails earlier leaves no file
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write the finite metrics of an epoch."""
@@ -77,12 +77,12 @@ class Events:
             self._writer.close()
         if self._here is not None:
             with self._here:
-                if error is None:  # else it would hide that error
+                if error is None:  # otherwise it would hide that error
                     self._copy()
 
 
-# What may differ between two commands of one training run: where and how it is shown, not what is computed.
-# Another number of ranks changes nothing but the rounding of gradients.
+# Settings that may differ between two commands of one training run: where it runs and how it is shown, not what is
+# computed. Another number of ranks changes only the rounding of gradients.
 _MAY_CHANGE = frozenset(
     {
         "num_workers",
@@ -104,14 +104,14 @@ class RunFolder:
     """Writes and reads a run folder.
 
     Args:
-        storage_path: folder of all runs, on a file system that all nodes share, or a URI (see `bss_ray.storage`).
-        name: of the run.
-        may_change: settings that may differ between two commands of one run.
-        result_file: name of the file that is written last.
+        storage_path: Folder of all runs, on a file system that all nodes share, or a URI (see `bss_ray.storage`).
+        name: Name of the run.
+        may_change: Settings that may differ between two commands of one run.
+        result_file: Name of the file that is written last.
 
     Raises:
-        StorageError: the folder cannot be made or written.
-        ConfigError: a URI of no known kind, or a name that is no folder name.
+        StorageError: The folder cannot be made or written.
+        ConfigError: The kind of the URI is unknown, or the name is no folder name.
     """
 
     def __init__(
@@ -143,16 +143,16 @@ class RunFolder:
     # ---- configuration ------------------------------------------------------------------------
 
     def claim(self, config: str) -> bool:
-        """Write the resolved configuration, or compare it with the one that is there.
+        """Write the resolved configuration, or compare it with the existing one.
 
         Args:
-            config: YAML.
+            config: All settings as YAML.
 
         Returns:
             Whether the folder already holds this run.
 
         Raises:
-            ConfigError: it holds a run of another configuration; names the settings and both values.
+            ConfigError: The folder holds a run of another configuration; the error names the settings and both values.
         """
         path = self.path / "config.yaml"
         if not path.exists():
@@ -166,7 +166,7 @@ class RunFolder:
         ]
         if changed:
             raise ConfigError(
-                f"{self.path} holds a run of another configuration; it goes on only with its own.\n  "
+                f"{self.path} holds a run of another configuration; a run is resumed only with its own settings.\n  "
                 + "\n  ".join(changed)
                 + "\nChoose another --name, or give the run's settings again: --config "
                 + (str(path) if path.local is not None else f"with a copy of {path}")
@@ -174,14 +174,14 @@ class RunFolder:
         return True
 
     def release(self) -> None:
-        """Free the name of a run that has failed before its first checkpoint: the next try may have other settings."""
+        """Free the name of a run that has failed before its first checkpoint for a run with other settings."""
         if not self.path.glob("checkpoint_*"):
             (self.path / "config.yaml").remove()
 
     # ---- metrics ------------------------------------------------------------------------------
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write all epochs to `metrics.csv`: whole, so that it always agrees with the checkpoints."""
+        """Write all epochs to `metrics.csv` again, so that it always agrees with the checkpoints."""
         names = list(dict.fromkeys(name for row in history for name in row))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, names)
@@ -192,7 +192,7 @@ class RunFolder:
     # ---- result -------------------------------------------------------------------------------
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a complete run; None while it is not."""
+        """The result of a complete run; None if the run is not complete."""
         path = self.path / self._result_file
         if not path.exists():
             return None
@@ -203,7 +203,7 @@ class RunFolder:
             raise CheckpointError(f"{path} is damaged ({error}). Remove it and give the same command again") from error
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file of the folder whole or not at all."""
+        """Write a file of the folder completely or not at all."""
         (self.path / name).write_text(text)
 
     def write_result(self, result: dict[str, Any]) -> None:

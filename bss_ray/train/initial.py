@@ -1,4 +1,4 @@
-"""What a run begins with: scores of an earlier run or of `bss-ray score`, and weights of a pre-trained model."""
+"""Initial scores, from an earlier run or `bss-ray score`, and weights of a pre-trained model."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _MEASURES = ("similarity", "information")
 
 
 class ScoresFile:
-    """A Parquet file or folder of scores, as `SavedScores`: each holder reads what overlaps its rows.
+    """A Parquet file or folder of scores as `SavedScores`, of which each holder reads the part that overlaps its rows.
 
-    Rows are matched by the data's id column where the file has it too, else by `row_id`. A row whose score is null
-    counts as not scored yet. Columns `similarity` and `information` are taken along; without them rows have no measures
-    until they are measured again.
+    Rows are matched by the data's id column if the file has it too, otherwise by `row_id`. A row whose score is null
+    counts as not scored yet. The columns `similarity` and `information` are read too; without them rows have no
+    measures until they are measured again.
 
     Args:
-        path: Parquet file or folder, or a URI; all nodes can read it.
-        shards: the training rows.
+        path: Parquet file or folder, or a URI, that all nodes can read.
+        shards: The training rows.
 
     Raises:
-        DataError: no such file or column, or another number of rows than the data.
+        DataError: The file or a column does not exist, or the number of rows differs from the data.
     """
 
     def __init__(self, path: str, shards: Shards) -> None:
@@ -67,7 +67,7 @@ class ScoresFile:
         """Scores of rows [start, stop).
 
         Raises:
-            DataError: a row has none, or more than one; a score is no number in [-1, 1]; ids are of another kind.
+            DataError: A row has no score or several, a score is no number in [-1, 1], or ids have another type.
         """
         if self._key == "row_id":
             wanted = pa.array(np.arange(start, stop))
@@ -85,7 +85,7 @@ class ScoresFile:
         return [self._part(start, table.take(places))]
 
     def _as_ids(self, keys: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
-        """The file's keys as the data has them."""
+        """The keys of the file in the data's type."""
         try:
             return keys.cast(kind).combine_chunks()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -97,7 +97,7 @@ class ScoresFile:
     def _part(self, start: int, table: pa.Table) -> ScoreBlock:
         part = ScoreBlock.empty(start, len(table))
         for values in (part.similarity, part.information):
-            values[:] = np.nan  # not in the file: no number that a normalisation over all rows would count
+            values[:] = np.nan  # not in the file: NaN, which a normalisation over all rows does not count
         for name in self._columns[1:]:
             try:
                 getattr(part, name)[:] = table[name].to_numpy().astype(np.float32)
@@ -136,7 +136,7 @@ class ScoresFile:
             raise DataError(f"initial scores cannot be read from {self._path}: {error}") from error
 
 
-# Where a `.pt` file that holds more than a state dict may keep it.
+# Keys of the state dict in `.pt` files that contain more.
 _INNER = ("model", "state_dict", "model_state_dict")
 
 _DEMO = "demo"
@@ -144,12 +144,13 @@ _DEMO = "demo"
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights from somewhere.
+    """Weights and their origin.
 
     Attributes:
-        state: a state dict, on the CPU.
-        source: where they are from, for people.
-        settings: of the run that made them (its `config.yaml`, and the number of classes), as far as they are known.
+        state: A state dict, on the CPU.
+        source: Origin of the weights, for people.
+        settings: Settings of the run that made the weights (its `config.yaml`, and the number of classes), as far as
+            they are known.
     """
 
     state: Mapping[str, Any]
@@ -174,16 +175,16 @@ def _bytes(value: Any) -> bytes:
 
 
 def read_weights(checkpoint: str | None, storage_path: str = "runs") -> Weights:
-    """Weights of a file, a checkpoint or a run.
+    """Weights from a file, a checkpoint or a run.
 
     Args:
-        checkpoint: path or URI of a `.pt` file with a state dict; of a checkpoint folder of a run; or of the folder of
-            a run: the epoch that it has chosen, or its last checkpoint. None: the run `demo`.
-        storage_path: folder of all runs.
+        checkpoint: Path or URI of a `.pt` file with a state dict; of a checkpoint folder of a run; or of the folder of
+            a run: the epoch that the run has chosen, or its last checkpoint. None takes the run `demo`.
+        storage_path: Folder of all runs.
 
     Raises:
-        CheckpointError: it is missing, damaged, or something else.
-        StorageError: its file system does not answer, or refuses.
+        CheckpointError: The file is missing, damaged, or no state dict.
+        StorageError: The file system does not answer, or refuses access.
     """
     if checkpoint is None:
         path = StoragePath.of(storage_path) / _DEMO
@@ -238,7 +239,7 @@ def _saved(path: StoragePath) -> SavedCheckpoint:
 
 
 def _choose(run: StoragePath) -> StoragePath:
-    """The checkpoint of the epoch that a run has chosen; while it has not, or that is gone, the last one."""
+    """The checkpoint of the epoch that a run has chosen; the last checkpoint if there is none yet or it was removed."""
     found = {path: _position(path) for path in run.glob("checkpoint_*") if (path / MANIFEST).exists()}
     if not found:
         raise CheckpointError(f"the run {run} has no checkpoint yet. Let it train for an epoch, or name another")
@@ -250,7 +251,7 @@ def _choose(run: StoragePath) -> StoragePath:
 
 
 def _position(path: StoragePath) -> tuple[int, int]:
-    """Next epoch and global batch of a checkpoint."""
+    """Next epoch and next global batch of a checkpoint."""
     position = _saved(path).manifest().position
     return position.epoch, position.batch
 

@@ -1,4 +1,4 @@
-"""The default train loop: what `bss-ray train` runs on every rank, built only from public pieces."""
+"""The default train loop, which `bss-ray train` runs on every rank, built from the public interface only."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ModelSpec:
         """The module.
 
         Raises:
-            ConfigError: it cannot be imported, is no `nn.Module`, or does not take the arguments.
+            ConfigError: The class cannot be imported, is no `nn.Module`, or does not take the arguments.
         """
         kind = import_name(self.class_path)
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
@@ -80,7 +80,7 @@ class LoopConfig:
         eval_batch_size: Number of rows of a rank's forward pass in evaluation.
 
     Raises:
-        ConfigError: a setting is unknown or out of its range.
+        ConfigError: A setting is unknown or out of its range.
     """
 
     epochs: int = 15
@@ -118,7 +118,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopArgs:
-    """What the default loop is given."""
+    """Arguments of the default loop."""
 
     loop: LoopConfig
     model: ModelSpec
@@ -174,7 +174,7 @@ def default_loop(args: LoopArgs) -> None:
 
 def _validation(sampler: Sampler, config: LoopConfig, precision: str) -> Callable[[nn.Module], dict[str, float]]:
     """Metrics `val_...` of a model over the validation rows; all epochs share their memory."""
-    from bss_ray.train.metrics import HeadMetrics, evaluate  # torchmetrics: a loop that only trains does without it
+    from bss_ray.train.metrics import HeadMetrics, evaluate  # imports torchmetrics, which training does without
 
     columns = sampler.shards.columns
     metrics = HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
@@ -190,7 +190,7 @@ def _validation(sampler: Sampler, config: LoopConfig, precision: str) -> Callabl
 
 
 def _pretrained(args: LoopArgs, checkpoint: str, sampler: Sampler) -> nn.Module:
-    """The model that rows are scored with before the first epoch."""
+    """The model with which rows are scored before the first epoch."""
     from bss_ray.train.initial import read_weights  # YAML, for the run folders that a search has left
 
     model = build_model(args.model, sampler.shards).to(sampler.device)
@@ -205,12 +205,12 @@ def build_model(spec: ModelSpec, shards: Shards) -> nn.Module:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` resolved for `device`: bf16 or fp16 where a GPU has it, else fp32."""
+    """`auto` resolved for `device`: bf16 or fp16 if a GPU has it, else fp32."""
     if precision != "auto":
         return precision
     if device.type != "cuda":
         return "fp32"
-    # `torch.cuda.is_bf16_supported()` also says yes to GPUs that only emulate it, many times slower.
+    # `torch.cuda.is_bf16_supported()` is also true for GPUs that only emulate bf16, many times slower.
     has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return "bf16" if has_bf16 else "fp16"
 
@@ -249,7 +249,7 @@ def _optimizer(config: LoopConfig, model: nn.Module, device: torch.device) -> to
 
 
 def _lr_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Per epoch, not per batch: the number of batches of an epoch is the scheduler's to change."""
+    """A schedule per epoch and not per batch, because the scheduler may change the number of batches of an epoch."""
     epochs, warmup = config.epochs - config.warmup_epochs, config.warmup_epochs
 
     def factor(epoch: int) -> float:
@@ -264,7 +264,7 @@ def _lr_schedule(config: LoopConfig, optimizer: torch.optim.Optimizer) -> torch.
 
 
 def _seed_step(seed: int, sampler: Sampler) -> None:
-    """Seed dropout and the like by position, so that a resumed run continues with the same numbers."""
+    """Seed random operations such as dropout by position, so that a resumed run continues with the same numbers."""
     position = sampler.position
     entropy = [seed, position.epoch, position.batch, sampler.rank]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

@@ -1,4 +1,4 @@
-"""Metrics of every head over all ranks: fused, each modality, and the modalities' heads taken together."""
+"""Metrics of every head over all ranks: fused, each modality, and the modalities' heads together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bss_ray.measure.forward import autocast, evaluating
 from bss_ray.measure.observation import Outputs
 from bss_ray.names import FUSED, presence_column
 
-# The prediction of the modalities' heads without the fused one: the sum of their logits, or the mean of their values.
+# Prediction of the modalities' heads without the fused head: the sum of their logits, or the mean of their values.
 SUM, MEAN = "sum", "mean"
 
 METRICS: dict[Task, tuple[str, ...]] = {
@@ -31,11 +31,11 @@ METRICS: dict[Task, tuple[str, ...]] = {
     "regression": ("r2", "mae", "rmse"),
 }
 
-# The smaller, the better.
+# Metrics whose smaller values are better.
 _ERRORS = ("mae", "rmse")
 
-# Label of a row that does not count. Left out instead, a batch without any that does would be empty, which
-# torchmetrics' classification does not take, and a rank without such a batch could not join the others' states.
+# Label of a row that does not count. If such rows were left out, a batch could be empty, which torchmetrics'
+# classification refuses, and a rank without any row could not join the states of the other ranks.
 _IGNORED = -1
 
 
@@ -45,7 +45,7 @@ def metric_names(prefix: str, modalities: Sequence[str], task: Task = "multiclas
 
 
 def default_metric(prefix: str, task: Task = "multiclass") -> str:
-    """The metric that a task is judged by unless another is asked for: the fused head's accuracy, or its R²."""
+    """The default metric of a task: accuracy of the fused head, or its R²."""
     return f"{prefix}_{METRICS[task][0]}_{FUSED}"
 
 
@@ -55,7 +55,7 @@ def is_error(name: str) -> bool:
 
 
 def _together(task: Task) -> str:
-    """Name of the modalities' heads taken together."""
+    """Name of the modalities' heads together."""
     return MEAN if task == "regression" else SUM
 
 
@@ -66,15 +66,15 @@ class HeadMetrics:
     - multilabel: the same over classes, accuracy over all rows and classes (threshold 0.5);
     - regression: R² (mean over the D numbers), mean absolute and root mean squared error.
 
-    Rows that lack a modality do not count for its own head, and it takes no part in their sum or mean. States are
-    summed (or joined) over the ranks by torchmetrics when a process group is there, so every rank computes the same
-    figures over all rows.
+    A row that lacks a modality does not count for the modality's head, and the modality does not enter the row's sum or
+    mean. torchmetrics sums (or joins) states over the ranks if there is a process group, so every rank computes the
+    same figures over all rows.
 
     Args:
-        modalities: names of the modalities.
-        num_classes: C, or the D numbers of a regression.
-        device: where predictions lie.
-        task: kind of the labels.
+        modalities: Names of the modalities.
+        num_classes: Number of classes C, or D numbers of a regression.
+        device: Device of the predictions.
+        task: Kind of the labels.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class HeadMetrics:
         """Count one batch.
 
         Args:
-            outputs: of the model; features among them are passed over.
-            labels: of the rows.
-            batch: its `has_<modality>` columns say which rows lack which modality; None: no row does.
+            outputs: Outputs of the model; features among them are ignored.
+            labels: Labels of the rows.
+            batch: Batch whose `has_<modality>` columns say which rows lack which modality; None: no row lacks one.
         """
         present = {name: (batch or {}).get(presence_column(name)) for name in self._modalities}
         logits = {name: outputs[name].float() for name in (FUSED, *self._modalities)}
@@ -100,7 +100,7 @@ class HeadMetrics:
             self._count(metrics, logits[name], labels, present.get(name))
 
     def compute(self, prefix: str) -> dict[str, float]:
-        """`{prefix}_{metric}_{head}` of all batches since the last call; then start over."""
+        """`{prefix}_{metric}_{head}` of all batches since the last call; then the states are reset."""
         figures = {}
         for head, metrics in self._heads.items():
             for metric, value in metrics.compute().items():
@@ -115,9 +115,9 @@ class HeadMetrics:
         return total / torch.stack(there).sum(0) if self._task == "regression" else total
 
     def _count(self, metrics: MetricCollection, logits: Tensor, labels: Tensor, present: Tensor | None) -> None:
-        """Count the rows that are present (B,), of one head."""
+        """Count the present rows (B,) of one head."""
         if self._task == "regression":
-            # Float64: R² takes the variance of the labels from the difference of two sums.
+            # Float64, because R² computes the variance of the labels from the difference of two sums.
             values, truth = logits.double(), labels.double().reshape(logits.shape)
             metrics.update(*((values, truth) if present is None else (values[present], truth[present])))
             return
@@ -128,12 +128,12 @@ class HeadMetrics:
 
 
 def _column(present: Tensor | None, logits: Tensor) -> Tensor:
-    """(B, 1) 1 for the rows that are present, in the logits' dtype."""
+    """(B, 1) 1 for the present rows, in the logits' dtype."""
     return torch.ones_like(logits[:, :1]) if present is None else present.unsqueeze(-1).to(logits.dtype)
 
 
 def _metrics(task: Task, width: int) -> dict[str, Metric | MetricCollection]:
-    """torchmetrics' classes for a task, by our names."""
+    """torchmetrics' classes for a task, by this project's names."""
     if task == "regression":
         return {"r2": _R2(), "mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}
     if task == "multilabel":
@@ -150,7 +150,7 @@ def _metrics(task: Task, width: int) -> dict[str, Metric | MetricCollection]:
 
 
 class _R2(R2Score):
-    """R², NaN for fewer than two rows (torchmetrics raises): so few may have a modality."""
+    """R², which is NaN for fewer than two rows (torchmetrics raises an error), as few rows may have a modality."""
 
     def compute(self) -> Tensor:
         return super().compute() if self.total >= 2 else torch.tensor(float("nan"))
@@ -169,13 +169,13 @@ def evaluate(
     """Metrics of `model` over batches, in eval mode.
 
     Args:
-        model: not wrapped by DDP: ranks may have different numbers of batches.
-        batches: this rank's share of the rows.
-        metrics: counts and computes over all ranks.
-        label: name of the label column.
-        prefix: of the metrics' names, e.g. `val`.
-        device: where model and batches are.
-        precision: `fp32`, `bf16` or `fp16`.
+        model: Model without the DDP wrapper, because ranks may have different numbers of batches.
+        batches: This rank's share of the rows.
+        metrics: Metrics that count and compute over all ranks.
+        label: Name of the label column.
+        prefix: Prefix of the metrics' names, e.g. `val`.
+        device: Device of model and batches.
+        precision: Precision: `fp32`, `bf16` or `fp16`.
     """
     with evaluating(model), autocast(device, precision):
         for batch in batches:

@@ -1,4 +1,4 @@
-"""Running figures of the training steps of an epoch, on the rank's device until the epoch ends."""
+"""Running sums of the training steps of an epoch, on the rank's device until the epoch ends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bss_ray.runtime.ranks import RankGroup
 
 
 class Sums(NamedTuple):
-    """Sums over rows that were seen.
+    """Sums over observed rows.
 
     Attributes:
-        rows: how many.
-        loss: the method's training loss.
-        paired: rows with at least two modalities.
-        similarity: of those.
+        rows: Number of rows.
+        loss: Sum of the method's training loss.
+        paired: Number of rows with at least two modalities.
+        similarity: Sum of the similarities of these rows.
     """
 
     rows: float = 0.0
@@ -28,7 +28,7 @@ class Sums(NamedTuple):
     similarity: float = 0.0
 
     def means(self) -> dict[str, float]:
-        """Metrics; of no rows, none."""
+        """Metrics; empty if there are no rows."""
         if not self.rows:
             return {}
         return {"train_loss": self.loss / self.rows, "train_similarity": self.similarity / max(self.paired, 1)}
@@ -38,26 +38,26 @@ class Observed:
     """This rank's sums.
 
     Args:
-        device: where outputs are; nothing leaves it before `over`.
+        device: Device of the outputs; nothing leaves it before `over`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
 
     def add(self, rows: Observation, similarity: Tensor, own: Tensor) -> None:
-        """Count a step's rows.
+        """Count the rows of a step.
 
         Args:
-            rows: its outputs.
-            similarity: (b,) of them.
-            own: (b,) bool; filler rows are not.
+            rows: Observation of the batch.
+            similarity: (b,) similarities of the batch's rows.
+            own: (b,) bool, false for filler rows.
         """
         loss, paired = rows.loss, ~similarity.isnan()
         figures = (torch.ones_like(loss), loss, paired, similarity.nan_to_num())
         self._sums += torch.stack([(values * own).sum(dtype=torch.float64) for values in figures])
 
     def restore(self, sums: Sequence[float]) -> None:
-        """Go on from sums over all ranks that a checkpoint has: one rank carries them on."""
+        """Resume from a checkpoint's sums over all ranks, which one rank continues."""
         self._sums += torch.tensor(sums, dtype=torch.float64, device=self._sums.device)
 
     def over(self, ranks: RankGroup) -> Sums:
@@ -65,5 +65,5 @@ class Observed:
         return Sums(*ranks.sum(self._sums))
 
     def reset(self) -> None:
-        """Begin a new epoch."""
+        """Start a new epoch."""
         self._sums.zero_()

@@ -1,4 +1,4 @@
-"""Ray Train's trainer, as a run needs it: elastic ranks, lost shards, a lost controller, limits to all waits."""
+"""Ray Train's trainer for a run: elastic ranks, lost shards, a lost controller, time limits of all waits."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from bss_ray.runtime.ray_internals import is_alone, orphaned_placement_groups, t
 
 
 def seats_of_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counted: int, *, at_least: int) -> int:
-    """How many ranks to start.
+    """Number of ranks to start.
 
     Args:
-        nodes: those that are not there yet do not count.
-        groups: all processes of the run; the last are the ranks.
-        counted: what Ray takes for possible.
-        at_least: so many ranks need not leave room to the others, which a run can do without for a while.
+        nodes: Nodes; those that do not exist yet do not count.
+        groups: All processes of the run; the last are the ranks.
+        counted: Number of ranks that Ray takes for possible.
+        at_least: Number of ranks that need not leave room for the other processes, without which a run can do for a
+            while.
     """
     *others, ranks = groups
     here = [node for node in nodes if node.there]
@@ -46,8 +47,8 @@ class AwaitLostShards:
     """Runs in Ray Train's controller, before it reserves anything for the ranks.
 
     Args:
-        shards: of all splits.
-        limit_s: seconds until the ranks start all the same; they say what they lack.
+        shards: Shards of all splits.
+        limit_s: Seconds after which the ranks start even without all shards; they report which shards they lack.
     """
 
     def __init__(self, shards: Sequence[Shards], limit_s: float) -> None:
@@ -56,7 +57,7 @@ class AwaitLostShards:
         self._in_memory: list[set[int]] | None = None
 
     def __call__(self) -> None:
-        """The first time note which shards are where a node can take them along; later wait for these."""
+        """The first time record which shards could be lost with a node; later wait for these shards."""
         copies = [store.copies() for store in self._stores]
         if self._in_memory is None:
             self._in_memory = [{shard for shard, nodes in split.items() if nodes} for split in copies]
@@ -70,7 +71,7 @@ class AwaitLostShards:
             time.sleep(_POLL_S)
 
     def _lost(self) -> int:
-        """How many shards have no copy on any living node."""
+        """Number of shards without a copy on any living node."""
         assert self._in_memory is not None
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         return sum(
@@ -81,7 +82,7 @@ class AwaitLostShards:
 
 
 def _settle(nodes: set[str], limit_s: float) -> None:
-    """Until each node has answered, or Ray has given it up: a lost one counts as alive for some seconds."""
+    """Wait until each node has answered, or Ray declares it dead: a lost node counts as alive for some seconds."""
     there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     ray.wait(
         [_answer.options(scheduling_strategy=node).remote() for node in there],
@@ -92,11 +93,11 @@ def _settle(nodes: set[str], limit_s: float) -> None:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _answer() -> None:
-    """That a process can be run there is all there is to know."""
+    """Does nothing: it only shows that the node can run a process."""
 
 
 def free_lost_groups() -> int:
-    """Remove the placement groups of this job that have lost their Ray Train controller; how many there were."""
+    """Remove the placement groups of this job that have lost their Ray Train controller; returns their number."""
     orphaned = orphaned_placement_groups()
     for group in orphaned:
         remove_placement_group(group)
@@ -104,7 +105,7 @@ def free_lost_groups() -> int:
 
 
 def remove_orphaned_placement_groups(limit_s: float = 10.0) -> None:
-    """`free_lost_groups` as soon as Ray's tables know of the loss; one that was starting had no group yet."""
+    """`free_lost_groups` as soon as Ray's tables know of the loss; a starting controller has no group yet."""
     end = time.monotonic() + limit_s
     while not free_lost_groups() and time.monotonic() < end:
         time.sleep(0.1)
@@ -119,7 +120,7 @@ def fit_ranks(
     scaling_config: ray.train.ScalingConfig,
     run_config: ray.train.RunConfig,
 ) -> ray.train.Result:
-    """Have Ray Train run the ranks: elastic ones leave room for the run's other processes, and every wait has a limit.
+    """Let Ray Train run the ranks: elastic ranks leave room for the run's other processes, and every wait has a limit.
 
     Args:
         train_loop: Runs in each rank.
@@ -131,7 +132,7 @@ def fit_ranks(
     """
     parts = train_parts()
     policy, alone = None, is_alone()
-    # A selector for each rank makes several kinds of ranks, of which Ray starts the first ones.
+    # A selector for each rank makes several kinds of ranks, of which Ray starts the first ranks.
     if scaling_config.elasticity_enabled and not isinstance(scaling_config.label_selector, list):
         policy = parts.scaling_policy(
             scaling_config,
@@ -147,7 +148,7 @@ def fit_ranks(
         scaling_config=scaling_config,
         run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), before]),
     )
-    # Without ranks of their own the loop runs in this process, whose environment stays what it is.
+    # Without ranks the loop runs in this process, whose environment stays the same.
     ranks_elsewhere = scaling_config.num_workers != 0
     with _controller_environment(wait_limit_s, preemptions=not alone) if ranks_elsewhere else contextlib.nullcontext():
         return trainer.fit()
@@ -155,10 +156,10 @@ def fit_ranks(
 
 @contextlib.contextmanager
 def _controller_environment(limit_s: float, *, preemptions: bool) -> Iterator[None]:
-    """Ray Train's own waits end as this project's do, unless the user has set a limit.
+    """Give Ray Train's own waits the limit of this project, unless the user has set a limit.
 
-    Ranks wait in its barriers without one. Its controller asks every rank how it is, and where the network was out at
-    that moment the answer may never come: it gives a rank up after ten minutes.
+    Ranks wait in Ray Train's barriers without a limit. Its controller polls every rank, and after an outage of the
+    network the answer may never come: by default the controller abandons a rank after ten minutes.
 
     Args:
         limit_s: Longest wait.

@@ -60,12 +60,12 @@ class RayTrainBackend:
         ray.train.report(dict(row), checkpoint=checkpoint)
 
     def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
-        """They are in the first checkpoint."""
+        """Does nothing: the first checkpoint has the scores."""
 
     def preempted(self) -> bool:
         return ray.train.get_preemption_info() is not None
 
     def process_map(self, prefix: str, rank_nodes: Sequence[str]) -> PlacementMap | None:
         here = ray.get_runtime_context()
-        takes = here.get_assigned_resources() if here.get_actor_id() else {}  # a driver that trains has none
+        takes = here.get_assigned_resources() if here.get_actor_id() else {}  # a driver that trains has no actors
         return process_map_message(prefix, rank_nodes, takes)

@@ -18,7 +18,7 @@ _POST_INTERVAL_S = 0.5
 
 
 class Reporter:
-    """Speaks for one rank.
+    """Sends the messages of one rank.
 
     Args:
         context: Context of the run.
@@ -44,7 +44,7 @@ class Reporter:
         self.post(Notice(text))
 
     def warn(self, warnings: Mapping[str, str]) -> None:
-        """Tell the user of each kind of trouble once, not in every epoch."""
+        """Report each kind of trouble once and not in every epoch."""
         for name, text in warnings.items():
             if name not in self._warned:
                 self._warned.add(name)

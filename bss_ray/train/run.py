@@ -1,4 +1,4 @@
-"""One whole run, as `bss-ray train` does it: data, training, the chosen epoch on test, files."""
+"""One whole run of `bss-ray train`: data, training, test of the chosen epoch, files."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ from bss_ray.train.trainer import BalancedTrainer
 
 
 def write_scores(path: StoragePath, saved: SavedCheckpoint, shards: Shards) -> None:
-    """Write a checkpoint's scores as a folder of Parquet files, one a shard, replacing an older one."""
+    """Write the scores of a checkpoint into a folder of Parquet files, one for each shard; replaces an older folder."""
     count = len(shards.parts)
     with path.replaced() as folder:
-        if is_alone():  # a thread imports nothing
+        if is_alone():  # imported before the threads start
             for _ in in_threads(functools.partial(_write_part, folder, saved, shards), range(count)):
                 pass
         else:
@@ -92,7 +92,7 @@ def roc_areas(path: StoragePath, columns: tuple[str, ...]) -> dict[str, float]:
         if name in table.column_names and pa.types.is_boolean(table.schema.field(name).type):
             truth = torch.from_numpy(table[name].to_numpy().astype(np.int64))
             score = torch.from_numpy(table["score"].to_numpy())
-            # Mapped into [0, 1]: torchmetrics takes anything else for logits and squashes it.
+            # Mapped into [0, 1], because torchmetrics treats other values as logits.
             areas[name] = float(binary_auroc((1 - score) / 2, truth))
     return areas
 
@@ -190,9 +190,9 @@ class TrainConfig:
 
 
 def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
-    """Train, choose the epoch on validation, read test once, and write the run folder.
+    """Train, choose the epoch on validation, test it, and write the run folder.
 
-    Ray must be running. A run that was stopped goes on.
+    Ray must be running. A stopped run is resumed.
 
     Args:
         config: All settings.
@@ -203,13 +203,13 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
         The content of `result.json`.
 
     Raises:
-        BssRayError: see `BalancedTrainer.fit`.
+        BssRayError: See `BalancedTrainer.fit`.
     """
     profile = ProfileFolder(folder.path)
     scaling = train_scaling(config)
     choose_by = check_choice(config.choose_by, columns_of(config))
     if config.initial_checkpoint is not None:
-        read_weights(config.initial_checkpoint)  # before anything is started
+        read_weights(config.initial_checkpoint)  # checked before anything is started
     load = functools.cache(functools.partial(load_shards, config, on_message))
     with _recording(folder, profile, on_message) as record:
         trainer = make_trainer(
@@ -219,7 +219,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
             run_config=ray.train.RunConfig(
                 name=folder.path.name,
                 storage_path=folder.storage_path.uri,
-                # Without validation no epoch has the metric, and the last ones are kept.
+                # Without validation no epoch has the metric, and the last checkpoints are kept.
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=2,
                     checkpoint_score_attribute=choose_by,
@@ -283,7 +283,7 @@ def make_trainer(
         dataset=lambda: load().train,
         columns=columns_of(config),
         validation=lambda: load().validation,
-        # Burn-in is for runs without scores.
+        # Burn-in is only for runs without scores.
         scheduler=config.scheduler if config.initial_checkpoint is None else replace(config.scheduler, burn_in=0),
         measurer=config.measurer,
         scoring=config.scoring,
@@ -308,7 +308,7 @@ def make_trainer(
 
 
 def train_scaling(config: TrainConfig) -> ray.train.ScalingConfig:
-    """Ranks of a run, on the cluster that Ray is connected to."""
+    """The ranks of a run on the cluster that Ray is connected to."""
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), int(there.get("CPU", 0))
     use_gpu = gpus > 0 if config.use_gpu is None else config.use_gpu
@@ -322,7 +322,7 @@ def columns_of(config: TrainConfig) -> Columns:
     """Roles of the columns of a run's data.
 
     Raises:
-        DataError: they are not named.
+        DataError: The settings do not name them.
     """
     columns = config.columns or (AV_DIGITS_COLUMNS if config.data == AV_DIGITS else None)
     if columns is None:
@@ -333,7 +333,7 @@ def columns_of(config: TrainConfig) -> Columns:
 
 
 class Splits(NamedTuple):
-    """Shards of the splits of a run; None for a split that there is none of."""
+    """Shards of the splits of a run; None for a split that does not exist."""
 
     train: Shards
     validation: Shards | None = None
@@ -341,10 +341,10 @@ class Splits(NamedTuple):
 
 
 def load_shards(config: TrainConfig, on_message: OnMessage) -> Splits:
-    """Shards of all splits, checked; nothing is trained before all of them are sound.
+    """Checked shards of all splits; nothing is trained before all of them are sound.
 
     Raises:
-        DataError: the data breaks a rule.
+        DataError: The data breaks a rule.
     """
     columns = columns_of(config)
     datasets = load_splits(
@@ -356,7 +356,7 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> Splits:
     )
     paths = parquet_paths(config.data, validation=config.validation, test=config.test)
     shards: dict[str, Shards] = {}
-    for split, dataset in datasets.items():  # train comes first
+    for split, dataset in datasets.items():  # train is the first split
         if dataset is not None:
             on_message(Status(f"reading {split} rows"))
             shards[split] = build_split(
@@ -375,7 +375,7 @@ def load_shards(config: TrainConfig, on_message: OnMessage) -> Splits:
 
 
 def _shards_made(split: str, on_message: OnMessage) -> Callable[[int, int], None]:
-    """Tells how many shards of a split are made."""
+    """Sends how many shards of a split are made."""
     return lambda done, of: on_message(ShardsProgress(split, done, of))
 
 
@@ -391,7 +391,7 @@ def _recording(folder: RunFolder, profile: ProfileFolder, on_message: OnMessage)
                 try:
                     events.add(message.row)
                     folder.write_metrics(message.history)
-                except StorageError as error:  # the next epoch writes all of it again, and so does the end
+                except StorageError as error:  # the next epoch and the end of the run write everything again
                     on_message(Notice(f"the metrics of this epoch are not written: {error}"))
             on_message(message)
 
@@ -399,10 +399,10 @@ def _recording(folder: RunFolder, profile: ProfileFolder, on_message: OnMessage)
 
 
 def check_choice(metric: str | None, columns: Columns) -> str:
-    """The metric to choose the epoch by, which there will be; None takes the task's own.
+    """The metric that chooses the epoch, which must exist; None takes the default of the task.
 
     Raises:
-        ConfigError: there will be none of that name; says the nearest.
+        ConfigError: The metric does not exist; the error has the nearest name.
     """
     names = metric_names("val", columns.modalities, columns.task)
     chosen = default_metric("val", columns.task) if metric is None else metric
@@ -412,7 +412,7 @@ def check_choice(metric: str | None, columns: Columns) -> str:
 
 
 def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
-    """The checkpoint of the best epoch on validation (the last where there is none), and its metrics."""
+    """The checkpoint of the best epoch on validation (the last epoch without validation), and its metrics."""
     scored = [(saved, row) for saved, row in outcome.best_checkpoints or [] if metric in row]
     if scored:
         return max(scored, key=lambda pair: _rank(pair[1], metric))
@@ -420,7 +420,7 @@ def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoin
 
 
 def best_row(history: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The metrics of the epoch that `metric` chooses; of equal ones the first."""
+    """The metrics of the epoch that `metric` chooses; of equal epochs the first."""
     return max(history, key=lambda row: _rank(row, metric))
 
 
@@ -450,7 +450,7 @@ def _test_task(config: TrainConfig, saved: SavedCheckpoint, shards: Shards) -> d
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch computes in one thread meanwhile."""
+    """In the block torch computes in one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

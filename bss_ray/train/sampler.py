@@ -1,7 +1,7 @@
 """The sampler inside a train loop: `sampler = bss_ray.get_sampler()`.
 
-It reads like the study loop of a tuner: plan an epoch, hand out its batches, observe the outputs,
-publish scores and report. All ranks make the same calls.
+A loop plans an epoch, gets its batches, observes the outputs, publishes scores and reports. All ranks make
+the same calls.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Sampler:
     """One rank's view of the sampler.
 
     Attributes:
-        shards: the training rows.
-        measurer: how rows are measured; its `loss` is the training loss of the method.
-        device: this rank's device.
-        rank: number of this rank among all, from 0.
-        loss_scale: of the batch at hand: multiply its *mean* loss by it. DDP averages gradients over
-            ranks; so scaled they are those of the mean over the global batch.
-        resumed: whether this attempt goes on from a checkpoint.
+        shards: The training rows.
+        measurer: How rows are measured; its `loss` is the training loss of the method.
+        device: Device of this rank.
+        rank: Number of this rank among all ranks, from 0.
+        loss_scale: Factor of the current batch: multiply its *mean* loss by it. DDP averages gradients over ranks; with
+            this factor the average is the gradient of the mean over the global batch.
+        resumed: Whether this attempt resumes from a checkpoint.
     """
 
     def __init__(self, context: SamplerContext) -> None:
@@ -75,7 +75,7 @@ class Sampler:
         begin = self._saver.restore()
         self._position, self._saved = begin.position, begin.saved
         self._history: list[dict[str, Any]] = [] if begin.manifest is None else begin.manifest.history
-        if begin.manifest is not None and self.rank == 0:  # sums over all ranks: one of them carries them on
+        if begin.manifest is not None and self.rank == 0:  # sums over all ranks, which one rank continues
             self._observed.restore(begin.manifest.observed)
         self._engine = self._make_engine(begin.attempt)
         self._updates = ScoreUpdates(self._engine, context.scoring.max_failed_updates, self._say.notice)
@@ -86,10 +86,10 @@ class Sampler:
         self._preempted = False
         self._say.post(AttemptStarted(self._position.batch, restarts=int(self.resumed)))
         self._say.placement(nodes)
-        self._say.log("goes on from a checkpoint" if self.resumed else "begins")
+        self._say.log("resumes from a checkpoint" if self.resumed else "begins")
 
     def _as_they_lie(self, shards: Shards) -> Shards:
-        """Shards on the nodes where they are in this attempt; the ranks must agree, for it decides who reads what."""
+        """Shards with their nodes in this attempt; the ranks must agree, because nodes decide which rank reads what."""
         return shards.on(self._ranks.from_first(shards.nodes() if self.rank == 0 else []))
 
     def _make_loaders(self, nodes: list[str]) -> tuple[Loader, Loader | None]:
@@ -131,20 +131,20 @@ class Sampler:
         return model.to(self.device) if self._ranks.count == 1 else self._backend.prepare(model)
 
     def restore(self, *, model: nn.Module, **stateful: Stateful) -> bool:
-        """Load model, optimiser and the like from the checkpoint, if this run goes on from one.
+        """Load model, optimiser and other objects from the checkpoint if this run is resumed.
 
-        They are also what is saved when the run is stopped in the middle of an epoch (ctrl-C, `ray job stop`), or
-        before a node is taken away.
+        The same objects are saved when the run is stopped in the middle of an epoch (Ctrl-C, `ray job stop`), or before
+        a node is taken away.
 
         Args:
-            model: the module, wrapped by DDP or not.
-            **stateful: the same names that are given to `report`.
+            model: The module, wrapped by DDP or not.
+            **stateful: Objects under the same names that are given to `report`.
 
         Returns:
             Whether there was a checkpoint.
 
         Raises:
-            CheckpointError: damaged, or of another model (names the keys).
+            CheckpointError: The checkpoint is damaged, or of another model (the error names the keys).
         """
         self._restored = True
         self._model, self._stateful = model, stateful
@@ -164,22 +164,21 @@ class Sampler:
         return True
 
     def epochs(self, n: int, *, model: nn.Module | None = None) -> Iterator[int]:
-        """Epochs 0..n-1, from where the checkpoint stopped.
+        """Epochs 0..n-1, from the epoch of the checkpoint on.
 
         Args:
-            n: number of epochs of the whole run.
-            model: needed only with `burn_in=0`, whose first epoch is drawn from scores of the untrained model.
+            n: Number of epochs of the whole run.
+            model: Untrained model; needed only with `burn_in=0`, whose first epoch is drawn from this model's scores.
 
         Raises:
-            ConfigError: the run goes on from a checkpoint and `restore` was not called, or `burn_in=0`
-                without a model.
+            ConfigError: The run is resumed and `restore` was not called, or `burn_in=0` without a model.
         """
         if self.resumed and not self._restored:
             raise ConfigError(
-                f"this run goes on at epoch {self._position.epoch}, batch {self._position.batch}, and its model would "
-                "start anew: call sampler.restore(model=model, optimizer=optimizer, ...) before sampler.epochs(n)"
+                f"this run resumes at epoch {self._position.epoch}, batch {self._position.batch}, and its model would "
+                "start untrained: call sampler.restore(model=model, optimizer=optimizer, ...) before sampler.epochs(n)"
             )
-        if self._model is None:  # `restore` has the model that is trained; this may be another, to begin with
+        if self._model is None:  # `restore` has the trained model; this model may be another one for the first scores
             self._model = model
         if self._position == Position() and self._context.scheduler.scores_due_after(-1):
             if model is None:
@@ -197,28 +196,28 @@ class Sampler:
                 self._engine.go_on(epoch, self._position.version, self._model)
             yield epoch
             if self._position.epoch == epoch:
-                # The loop did not report this epoch: go on all the same, without a checkpoint.
+                # The loop did not report this epoch; continue without a checkpoint.
                 self._position = Position(epoch + 1, 0, self._position.version)
 
     def batches(self, transform: Transform | None = None, *, step_batches: int = 1) -> Iterator[dict[str, Tensor]]:
-        """This rank's parts of the epoch's global batches, from where the checkpoint stopped.
+        """This rank's parts of the epoch's global batches, from the batch of the checkpoint on.
 
-        They are made in the background, ahead of the loop. A run that is told to stop saves what `restore` was given
-        and leaves the loop here.
+        They are made in the background, ahead of the loop. A run that is told to stop saves the objects given to
+        `restore` and leaves the loop here.
 
         Args:
-            transform: augments a batch on its device, in the background: `transform(batch, random)` returns
-                the batch. `random` draws numbers that belong to rows (see `RowRandom`), so that augmented
-                data, too, is the same on any number of ranks. Scores are of rows as they are stored.
-            step_batches: batches of one optimiser step, where gradients are accumulated: a run that is told to stop
-                ends after a whole one.
+            transform: Function that augments a batch on its device, in the background: `transform(batch, random)`
+                returns the batch. `random` draws numbers that belong to rows (see `RowRandom`), so that augmented data,
+                too, is the same on any number of ranks. Scoring passes measure rows as they are stored.
+            step_batches: Number of batches of one optimiser step, if gradients are accumulated: a run that is told to
+                stop ends after a whole step.
 
         Yields:
             `{modality: (b, ...), label: (b,), "row_id": (b,) int64}` on the rank's device. With a tail
             of fewer rows than ranks some ranks receive one filler row, `row_id` -1 and `loss_scale` 0.
 
         Raises:
-            ConfigError: the transform returned something else than a batch.
+            ConfigError: The transform returned something else than a batch.
         """
         started = time.perf_counter()
         epoch = self._position.epoch
@@ -237,7 +236,7 @@ class Sampler:
                     if batch.number % step_batches == 0:
                         self._follow(self._stops.next_action())
                     self.loss_scale = batch.loss_scale
-                    # Set before the batch is used: who saves in the loop's body has trained on it.
+                    # Set before the batch is used, because a loop that saves in its body has trained on it.
                     self._position = replace(self._position, batch=batch.number + 1)
                     self._say.progress(
                         plan, batch.number, waited_s=self._loader.waited, spent_s=time.perf_counter() - started
@@ -250,7 +249,7 @@ class Sampler:
             self._seconds["training"] += time.perf_counter() - started
 
     def _share_buffers(self) -> None:
-        """Rank 0's running statistics on all ranks, as DDP shares them before a step: all measure the saved model."""
+        """Copy rank 0's running statistics to all ranks, as DDP does before a step: all measure the saved model."""
         if self._model is not None and self._ranks.count > 1:
             for buffer in unwrap_model(self._model).buffers():
                 self._ranks.broadcast(buffer)
@@ -262,22 +261,22 @@ class Sampler:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the epoch at hand."""
+        """The plan of the current epoch."""
         assert self._plan is not None, "there is a plan once batches() has begun"
         return self._plan
 
     def loss(self, batch: Mapping[str, Tensor], outputs: Outputs) -> Tensor:
-        """The method's loss of each row of a batch, over the modalities that it has: (b,) with gradients."""
+        """The method's loss of each row of a batch over the modalities that the row has: (b,) with gradients."""
         single = {name: values.float() for name, values in outputs.items() if name != FEATURES}
         return self.measurer.loss(single, batch[self.shards.columns.label], batch=batch)
 
     def observe(self, batch: Mapping[str, Tensor], outputs: Outputs) -> None:
-        """Look at the outputs of a training step: running means, and with the engine `online` the measures.
+        """Observe the outputs of a training step: running means, and with the engine `online` the measures.
 
         Nothing leaves the device until the epoch's report.
 
         Raises:
-            ModelOutputError: outputs that cannot be measured.
+            ModelOutputError: The outputs cannot be measured.
         """
         with torch.no_grad():
             rows = self.measurer.observe(outputs, batch[self.shards.columns.label], batch=batch)
@@ -287,7 +286,7 @@ class Sampler:
             self._observed.add(rows, similarity, own=batch["row_id"] != FILLER)
 
     def _check_width(self, width: int) -> None:
-        """The logits are as many as the labels need: for classes at least, else exactly."""
+        """Check the number of logits: at least that of the labels for classes, otherwise exactly."""
         needed, task = self.shards.num_classes, self.shards.columns.task
         if task == "multiclass" and width < needed:
             raise ModelOutputError(f"the data has {needed} classes and the model's logits only {width}")
@@ -304,14 +303,14 @@ class Sampler:
     def validation_batches(
         self, batch_size: int = 256, transform: Transform | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """This rank's share of the validation rows; over all ranks each row comes once.
+        """This rank's share of the validation rows; over all ranks each row occurs once.
 
         Args:
-            batch_size: rows of a batch on this rank.
-            transform: as in `batches`; its random numbers are the same in every epoch.
+            batch_size: Number of rows of a batch on this rank.
+            transform: As in `batches`; its random numbers are the same in every epoch.
 
         Raises:
-            ConfigError: the trainer was given no validation data.
+            ConfigError: The trainer was given no validation data.
         """
         if self._validation is None:
             raise ConfigError("there is no validation data: give BalancedTrainer(validation=...)")
@@ -322,21 +321,21 @@ class Sampler:
     def report(self, metrics: Mapping[str, Any], *, model: nn.Module, **stateful: Stateful) -> dict[str, Any]:
         """End an epoch: publish new scores if they are due, then report metrics with a checkpoint.
 
-        Inside the loop over batches it saves a checkpoint in the middle of the epoch instead. Every
-        rank calls it equally often: it is a barrier.
+        Inside the loop over batches it saves a checkpoint in the middle of the epoch instead. Every rank must call it
+        equally often, because it is a barrier.
 
         Args:
-            metrics: of this epoch; every rank's, rank 0's are kept.
-            model: scored and saved, wrapped by DDP or not.
-            **stateful: saved under their names, e.g. `optimizer=optimizer`.
+            metrics: Metrics of this epoch; every rank gives some, and those of rank 0 are kept.
+            model: Model to score and save, wrapped by DDP or not.
+            **stateful: Objects to save under their names, e.g. `optimizer=optimizer`.
 
         Returns:
-            The metrics as reported, with the sampler's own figures.
+            The reported metrics, with the sampler's own figures.
         """
         if not self._ended:
             return self._save_unfinished(metrics, model, stateful)
         epoch, plan = self._position.epoch, self.plan
-        # Rank 0 asks for all: one that asked later might find that rank 0 has published new scores already.
+        # Rank 0 asks for all ranks: a later call might find that rank 0 has already published new scores.
         asks = self.rank == 0
         review = self._ranks.from_first(self._context.coordinator.review(epoch, plan.version) if asks else None)
         assert review is not None, "rank 0 has asked"
@@ -374,7 +373,7 @@ class Sampler:
         return figures
 
     def _score_figures(self, review: Review) -> dict[str, Any]:
-        """How old the scores were that the epoch was drawn from, in versions; and rows that are left out."""
+        """Ages, in versions, of the scores that the epoch was drawn from, and numbers of rows left out."""
         ages = review.ages
         return {
             "neglected_rows": review.neglected_rows,
@@ -384,7 +383,7 @@ class Sampler:
         }
 
     def _loader_figures(self) -> dict[str, Any]:
-        """Over all ranks: which of the epoch's rows came from another node than their rank's, and was it waited for."""
+        """Over all ranks: rows of the epoch that came from another node, and the share of time waited for batches."""
         loader = self._loader
         own = [loader.moved, loader.read, loader.waited, self._seconds["training"]]
         moved, read, waited, training = self._ranks.sum(torch.tensor(own, dtype=torch.float64, device=self.device))
@@ -395,7 +394,7 @@ class Sampler:
         }
 
     def _update_scores(self, epoch: int, model: nn.Module) -> None:
-        """New scores after `epoch`, if they are due; errors as of `ScoreUpdates.after`."""
+        """New scores after `epoch` if they are due; see `ScoreUpdates.after` for errors."""
         started = time.perf_counter()
         if self._context.scheduler.scores_due_after(epoch):
             self._say.post(Status("scoring"))
@@ -421,14 +420,14 @@ class Sampler:
         return window.get(f"window {index} of epoch {self.plan.epoch}")
 
     def _taken_away(self) -> bool:
-        """Whether a node is about to be, and nothing was saved for that yet."""
+        """Whether a node will be taken away, and nothing was saved for this yet."""
         return not self._preempted and self._backend.preempted()
 
     def _follow(self, action: StopAction) -> None:
-        """Save before a node goes, once, or before the run stops.
+        """Save once before a node is taken away, or before the run stops.
 
         Raises:
-            Stopped: it stops.
+            Stopped: The run stops.
         """
         if action == "continue":
             return
@@ -444,7 +443,7 @@ class Sampler:
 
 
 _current: Sampler | None = None
-_of_thread = threading.local()  # of a rank that is a thread
+_of_thread = threading.local()  # the sampler of a rank that is a thread
 
 
 def set_sampler(sampler: Sampler | None, *, of_thread: bool = False) -> None:
@@ -460,7 +459,7 @@ def get_sampler() -> Sampler:
     """The sampler of this rank, inside a train loop.
 
     Raises:
-        ConfigError: not inside a train loop of `BalancedTrainer`.
+        ConfigError: The call is not inside a train loop of `BalancedTrainer`.
     """
     current: Sampler | None = getattr(_of_thread, "sampler", None) or _current
     if current is None:
@@ -474,7 +473,7 @@ def get_sampler() -> Sampler:
 def run_rank(
     context: SamplerContext, train_loop: Callable[..., object], config: object, *, is_thread: bool = False
 ) -> object:
-    """What every rank runs: the user's loop, with the sampler at hand.
+    """Run the user's loop on a rank, with a sampler.
 
     Args:
         context: What the rank is given to work with.
@@ -485,7 +484,7 @@ def run_rank(
     set_wait_limit(context.wait_limit_s)
     events = EventReader(context.coordinator.events, lambda _: None)
     if events.fatal_error() is not None or events.stop_requested():
-        return None  # another attempt would only fail again, and the trainer raises the error; or none is wanted
+        return None  # no further attempt: it would fail again, and the trainer raises the error; or the run must stop
     keep_freed_memory()
     try:
         with heartbeat(context.coordinator.events):

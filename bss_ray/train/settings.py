@@ -1,4 +1,4 @@
-"""From YAML files, dotted options and search spaces to settings: what all commands share.
+"""From YAML files, dotted options and search spaces to settings, for all commands.
 
 jsonargparse reads them from the dataclasses' own types and docstrings; classes are named by import path
 (`--model.class_path my.Model`).
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 SCHEDULERS: dict[str, type[Scheduler]] = {kind.__name__: kind for kind in (Uniform, Heuristic, Learning)}
 
-# The demo's own setting: what a prototype on AV-Digits found good (docs/method.md).
+# The demo's setting, which a prototype on AV-Digits found good (docs/method.md).
 _DEMO_SCHEDULER = {"temperature": 0.25, "fraction": 0.7}
 
 _T = TypeVar("_T")
 
 
 class Parser(ArgumentParser):
-    """Errors in one line, with the nearest name for one that does not exist."""
+    """A parser whose errors are one line, with the nearest name for a setting that does not exist."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -62,7 +62,7 @@ class Parser(ArgumentParser):
         raise SystemExit(2)
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """Help without the list of all modules that torch knows, which would be three quarters of it."""
+        """Help without the list of all modules of torch, which would be three quarters of the text."""
         known = re.compile(r",\s+known\s+subclasses:[^)]*\)")
         return known.sub(
             lambda found: ")" if "torch." in found.group() else found.group(), super().format_help(formatter)
@@ -89,7 +89,7 @@ class Parser(ArgumentParser):
 
 
 class TreeParser(Parser):
-    """Of settings that do not come from a command line: errors are exceptions."""
+    """A parser of settings that do not come from a command line: errors are exceptions."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())
@@ -100,13 +100,13 @@ def train_parser(argv: Sequence[str]) -> ArgumentParser:
     """The parser of `bss-ray train`.
 
     Args:
-        argv: the arguments, to know which scheduler's defaults apply: those of one scheduler must not
-            stay when another is chosen.
+        argv: The arguments, which tell which scheduler's defaults apply: those of one scheduler must not stay when
+            another is chosen.
     """
     parser = Parser(
         prog="bss-ray train",
         description="Train a multi-modal model with balance-aware sampling. Without arguments: the embedded "
-        "data set AV-Digits with 40 % of its training pairs mixed up.",
+        "dataset AV-Digits with 40 % of its training pairs wrong.",
     )
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     add_training_arguments(parser, named_scheduler(argv))
@@ -119,10 +119,10 @@ def add_training_arguments(
     """Add the settings of a training run.
 
     Args:
-        parser: gets them.
-        scheduler: class whose defaults apply where the settings say nothing; None: the demo's own.
-        prefix: `train.` adds them as a group.
-        skip: settings that are left out.
+        parser: Parser that gets the arguments.
+        scheduler: Class whose defaults apply to settings that are not given; None takes the demo's defaults.
+        prefix: Prefix of the settings; `train.` adds them as a group.
+        skip: Settings that are left out.
     """
     from bss_ray.train.run import TrainConfig
 
@@ -146,7 +146,7 @@ def add_model_arguments(parser: ArgumentParser, prefix: str = "") -> str:
         f"as --{name}.NAME VALUE. If its constructor takes `shapes` (modality: shape of a row) or `num_classes`, they "
         "are given."
     )
-    # Built where the shapes of the rows are known: parsed and checked here, not made.
+    # Parsed and checked here, but built where the shapes of the rows are known.
     parser.add_subclass_arguments(
         nn.Module, name, instantiate=False, skip={"shapes", "num_classes"}, required=False, help=text
     )
@@ -163,12 +163,12 @@ def with_types(kind: type[_T]) -> type[_T]:
 
 
 def _scheduler_class(name: str) -> type[Scheduler]:
-    # A user's own class is found by the parser itself; it starts from the base's defaults.
+    # The parser itself finds a user's own class, which starts from the defaults of the base class.
     return SCHEDULERS.get(name.rpartition(".")[2], Uniform)
 
 
 def named_scheduler(argv: Sequence[str], prefix: str = "") -> str | None:
-    """The scheduler that options or a `--config` file name."""
+    """The scheduler that the options or a `--config` file name."""
     option = f"--{prefix}scheduler"
     name = _option(argv, option) or _option(argv, f"{option}.class_path")
     config = _option(argv, "--config")
@@ -201,13 +201,13 @@ def instantiate(parser: ArgumentParser, settings: Namespace) -> Namespace:
     """The settings with their classes instantiated; `make` turns them into a dataclass.
 
     Raises:
-        BssRayError: a setting is out of its range.
+        BssRayError: A setting is out of its range.
     """
     try:
         made: Namespace = parser.instantiate(settings)
         return made
     except ValueError as error:
-        # An optional setting's own error comes wrapped into one about its union type.
+        # The error of an optional setting is wrapped into an error about its union type.
         raise error.__cause__ if isinstance(error.__cause__, BssRayError) else error from None
 
 
@@ -215,9 +215,9 @@ def make(kind: type[_T], made: Namespace, **others: Any) -> _T:
     """An instance of the dataclass `kind` from instantiated settings; models become a `ModelSpec`.
 
     Args:
-        kind: the dataclass.
-        made: of `instantiate`, or a group of them.
-        **others: fields that are given otherwise.
+        kind: The dataclass.
+        made: Result of `instantiate`, or a group of it.
+        **others: Fields that are given otherwise.
     """
     from bss_ray.train.loop import ModelSpec
 
@@ -231,7 +231,7 @@ def make(kind: type[_T], made: Namespace, **others: Any) -> _T:
 # ---- settings as a tree -----------------------------------------------------------------------
 
 
-# Settings that are classes by import path, with arguments of their own.
+# Settings that are classes by import path, with their own arguments.
 _CLASSES = ("scheduler", "model")
 
 
@@ -239,12 +239,12 @@ def overlay(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     """A tree of settings with some changed.
 
     Args:
-        tree: nested settings.
-        settings: dotted settings, `{"scheduler.init_args.temperature": 0.25, ...}`. Another scheduler, similarly
-            model, starts from its own defaults: nothing stays of the settings of the one that was there.
+        tree: Nested settings.
+        settings: Dotted settings, `{"scheduler.init_args.temperature": 0.25, ...}`. Another scheduler, and likewise
+            another model, starts from its own defaults: no settings of the previous one stay.
     """
     changed = copy.deepcopy(dict(tree))
-    # Classes first: another one clears what was set of the one before.
+    # Classes first, because another class removes the settings of the previous class.
     for name, value in sorted(settings.items(), key=lambda item: not item[0].endswith(".class_path")):
         *groups, last = name.split(".")
         if len(groups) == 1 and groups[0] in _CLASSES and last not in ("class_path", "init_args"):
@@ -261,7 +261,7 @@ def overlay(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 
 
 def _same_class(one: str, other: str) -> bool:
-    """Whether two names mean one class: ours may be named without their module."""
+    """Whether two names mean the same class: classes of this project may be named without their module."""
     short = "." not in one or "." not in other
     return one.rpartition(".")[2] == other.rpartition(".")[2] if short else one == other
 
@@ -273,7 +273,7 @@ def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
         The settings, and all of them as YAML for `bss-ray train --config`.
 
     Raises:
-        BssRayError: a setting is unknown (names the nearest) or out of its range.
+        BssRayError: A setting is unknown (the error has the nearest name) or out of its range.
     """
     from bss_ray.train.run import TrainConfig
 
@@ -286,7 +286,7 @@ def training_config(tree: Mapping[str, Any]) -> tuple[TrainConfig, str]:
     return make(TrainConfig, instantiate(parser, settings)), resolved(parser, settings)
 
 
-@functools.cache  # a parser takes longer to make than all else
+@functools.cache  # making a parser takes most of the time
 def _tree_parser(scheduler: str | None) -> TreeParser:
     parser = TreeParser(prog="bss-ray train")
     add_training_arguments(parser, scheduler)
@@ -294,7 +294,7 @@ def _tree_parser(scheduler: str | None) -> TreeParser:
 
 
 def _at(tree: Any, name: str) -> Any:
-    """The setting of a dotted name in a tree; None where there is none."""
+    """The setting of a dotted name in a tree; None if it does not exist."""
     for part in name.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree

@@ -21,11 +21,11 @@ EVERY_S = 1.0
 
 
 class Stopped(BaseException):
-    """Leaves the train loop of a rank whose run is to stop. No `except Exception` of a loop may catch it."""
+    """Leaves the train loop of a rank whose run must stop. No `except Exception` of a loop can catch it."""
 
 
 class StopPoll:
-    """Asks about once a second whether the run is to stop, on all ranks before the same batch.
+    """Checks about once a second whether the run must stop, on all ranks before the same batch.
 
     The clocks of the ranks cannot agree on a batch. So rank 0 measures how long a step takes, and tells the others
     with each answer after how many steps the next question is due.
@@ -46,7 +46,7 @@ class StopPoll:
         every_s: float = EVERY_S,
     ) -> None:
         self._ranks, self._stop_requested, self._preempted, self._every_s = ranks, stop_requested, preempted, every_s
-        self._steps = 0  # since the last question
+        self._steps = 0  # steps since the last check
         self._due_after = 1
         self._asked = time.monotonic()
 
@@ -126,7 +126,7 @@ class EventReader:
         Raises:
             WaitError: No rank has been heard of for too long; the cluster may have no room for them any more.
         """
-        if time.monotonic() - self._heard < 2 * BEAT_S:  # no need to ask
+        if time.monotonic() - self._heard < 2 * BEAT_S:  # no call is needed
             return
         silence = _answer_of(self._events.silence)
         if silence is not None:
@@ -185,9 +185,9 @@ def supervise(fit: Callable[[], T], events: EventReader) -> tuple[T, bool]:
 
 @contextlib.contextmanager
 def _ctrl_c_is_an_interrupt() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, also where an earlier `fit` of Ray Train has left its own handler behind.
+    """In the block Ctrl-C raises KeyboardInterrupt, also if an earlier `fit` of Ray Train has left its handler.
 
-    A process that was started with ctrl-C switched off keeps it so.
+    A process that was started with Ctrl-C switched off keeps it off.
     """
     before = signal.getsignal(signal.SIGINT)
     # None: a handler that was not set from Python, and cannot be restored.
@@ -209,7 +209,7 @@ def watch(events: EventReader) -> Iterator[None]:
     def relay() -> None:
         last = False
         while not last:
-            last = done.wait(_POLL_S)  # once more after the end, for the last messages
+            last = done.wait(_POLL_S)  # once more after the end for the last messages
             events.relay()
 
     thread = threading.Thread(target=relay, name="bss-ray-events", daemon=True)

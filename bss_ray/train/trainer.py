@@ -92,7 +92,7 @@ class BalancedTrainer:
             classes of messages are in `bss_ray.runtime.messages`. None logs the notices.
 
     Raises:
-        ConfigError: a setting is out of its range.
+        ConfigError: A setting is out of its range.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class BalancedTrainer:
         self._train_loop = train_loop
         self._dataset, self._validation = dataset, validation
         self._columns = columns
-        # Burn-in is for runs without scores.
+        # Burn-in is only for runs without scores.
         self._scheduler = scheduler or Learning()
         if initial_scores is not None:
             self._scheduler = replace(self._scheduler, burn_in=0)
@@ -158,18 +158,18 @@ class BalancedTrainer:
             Ray Train's result; `metrics` are those of the last epoch.
 
         Raises:
-            DataError: the data breaks a rule (see `build_split`).
-            ResourceError: the cluster can never run it.
-            StorageError: a node cannot write to the run's storage.
-            BssRayError: whatever else a setting, the data or the model causes inside the ranks.
-            ray.train.TrainingFailedError: any other error of the ranks, after all retries.
-            WaitError: no rank lived for `wait_limit_s`.
-            KeyboardInterrupt: ctrl-C in this thread, which must be the main one, and the ranks have saved a checkpoint;
-                the same call goes on.
+            DataError: The data breaks a rule (see `build_split`).
+            ResourceError: The cluster can never run the run.
+            StorageError: A node cannot write to the run's storage.
+            BssRayError: Any other error of settings, data or model inside the ranks.
+            ray.train.TrainingFailedError: Any other error of the ranks, after all retries.
+            WaitError: There was no live rank for `wait_limit_s`.
+            KeyboardInterrupt: Ctrl-C in this thread, which must be the main thread, after the ranks have saved a
+                checkpoint; the same call resumes the run.
         """
         set_wait_limit(self._wait_limit_s)
         request = check_resources(self._scaling_config, self._scoring, self._placement)
-        if self._scaling_config.num_workers:  # else nothing of this run is kept by Ray Train
+        if self._scaling_config.num_workers:  # otherwise Ray Train keeps nothing of this run
             check_storage(StoragePath.of(self._run_config.storage_path, self._run_config.storage_filesystem))
         train, validation = self._build_shards()
         check_batch_size(self._batch_size, train.rows)
@@ -189,7 +189,7 @@ class BalancedTrainer:
     def _run_ranks(
         self, context: SamplerContext, events: EventReader, groups: Sequence[ProcessGroup]
     ) -> ray.train.Result:
-        """Have Ray Train run the ranks to the end; a user error that one of them met is raised as itself."""
+        """Let Ray Train run the ranks to the end; a user error in a rank is raised without wrappers."""
         fit = functools.partial(self._fit_again, functools.partial(self._fit_once, context, groups), events)
         stopping = False
         try:
@@ -221,7 +221,7 @@ class BalancedTrainer:
         )
 
     def _fit_again(self, fit: Callable[[], ray.train.Result], events: EventReader) -> ray.train.Result:
-        """Also after the loss of Ray Train's controller, which Ray does not restart: the same name goes on."""
+        """Fit again under the same name after the loss of Ray Train's controller, which Ray does not restart."""
         failures = (self._run_config.failure_config or ray.train.FailureConfig()).max_failures
         for attempt in itertools.count(1):
             try:
@@ -231,13 +231,13 @@ class BalancedTrainer:
                     raise
                 remove_orphaned_placement_groups()
                 why = first_line(error)
-                events.notice(f"Ray Train's controller is lost; training goes on from the last checkpoint ({why})")
+                events.notice(f"Ray Train's controller is lost; training resumes from the last checkpoint ({why})")
         raise AssertionError("unreachable")
 
     def _start_actors(
         self, train: Shards, validation: Shards | None, request: ResourceRequest
     ) -> tuple[SamplerContext, list[ActorHandle]]:
-        """Start the run's actors: what ranks need to know of them, and their handles, which keep them alive."""
+        """Start the run's actors; returns the ranks' context, and the actors' handles, which keep them alive."""
         measurer, scoring = self._measurer.for_task(train.columns.task), request.scoring
         initial = self._initial_scores
         if isinstance(initial, str):
@@ -311,11 +311,11 @@ class BalancedTrainer:
 
 
 def _with_one_arena(run_config: ray.train.RunConfig) -> ray.train.RunConfig:
-    """The ranks' processes with one malloc arena, unless the user has said something of their environment."""
+    """Give the ranks' processes one malloc arena, unless the user has set it in their environment."""
     return run_config if run_config.worker_runtime_env else replace(run_config, worker_runtime_env=ONE_ARENA)
 
 
 def _log_notice(message: Message) -> None:
-    """What the user should read, where nobody shows messages."""
+    """Log messages to the user if nothing else shows messages."""
     if isinstance(message, Notice):
         logging.getLogger("bss_ray").warning(message.text)

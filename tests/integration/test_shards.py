@@ -153,7 +153,7 @@ def test_the_engine_follows_from_what_the_ranks_leave() -> None:
         return scoring.engine, why
 
     assert settled(4) == ("actors", "the ranks leave 2 CPUs for 2 scorers")
-    assert settled(5) == ("workers", "the ranks leave 1 CPU, too few for 2 scorers beside them")
+    assert settled(5) == ("workers", "the ranks leave 1 CPU, too few for 2 scorers as well")
     assert settled(5, num_scorers=1)[0] == "actors"
     assert settled(6, overlap=True)[0] == "actors"
     assert settled(1, engine="online") == ("online", "as set")

@@ -85,5 +85,5 @@ def test_unsound_rows_are_refused(arrays: dict[str, np.ndarray], nodes: int, mes
 def test_a_missing_column_is_named() -> None:
     arrays = make_arrays()
     del arrays["truth"]
-    with pytest.raises(DataError, match="the data set has no column 'truth'"):
+    with pytest.raises(DataError, match="the dataset has no column 'truth'"):
         shards_of_arrays(arrays, COLUMNS)

@@ -99,7 +99,7 @@ def test_shares_of_a_gpu_are_of_one_gpu(gpus: int, scorer: float, rank: float, s
         (
             nodes(2, CPU=4),
             [scorers(2, CPU=3), ranks(1, CPU=2)],
-            r"2 scorers of 3 CPU each and 1 ranks of 2 CPU each do not fit on the nodes at the same time: beside the "
+            r"2 scorers of 3 CPU each and 1 ranks of 2 CPU each do not fit on the nodes at the same time: next to the "
             r"others there is room for 0 of 1 ranks. The nodes have 2 x 4 CPU. Lower a number",
         ),
         (nodes(1, GPU=2), [scorers(2, GPU=0.3), ranks(2, GPU=0.7)], "shares of a GPU on as few GPUs as it can"),

@@ -46,7 +46,7 @@ class Small(nn.Module):
 def test_memory_that_runs_out_is_told_by_this_command_s_setting() -> None:
     table = make_table(make_columns(ROWS))
     found = measure(Small(), table, forward=ScoringPass(batch_size=32))
-    assert [text.split("with")[1].strip() for text in found.notices[:1]] == ["batches of 32 rows and goes on"]
+    assert [text.split("with")[1].strip() for text in found.notices[:1]] == ["batches of 32 rows and continues"]
     assert all("Lower batch_size to begin there" in text for text in found.notices)
     assert found.table is not None
     whole = measure(make_recorder(), table).table

@@ -213,7 +213,7 @@ OUT_OF_MEMORY = [
 
 def notice(large: int) -> str:
     return (
-        f"scoring ran out of memory with batches of {large} rows and goes on with {large // 2}. Lower "
+        f"scoring ran out of memory with batches of {large} rows and continues with {large // 2}. Lower "
         "scoring.batch_size to begin there"
     )
 
@@ -360,7 +360,7 @@ class TestBadRows:
         found = scorer(model, batch_size=8).measure(columns, first_row=1000)
         (problem,) = found.problems
         assert (problem.count, problem.first_ids) == (7, [1003, 1009, 1010, 1020, 1021])
-        assert problem.rule.startswith("logits must be finite: NaN or infinite measures. Look at these rows' inputs")
+        assert problem.rule.startswith("logits must be finite: NaN or infinite measures. Check these rows' inputs")
         assert np.flatnonzero(np.isnan(found.information)).tolist() == rows
         sound = ~np.isin(np.arange(ROWS), rows)
         expected = direct(model, make_columns(), Measurer())

@@ -133,7 +133,7 @@ class TestChooseEngine:
                 "workers",
                 "the ranks leave 2.5 CPUs, too few for 3 scorers",
             ),
-            ({"num_scorers": 1}, 0, 4, False, "workers", "the ranks leave 0 CPUs, too few for 1 scorer beside them"),
+            ({"num_scorers": 1}, 0, 4, False, "workers", "the ranks leave 0 CPUs, too few for 1 scorer as well"),
         ],
     )
     def test_what_auto_stands_for(
