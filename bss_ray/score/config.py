@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import yaml
 from torch import nn
@@ -28,6 +29,8 @@ from bss_ray.scoring.config import ScoringPass
 from bss_ray.storage import absolute
 from bss_ray.train.initial import Weights
 from bss_ray.train.loop import ModelSpec as ModelSpec  # also for the command
+
+T = TypeVar("T")
 
 Split = Literal["train", "validation", "test"]
 
@@ -182,18 +185,19 @@ def resolve(config: ScoreConfig, weights: Weights) -> Job:
         columns = AV_DIGITS_COLUMNS
     if columns is None:
         raise DataError(f"name the columns of {data}: --columns.modalities '[audio, image]' --columns.label label")
-    filled = {
+    filled = dataclasses.replace(
+        config,
         # An absolute path: the same command from another folder reads other files.
-        "checkpoint": absolute(weights.source),
-        "data": data,
-        "columns": columns,
-        "model": config.model or _made(ModelSpec, known.get("model")) or ModelSpec(),
-        "measurer": config.measurer or _made(Measurer, known.get("measurer")) or Measurer(),
-        "mispaired": _first(config.mispaired, known.get("mispaired") if same_data else None, 0.0),
-        "seed": _first(config.seed, known.get("seed") if same_data else None, 0),
-        "num_classes": _first(config.num_classes, known.get("num_classes")),
-    }
-    return Job(config=dataclasses.replace(config, **filled), weights=weights)
+        checkpoint=absolute(weights.source),
+        data=data,
+        columns=columns,
+        model=config.model or _made(ModelSpec, known.get("model")) or ModelSpec(),
+        measurer=config.measurer or _made(Measurer, known.get("measurer")) or Measurer(),
+        mispaired=_first(config.mispaired, known.get("mispaired") if same_data else None, 0.0),
+        seed=_first(config.seed, known.get("seed") if same_data else None, 0),
+        num_classes=_first(config.num_classes, known.get("num_classes")),
+    )
+    return Job(config=filled, weights=weights)
 
 
 def _asks_classes(spec: ModelSpec) -> bool:
@@ -202,20 +206,20 @@ def _asks_classes(spec: ModelSpec) -> bool:
     return "num_classes" in inspect.signature(kind).parameters and "num_classes" not in spec.init_args
 
 
-def _made(kind: type[Any], settings: Any) -> Any:
+def _made(kind: type[T], settings: object) -> T | None:
     """An instance from the settings of a run that this version knows; None without settings."""
-    if not settings:
+    if not isinstance(settings, Mapping) or not settings:
         return None
-    names = {one.name for one in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in dict(settings).items() if name in names and value is not None})
+    names = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in settings.items() if name in names and value is not None})
 
 
-def _first(*values: Any) -> Any:
+def _first(*values: T | None) -> T | None:
     """The first value that is not None."""
     return next((value for value in values if value is not None), None)
 
 
-def _plain(tree: Any) -> Any:
+def _plain(tree: object) -> object:
     """The value in types that YAML can write: lists for tuples."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -27,6 +26,7 @@ from bss_ray.score.measuring import kept_notice
 from bss_ray.score.passes import MeasureFileReport, MeasurePass, measure_rows, score_rows
 from bss_ray.score.pool import PoolSize
 from bss_ray.score.read_tasks import ReadTask, known_features, parquet_tasks, shard_tasks
+from bss_ray.score.summary import Summary
 from bss_ray.storage import StoragePath
 from bss_ray.storage.probe import check_storage
 from bss_ray.train.folder import RunFolder
@@ -61,7 +61,7 @@ class Source:
         return self.tasks[-1].first_row + self.tasks[-1].rows
 
 
-def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
+def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, object]:
     """Score all rows, and write the folder. Ray must be running. A stopped job is resumed.
 
     Args:
@@ -86,15 +86,16 @@ def score(job: Job, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
     measures.mkdir()
     figures = _measure(job, source, measures, size, on_message)
     on_message(Status("scoring: second pass, over the measures"))
-    found = score_rows(job.measuring, measures, folder.path / "scores.parquet")
-    result = {**_about(job), **figures, **found, "score_roc_area": _roc_areas(job, folder.path, found)}
+    summary, bounds = score_rows(job.measuring, measures, folder.path / "scores.parquet")
+    areas = _roc_areas(job, folder.path, summary)
+    result = {**_about(job), **figures, "bounds": bounds, **summary.to_json(), "score_roc_area": areas}
     folder.write_result(result)
     with contextlib.suppress(StorageError):  # the job is complete
         measures.remove()  # the scores have everything that is in them
     return result
 
 
-def _about(job: Job) -> dict[str, Any]:
+def _about(job: Job) -> dict[str, object]:
     """The scored data and the weights, for the summary."""
     return {
         "data": job.data,
@@ -105,9 +106,9 @@ def _about(job: Job) -> dict[str, Any]:
     }
 
 
-def _roc_areas(job: Job, folder: StoragePath, found: Mapping[str, Any]) -> dict[str, float]:
+def _roc_areas(job: Job, folder: StoragePath, summary: Summary) -> dict[str, float]:
     """Area under the ROC curve of the score for the rows that a boolean extra column marks."""
-    if found["bad_rows"] or found["rows"] > _MOST_ROC_ROWS:
+    if summary.bad_rows or summary.all_rows.rows > _MOST_ROC_ROWS:
         return {}
     path = folder / "scores.parquet"
     marks = tuple(name for name in job.columns.extra if _varies(path, name))
@@ -197,7 +198,7 @@ def _claim_plan(path: StoragePath, job: Job, source: Source) -> None:
 # ---- first pass -----------------------------------------------------------------------------------
 
 
-def _measure(job: Job, source: Source, folder: StoragePath, size: PoolSize, on_message: OnMessage) -> dict[str, Any]:
+def _measure(job: Job, source: Source, folder: StoragePath, size: PoolSize, on_message: OnMessage) -> dict[str, object]:
     """Measure the rows that no measure file has; returns figures of the pass."""
     done = find_measure_files(folder)
     runs = missing_rows(done, source.rows)
@@ -252,7 +253,7 @@ class _Progress:
             since, before = self._warm
         return (self._done - before) / max(time.monotonic() - since, 1e-9)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, object]:
         """Figures of the pass, and a notice of rows without measures."""
         if self._bad:
             self._on_message(Notice(kept_notice(self._bad)))

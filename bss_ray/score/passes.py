@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -181,16 +181,25 @@ class _MeasureRows:
 _PART_ROWS = 1 << 20
 
 
-def score_rows(measuring: Measuring, measures: StoragePath, path: StoragePath) -> dict[str, Any]:
+class Scored(NamedTuple):
+    """Result of the normalise pass.
+
+    Attributes:
+        summary: Summary of the scores.
+        bounds: Smallest and largest value of each measure, if the normalisation uses them.
+    """
+
+    summary: Summary
+    bounds: dict[str, list[float]] | None
+
+
+def score_rows(measuring: Measuring, measures: StoragePath, path: StoragePath) -> Scored:
     """Write the scores of all measured rows into a folder of Parquet files, which replaces an older folder.
 
     Args:
         measuring: How rows are measured and scored.
         measures: Folder of the measure files.
         path: Folder of the scores.
-
-    Returns:
-        The summary of the scores (`Summary.to_json`), and the bounds of the measures.
 
     Raises:
         CheckpointError: A measure file is damaged.
@@ -211,7 +220,7 @@ def score_rows(measuring: Measuring, measures: StoragePath, path: StoragePath) -
             for index, group in enumerate(groups)
         ]
         parts = [wait_for(part, "the next part of the scores") for part in writing]
-    return {"bounds": _bounds(norms), **Summary.union(parts).to_json()}
+    return Scored(Summary.union(parts), _bounds(norms))
 
 
 @ray.remote(name="bss_ray.look_at_measures")
@@ -234,7 +243,7 @@ def _write_part(
     return Summary.of(table, measuring.columns)
 
 
-def _bounds(norms: Norms) -> dict[str, Any] | None:
+def _bounds(norms: Norms) -> dict[str, list[float]] | None:
     """Smallest and largest measure, if the normalisation uses them."""
     if not isinstance(norms.similarity, MinMaxNorm) or not isinstance(norms.information, MinMaxNorm):
         return None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,12 @@ from bss_ray.score.measuring import INFORMATION, SCORE, SIMILARITY, carried_colu
 
 BINS = 40  # number of bins of the histogram over [-1, 1]
 EXTREMES = 10  # number of rows of lowest and of highest score
+
+# What identifies a row, and its measures.
+Row = dict[str, int | float | str]
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _MEASURES = (SIMILARITY, INFORMATION, SCORE)
 
@@ -69,7 +75,7 @@ class Group:
         both = {name: self.measures[name].plus(other.measures[name]) for name in self.measures}
         return Group(self.rows + other.rows, both)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Number of rows and means by name."""
         return {"rows": self.rows, **{name: total.mean for name, total in self.measures.items()}}
 
@@ -93,7 +99,7 @@ class Modality:
         """The union of both."""
         return Modality(self.loss.plus(other.loss), self.compared + other.compared, self.weaker + other.weaker)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Figures by name."""
         share = self.weaker / self.compared if self.compared else None
         return {"rows": self.loss.count, "loss": self.loss.mean, "compared": self.compared, "weaker_share": share}
@@ -118,8 +124,8 @@ class Summary:
     bad_rows: int
     unpaired: int
     histogram: np.ndarray
-    lowest: list[dict[str, Any]]
-    highest: list[dict[str, Any]]
+    lowest: list[Row]
+    highest: list[Row]
     classes: dict[int, Group]
     modalities: dict[str, Modality]
 
@@ -154,7 +160,7 @@ class Summary:
             modalities=_merge([part.modalities for part in parts], Modality.plus),
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Content of `summary.json`."""
         return {
             **self.all_rows.to_json(),
@@ -168,28 +174,30 @@ class Summary:
         }
 
 
-def _merge(parts: Sequence[dict[Any, Any]], plus: Any) -> dict[Any, Any]:
+def _merge(parts: Sequence[dict[K, V]], plus: Callable[[V, V], V]) -> dict[K, V]:
     """Values of all parts by key, added up."""
-    merged: dict[Any, Any] = {}
+    merged: dict[K, V] = {}
     for part in parts:
         for key, value in part.items():
             merged[key] = plus(merged[key], value) if key in merged else value
     return merged
 
 
-def _extremes(table: pa.Table, score: np.ndarray, columns: Columns) -> tuple[list[dict[str, Any]], ...]:
+def _extremes(table: pa.Table, score: np.ndarray, columns: Columns) -> tuple[list[Row], list[Row]]:
     """Rows of lowest and of highest score, with the columns that identify them."""
     known = np.flatnonzero(~np.isnan(score))
     shown = ["row_id", *(name for name in (columns.id, columns.label) if name in table.column_names), *_MEASURES]
-    found = []
-    for sign in (1, -1):
+
+    def first(sign: int) -> list[Row]:
         order = known[np.lexsort((known, sign * score[known]))][:EXTREMES]
-        found.append(table.select(shown).take(order).to_pylist())
-    return tuple(found)
+        rows: list[Row] = table.select(shown).take(order).to_pylist()
+        return rows
+
+    return first(1), first(-1)
 
 
-def _first(rows: Iterable[dict[str, Any]], sign: int) -> list[dict[str, Any]]:
-    return heapq.nsmallest(EXTREMES, rows, key=lambda row: (sign * row[SCORE], row["row_id"]))
+def _first(rows: Iterable[Row], sign: int) -> list[Row]:
+    return heapq.nsmallest(EXTREMES, rows, key=lambda row: (sign * float(row[SCORE]), int(row["row_id"])))
 
 
 def _by_class(table: pa.Table, measures: dict[str, np.ndarray], columns: Columns) -> dict[int, Group]:

@@ -28,6 +28,7 @@ from tensorboardX.summary import scalar
 
 from bss_ray.errors import CheckpointError, ConfigError, StorageError
 from bss_ray.names import PLACES
+from bss_ray.runtime.messages import Metrics
 from bss_ray.storage import StoragePath, absolute
 
 
@@ -52,7 +53,7 @@ class Events:
         self._here = None if folder.local is not None else tempfile.TemporaryDirectory(prefix="bss_ray-")
         self._writer: EventsWriter | None = None  # from the first epoch: a run that fails earlier leaves no file
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Metrics) -> None:
         """Write the finite metrics of an epoch."""
         event = Event(wall_time=time.time(), step=row["epoch"])
         for name, value in row.items():
@@ -180,7 +181,7 @@ class RunFolder:
 
     # ---- metrics ------------------------------------------------------------------------------
 
-    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+    def write_metrics(self, history: Sequence[Metrics]) -> None:
         """Write all epochs to `metrics.csv` again, so that it always agrees with the checkpoints."""
         names = list(dict.fromkeys(name for row in history for name in row))
         text = io.StringIO(newline="")
@@ -206,12 +207,12 @@ class RunFolder:
         """Write a file of the folder completely or not at all."""
         (self.path / name).write_text(text)
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, object]) -> None:
         """Mark the run as complete."""
         self.write_text(self._result_file, json.dumps(result, indent=1))
 
 
-def _parse(path: StoragePath) -> dict[str, Any]:
+def _parse(path: StoragePath) -> dict[str, object]:
     try:
         return dict(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, TypeError, ValueError) as error:
@@ -225,11 +226,11 @@ def _same(name: str, there: object, here: object) -> bool:
     return there == here
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
     """Nested settings by dotted name."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat

@@ -153,7 +153,7 @@ class Weights:
             they are known.
     """
 
-    state: Mapping[str, Any]
+    state: Mapping[str, object]
     source: str
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -168,7 +168,7 @@ class Weights:
         return total.hexdigest()
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: object) -> bytes:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return repr(value).encode()
@@ -207,7 +207,7 @@ def read_weights(checkpoint: str | None, storage_path: str = "runs") -> Weights:
     )
 
 
-def _read_file(path: StoragePath) -> Mapping[str, Any]:
+def _read_file(path: StoragePath) -> Mapping[str, object]:
     """A state dict, read without executing any code from the file."""
     try:
         content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from bss_ray.runtime.logs import LogFormat, check_log_format
 from bss_ray.runtime.messages import (
     EpochFinished,
     Message,
+    Metrics,
     Notice,
     OnMessage,
     ProfileRecorded,
@@ -189,7 +190,7 @@ class TrainConfig:
             raise ConfigError(f"num_workers must be at least 1, and of [lo, hi] hi at least lo; received {workers}")
 
 
-def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict[str, Any]:
+def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict[str, object]:
     """Train, choose the epoch on validation, test it, and write the run folder.
 
     Ray must be running. A stopped run is resumed.
@@ -240,7 +241,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     history = last.manifest().history
     folder.write_metrics(history)
     chosen, row = _choose(outcome, choose_by)
-    result: dict[str, Any] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
+    result: dict[str, object] = {"chosen_epoch": row["epoch"], "validation": _named(row, "val"), "test": {}}
     if splits.test is not None:
         result["test"] = _test_checkpoint(config, SavedCheckpoint(chosen), splits.test, use_gpu=scaling.use_gpu)
     if last.manifest().position.version:
@@ -411,7 +412,7 @@ def check_choice(metric: str | None, columns: Columns) -> str:
     return chosen
 
 
-def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoint, dict[str, Any]]:
+def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoint, Metrics]:
     """The checkpoint of the best epoch on validation (the last epoch without validation), and its metrics."""
     scored = [(saved, row) for saved, row in outcome.best_checkpoints or [] if metric in row]
     if scored:
@@ -419,17 +420,17 @@ def _choose(outcome: ray.train.Result, metric: str) -> tuple[ray.train.Checkpoin
     return outcome.checkpoint, outcome.metrics
 
 
-def best_row(history: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+def best_row(history: Sequence[Metrics], metric: str) -> Metrics:
     """The metrics of the epoch that `metric` chooses; of equal epochs the first."""
     return max(history, key=lambda row: _rank(row, metric))
 
 
-def _rank(row: dict[str, Any], metric: str) -> tuple[float, int]:
+def _rank(row: Metrics, metric: str) -> tuple[float, int]:
     value = row[metric] if math.isfinite(row[metric]) else -math.inf
     return (-value if is_error(metric) and math.isfinite(value) else value), -row["epoch"]
 
 
-def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
+def _named(row: Metrics, prefix: str) -> dict[str, float]:
     return {name: value for name, value in row.items() if name.startswith(f"{prefix}_")}
 
 
@@ -459,7 +460,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_model(config: TrainConfig, state: dict[str, Any], shards: Shards) -> dict[str, float]:
+def test_model(config: TrainConfig, state: Mapping[str, torch.Tensor], shards: Shards) -> dict[str, float]:
     """Test metrics of the model with these weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, shards).to(device)

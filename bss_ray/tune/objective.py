@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError, nearest
 from bss_ray.names import FUSED
+from bss_ray.runtime.messages import Metrics
 from bss_ray.train.metrics import is_error, metric_names
 from bss_ray.train.run import best_row, check_choice
 
@@ -96,16 +97,16 @@ class Objective:
         """Direction of the first metric in Ray Tune's words."""
         return "min" if self._lower_is_better(self.metrics[0]) else "max"
 
-    def values(self, history: Sequence[dict[str, Any]]) -> list[float]:
+    def values(self, history: Sequence[Metrics]) -> list[float]:
         """The values of one training run so far: metrics of its best epoch, and seconds of all epochs."""
         best = best_row(history, self.choose_by)
         return [self.seconds(history) if name == SECONDS else self._value(name, best) for name in self.metrics]
 
-    def best_epoch(self, history: Sequence[dict[str, Any]]) -> int:
+    def best_epoch(self, history: Sequence[Metrics]) -> int:
         """The epoch that `choose_by` chooses."""
         return int(best_row(history, self.choose_by)["epoch"])
 
-    def seconds(self, history: Sequence[dict[str, Any]]) -> float:
+    def seconds(self, history: Sequence[Metrics]) -> float:
         """Seconds of training, planning and scoring of all epochs."""
         return float(sum(row[part] for row in history for part in _PARTS))
 
@@ -127,7 +128,7 @@ class Objective:
         half = over_seeds.half_width
         return over_seeds.mean + half if self._lower_is_better(name) else over_seeds.mean - half
 
-    def _value(self, name: str, row: dict[str, Any]) -> float:
+    def _value(self, name: str, row: Metrics) -> float:
         if not name.endswith(f"_{_WEAKER}"):
             return float(row[name])
         of_modalities = [float(row[name.removesuffix(_WEAKER) + modality]) for modality in self.modalities]
