@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import ray
 import ray.train
-import ray.train.torch
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -144,7 +143,7 @@ def fit_ranks(
     trainer = parts.trainer(
         train_loop,
         policy=policy,
-        torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(wait_limit_s))),
+        timeout_s=max(1, round(wait_limit_s)),
         scaling_config=scaling_config,
         run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), before]),
     )
