@@ -62,7 +62,7 @@ def data_loader(tensors: Tensors, order: np.ndarray, batch_size: int) -> Epoch:
 
 
 def ray_data(dataset: ray.data.Dataset, batch_size: int) -> Epoch:
-    """Ray Data: a materialised data set, shuffled anew for each epoch."""
+    """Ray Data: a materialised dataset, shuffled again for each epoch."""
     materialised = dataset.materialize()
 
     def epoch() -> Iterator[Tensors]:

@@ -87,7 +87,7 @@ def run_separately(folder: Path, settings: Sequence[str], kind: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=12, help="of a study, and runs beside it")
+    parser.add_argument("--trials", type=int, default=12, help="number of trials of a study, and of separate runs")
     parser.add_argument("--epochs", type=int, default=4, help="of each trial and run")
     parser.add_argument("--space", default="learning")
     parser.add_argument("--repeats", type=int, default=3)

@@ -4,7 +4,7 @@
 #   sbatch cluster/slurm.sh train --config my.yaml --storage_path /shared/runs --name mine
 #
 # from the folder with your YAML files and modules; `bss-ray` and `ray` must be on the PATH (activate the environment
-# first). Ahead of the time limit the run is stopped and the job queued again: the same command goes on where it stopped.
+# first). Before the time limit the run is stopped and the job queued again: the same command resumes the run.
 # Not `ray symmetric-run`: it ends with `ray stop`, which ends your other jobs on the node too, and passes no signal on.
 #
 #SBATCH --job-name=bss-ray
@@ -81,7 +81,7 @@ until (exec 3<>"/dev/tcp/$ip/$port") 2>/dev/null; do patience; done  # Ray's cli
 until joined=$(alive 2>/dev/null) && ((joined >= SLURM_NNODES)); do patience; done
 echo "slurm.sh: $joined nodes at $RAY_ADDRESS"
 
-# The driver runs beside this shell, so that signals arrive at once. USR1 comes from --signal, TERM from scancel
+# The driver runs in the background of this shell, so that signals arrive at once. USR1 comes from --signal, TERM from scancel
 # --signal=TERM --batch and from preemption, which queues the job again by itself.
 requeue=false
 bss-ray "$@" &

@@ -1,8 +1,8 @@
 """A train loop of your own: three modalities, your model, your loss, any number of ranks.
 
 Run it:  python examples/custom_loop.py
-The data is made here; put your Ray Dataset in its place. Stop it and run it again: it goes on where
-it stopped, in runs/custom-loop.
+The data is made here; put your Ray Dataset in its place. If it is stopped and run again, it resumes the run
+in runs/custom-loop.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A search space of one's own: BSS-L beside the learning rate, and a wider model.
+"""A search space of your own: BSS-L, the learning rate, and the width of the model.
 
 From the repository's folder: bss-ray tune --name mine --space examples.search_space:space --trials 20
 """

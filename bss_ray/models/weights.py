@@ -108,7 +108,7 @@ def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, An
 
 
 def _shapes(build: Callable[[int], nn.Module], classes: int) -> dict[str, Any]:
-    """Shapes of the model's tensors for so many classes."""
+    """Shapes of the model's tensors for a number of classes."""
     try:
         with torch.device("meta"):  # no memory, no random numbers
             model = build(classes)

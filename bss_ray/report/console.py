@@ -33,7 +33,7 @@ from bss_ray.storage import StoragePath
 # Content of `result.json` or `summary.json`.
 Result = Mapping[str, Any]
 
-# Messages of how far something is: one in so many seconds, and the last.
+# Messages of progress, of which one in some seconds and the last are shown.
 _PROGRESS_S = 10.0
 
 

@@ -160,7 +160,7 @@ class Coordinator:
         """Load saved scores for a new attempt.
 
         Args:
-            saved: the scores, or where each holder reads those of its rows.
+            saved: The scores, or a place from which each holder reads those of its rows.
             version: The saved version.
 
         Raises:

@@ -240,7 +240,7 @@ class Holder:
         """Load scores that any holders have saved; rows of other holders are ignored.
 
         Args:
-            saved: the saved scores, or where they are read from: only what overlaps the own rows is.
+            saved: The saved scores, or a place from which those that overlap the own rows are read.
             version: Version of the saved scores.
             attempt: Attempt of the ranks; from now on measures of another attempt are refused.
 

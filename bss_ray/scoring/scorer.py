@@ -69,11 +69,11 @@ class Scorer:
         label: Name of the label column.
         forward: Settings of the forward pass, such as batch size and precision.
         device: Device of the model.
-        model: the model; or let `load` unpack one.
+        model: The model; without it `load` unpacks one.
         losses: Whether to measure the loss of each modality's head, too.
 
     Attributes:
-        model: the module, as it is at the moment.
+        model: The current module.
     """
 
     model: nn.Module

@@ -139,7 +139,7 @@ class SamplerContract(abc.ABC):
         checks_rows: Whether it knows the data's number of rows and refuses weights of another length.
         sees_all_weights: Whether a refusal of bad weights counts all of them; if not, it counts those of one process.
         other_process: Whether it can be made in a fresh process (not if it needs a running cluster).
-        seeds, epochs: so many first draws, seeds * epochs, are compared with the weights.
+        seeds, epochs: Numbers whose product is the number of first draws that are compared with the weights.
     """
 
     resizable: ClassVar[bool] = True

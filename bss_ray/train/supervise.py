@@ -135,7 +135,7 @@ class EventReader:
             import ray
 
             there = ", ".join(f"{ray.cluster_resources().get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-            raise wait_timeout_error(f"a sign of life of the ranks (the cluster has {there} now)")
+            raise wait_timeout_error(f"a heartbeat of the ranks (the cluster has {there} now)")
 
 
 def _answer_of(ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:

@@ -76,7 +76,9 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
     place = storage or str(folder / JOURNAL)
     another = "Give a URL such as sqlite:///study.db, or the path of a journal file, or leave --storage away"
     if place in ("sqlite://", "sqlite:///") or place.endswith(":memory:"):
-        raise StorageError(f"the storage {place} ends with this command, and the search could not go on. {another}")
+        raise StorageError(
+            f"the storage {place} ends with this command, and the search could not be resumed. {another}"
+        )
     is_url = "://" in place
     try:
         return optuna.storages.get_storage(place) if is_url else _open_journal(Path(place).absolute())

@@ -198,7 +198,7 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         burn_ins: Burn-ins of the search.
         folder: Folder of the trials.
         exchanged: Whether trials continue from each other's checkpoints, which must then stay.
-        on_message: told what becomes of each trial.
+        on_message: Function that is called with messages about each trial.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ def run_trials(
         seats: Number of trials at a time.
         reuse: Whether a process runs one trial after another.
         callbacks: Callbacks of Ray Tune, such as loggers.
-        on_message: told what becomes of each trial.
+        on_message: Function that is called with messages about each trial.
 
     Raises:
         Interrupted: Ctrl-C was pressed; trials that were running are still running in the record.

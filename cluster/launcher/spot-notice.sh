@@ -14,7 +14,7 @@ esac
 
 announced() {
   case "$1" in
-    aws)  # 404 until there is a notice, on on-demand nodes for ever
+    aws)  # 404 until there is a notice, on on-demand nodes forever
       local token
       token=$(curl --silent --fail --max-time 5 --request PUT --header 'X-aws-ec2-metadata-token-ttl-seconds: 60' \
         "$url/latest/api/token") || return 1

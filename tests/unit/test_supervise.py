@@ -136,7 +136,7 @@ def test_ranks_that_give_no_sign_of_life_end_the_run(coordinator: Coordinator, m
     monkeypatch.setattr(module, "BEAT_S", 0.01)
     wait.set_wait_limit(0.3)
     end = threading.Event()
-    with pytest.raises(wait.WaitError, match=r"waited 0.3 s for a sign of life of the ranks \(the cluster has 2 CPU"):
+    with pytest.raises(wait.WaitError, match=r"waited 0.3 s for a heartbeat of the ranks \(the cluster has 2 CPU"):
         supervise(lambda: end.wait(30), EventReader(coordinator, lambda _: None))
     end.set()
     # With signs of life it goes on past the limit.
