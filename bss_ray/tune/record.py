@@ -77,7 +77,7 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
     another = "Give a URL such as sqlite:///study.db, or the path of a journal file, or leave --storage away"
     if place in ("sqlite://", "sqlite:///") or place.endswith(":memory:"):
         raise StorageError(
-            f"the storage {place} ends with this command, and the search could not be resumed. {another}"
+            f"the storage {place} ends with this command, and the search could not resume. {another}"
         )
     is_url = "://" in place
     try:
