@@ -151,14 +151,14 @@ class Figure:
     Attributes:
         step: Name of the step.
         name: What was measured.
-        value: How much.
+        value: How much; None if it was not run.
         unit: Of what.
         ratio: How that compares, in words; empty for nothing to compare with.
     """
 
     step: str
     name: str
-    value: float
+    value: float | None
     unit: str
     ratio: str = ""
 
@@ -223,7 +223,7 @@ class Bench:
     def loader(self, shards: Shards) -> Loader:
         return Loader(shards, rank=0, rank_nodes=["node"], device=self.device)
 
-    def add(self, name: str, value: float, unit: str, ratio: str = "") -> None:
+    def add(self, name: str, value: float | None, unit: str, ratio: str = "") -> None:
         self.figures.append(Figure(self.step, name, value, unit, ratio))
 
     def wait(self) -> None:
@@ -446,10 +446,12 @@ def memory(bench: Bench) -> None:
         agree(found, scored("cpu"), 1e-5, "halved")
         check(len(found.notices) == 3, f"notices: {found.notices}")
         return
-    model, arrays = bench.model(), bench.arrays
+    # Never the small model: torch takes memory in pieces of 2 MB and more, and the limit must be well above a piece.
+    large = Bench(bench.device, quick=False)
+    model, arrays = large.model(), make_arrays(2 * large.batch_size, large.shape)
     roomy, crowded = (
         Scorer(Measurer(), "label", forward=Forward(batch_size=size), device=bench.device, model=model)
-        for size in (bench.batch_size // 8, bench.batch_size)
+        for size in (large.batch_size // 8, large.batch_size)
     )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(bench.device)
@@ -606,7 +608,7 @@ def scorer(bench: Bench) -> None:
             rates[name] = measure()
             bench.add(name, rates[name], "rows/s", f"{rates[name] / rates[of]:.2f} of {of}" if of else "")
         except NotRunError as reason:
-            bench.add(name, float("nan"), "rows/s", f"not run: {reason}")
+            bench.add(name, None, "rows/s", f"not run: {reason}")
 
     def compile_it() -> float:
         with compiler(bench):
@@ -722,7 +724,9 @@ def table(bench: Bench, outcomes: list[Outcome]) -> str:
     """Everything that was measured, and what became of each step."""
     lines = [describe(bench), ""]
     for figure in bench.figures:
-        value = f"{figure.value:,.0f}" if abs(figure.value) >= 1000 else f"{figure.value:,.3g}"
+        known = figure.value or 0.0
+        text = f"{known:,.0f}" if known >= 100 else f"{known:.3g}"
+        value = "-" if figure.value is None else text
         lines.append(f"{figure.step:<11} {figure.name:<36} {value:>10} {figure.unit:<9} {figure.ratio}".rstrip())
     lines.append("")
     for outcome in outcomes:
