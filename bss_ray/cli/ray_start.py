@@ -10,12 +10,12 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-from bss_ray.runtime.logs import ray_logging
+from bss_ray.runtime.logs import CommandConfig, ray_logging
 
 STOPPED = 130  # exit code that shells expect after Ctrl-C
 
 
-def start_ray(config: Any, display: Any) -> None:
+def start_ray(config: CommandConfig, display: Any) -> None:
     """Connect to the given cluster, or start Ray on this machine, without its output."""
     # Each report is a barrier that waits for one poll of the controller, and epochs can be as short as a second.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

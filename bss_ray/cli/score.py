@@ -7,14 +7,18 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from bss_ray.cli.ray_start import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
+from bss_ray.runtime.logs import CommandConfig
 from bss_ray.storage import StoragePath
 from bss_ray.train.settings import Parser, add_model_arguments, instantiate, make, with_types
+
+if TYPE_CHECKING:
+    from bss_ray.report.console import Shown
 
 _DESCRIPTION = (
     "Score all rows of a dataset with a model and its weights: how balanced is each row between its modalities? Tasks "
@@ -72,7 +76,7 @@ def score_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _start_ray(config: Any, display: Any) -> None:
+def _start_ray(config: CommandConfig, display: Shown) -> None:
     if config.verbose:
         start_ray(config, display)
         return
@@ -99,7 +103,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _write_report(folder: StoragePath, summary: dict[str, Any], display: Any) -> None:
+def _write_report(folder: StoragePath, summary: dict[str, Any], display: Shown) -> None:
     from bss_ray.report.scores import write_scores_report
 
     try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bss_ray.cli.ray_start import STOPPED, start_ray
 from bss_ray.errors import BssRayError
 from bss_ray.storage import StoragePath
 from bss_ray.train.settings import instantiate, make, resolved, train_parser
+
+if TYPE_CHECKING:
+    from bss_ray.report.console import Shown
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -46,7 +49,7 @@ def train_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _write_report(folder: StoragePath, display: Any) -> None:
+def _write_report(folder: StoragePath, display: Shown) -> None:
     from bss_ray.errors import MissingDependencyError
     from bss_ray.report.html import write_report
 

@@ -6,14 +6,26 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from bss_ray.cli.ray_start import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
-from bss_ray.train.settings import Parser, add_training_arguments, instantiate, make, named_scheduler, resolved
+from bss_ray.runtime.logs import CommandConfig
+from bss_ray.train.settings import (
+    Parser,
+    add_training_arguments,
+    instantiate,
+    make,
+    named_scheduler,
+    resolved,
+    with_types,
+)
+
+if TYPE_CHECKING:
+    from bss_ray.report.console import Shown
 
 _DESCRIPTION = (
     "Search the sampler's settings: momentum, update interval, temperature, pacing, criteria, ... Trials share the "
@@ -56,7 +68,7 @@ def tune_parser(argv: Sequence[str]) -> ArgumentParser:
 
     parser = Parser(prog="bss-ray tune", description=_DESCRIPTION)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
-    parser.add_class_arguments(TuneConfig, as_group=False, skip={"train"})
+    parser.add_class_arguments(with_types(TuneConfig), as_group=False, skip={"train"})
     scheduler = named_scheduler(argv, "train.")
     add_training_arguments(parser, scheduler, prefix="train.", skip=_OF_THE_SEARCH)
     return parser
@@ -110,7 +122,7 @@ def _wants_more(config: Any, result: dict[str, Any]) -> bool:
     return bool(sum(result["trials"].values()) < config.trials or seeds != config.compare_seeds)
 
 
-def _start_ray(config: Any, display: Any) -> None:
+def _start_ray(config: CommandConfig, display: Shown) -> None:
     # Ray Tune's own notes on trials and on its use are not for users of this command.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -121,7 +133,7 @@ def _start_ray(config: Any, display: Any) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _write_report(config: Any, folder: Path, result: dict[str, Any], display: Any) -> None:
+def _write_report(config: Any, folder: Path, result: dict[str, Any], display: Shown) -> None:
     from bss_ray.report.study import write_study_report
     from bss_ray.tune.record import load_study
 

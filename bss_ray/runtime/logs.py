@@ -1,9 +1,10 @@
-"""The format of what a command prints, and the logger of a run's processes."""
+"""What each command is told, the format of what it prints, and the logger of a run's processes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bss_ray.errors import check_one_of
@@ -12,13 +13,28 @@ from bss_ray.errors import check_one_of
 LogFormat = Literal["auto", "rich", "plain", "json"]
 
 
-def check_log_format(value: str) -> None:
-    """Refuse a format that does not exist.
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig:
+    """Settings of each command that starts Ray.
+
+    Args:
+        storage_path: Folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
+        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
+        log_format: Format of the output: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per
+            line); `auto` is rich on a terminal and plain elsewhere.
+        verbose: Whether Ray's own output is shown.
 
     Raises:
-        ConfigError: The message names the nearest format.
+        ConfigError: The log format does not exist; the message names the nearest format.
     """
-    check_one_of("log_format", value, get_args(LogFormat))
+
+    storage_path: str = "runs"
+    ray_address: str | None = None
+    log_format: LogFormat = "auto"
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of("log_format", self.log_format, get_args(LogFormat))
 
 
 def ray_logging(log_format: str) -> dict[str, object]:

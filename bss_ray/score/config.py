@@ -20,7 +20,7 @@ from bss_ray.measure.measurer import Measurer
 from bss_ray.measure.score import ScoreRule
 from bss_ray.models.weights import classes_of_weights, load_weights
 from bss_ray.names import import_name
-from bss_ray.runtime.logs import LogFormat, check_log_format
+from bss_ray.runtime.logs import CommandConfig
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S
 from bss_ray.score.measure_files import FILE_ROWS
 from bss_ray.score.measuring import Measuring
@@ -57,7 +57,7 @@ MAY_CHANGE = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(ScoreRule, ScoringPass, PoolConfig):
+class ScoreConfig(ScoreRule, ScoringPass, PoolConfig, CommandConfig):
     """Settings of `bss-ray score`.
 
     Args:
@@ -77,11 +77,6 @@ class ScoreConfig(ScoreRule, ScoringPass, PoolConfig):
         piece_rows: Largest number of rows in a file of measures; a stop loses only the files that are being made.
         wait_limit_s: Longest time, in seconds, without a new result from the actors and tasks of the job.
         name: Name of the job; a job with the same name and settings is resumed.
-        storage_path: Folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
-        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
-        log_format: Format of the output: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per
-            line); `auto` is rich on a terminal and plain elsewhere.
-        verbose: Whether Ray's own output is shown.
     """
 
     checkpoint: str | None = None
@@ -96,15 +91,10 @@ class ScoreConfig(ScoreRule, ScoringPass, PoolConfig):
     piece_rows: int = FILE_ROWS
     wait_limit_s: float = DEFAULT_LIMIT_S
     name: str = "scores"
-    storage_path: str = "runs"
-    ray_address: str | None = None
-    log_format: LogFormat = "auto"
-    verbose: bool = False
 
     def __post_init__(self) -> None:
-        for settings in (ScoreRule, ScoringPass, PoolConfig):
+        for settings in (ScoreRule, ScoringPass, PoolConfig, CommandConfig):
             settings.__post_init__(self)
-        check_log_format(self.log_format)
         check_one_of("split", self.split, get_args(Split))
         if not self.wait_limit_s > 0:
             raise ConfigError(f"wait_limit_s must be positive; received {self.wait_limit_s}")

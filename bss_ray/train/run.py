@@ -26,7 +26,7 @@ from bss_ray.errors import ConfigError, DataError, StorageError, nearest
 from bss_ray.measure.forward import to_tensors
 from bss_ray.measure.measurer import Measurer
 from bss_ray.placement.resources import Placement
-from bss_ray.runtime.logs import LogFormat, check_log_format
+from bss_ray.runtime.logs import CommandConfig
 from bss_ray.runtime.messages import (
     EpochFinished,
     Message,
@@ -99,7 +99,7 @@ def roc_areas(path: StoragePath, columns: tuple[str, ...]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(CommandConfig):
     """Settings of `bss-ray train`.
 
     Args:
@@ -138,13 +138,8 @@ class TrainConfig:
         wait_limit_s: Longest time, in seconds, that one process waits for another, and that a run continues without a
             live rank; raise it if a scoring pass or a validation takes longer.
         name: Name of the run; a run with the same name and settings is resumed.
-        storage_path: Folder of all runs, on a file system that all nodes share, or a URI such as s3://bucket/runs.
-        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
-        log_format: Format of the output: `rich` (colours and a moving line), `plain` (lines), `json` (a JSON object per
-            line); `auto` is rich on a terminal and plain elsewhere.
         profile: Whether to record a training step, a scoring pass and a timeline of all processes in `profile/` of the
             run folder, for chrome://tracing or Perfetto.
-        verbose: Whether Ray's own output is shown.
     """
 
     data: str = AV_DIGITS
@@ -172,14 +167,10 @@ class TrainConfig:
     max_preemptions: int = -1
     wait_limit_s: float = DEFAULT_LIMIT_S
     name: str = "demo"
-    storage_path: str = "runs"
-    ray_address: str | None = None
-    log_format: LogFormat = "auto"
     profile: bool = False
-    verbose: bool = False
 
     def __post_init__(self) -> None:
-        check_log_format(self.log_format)
+        super().__post_init__()
         if self.initial_scores is not None and self.initial_checkpoint is not None:
             raise ConfigError(
                 "initial_scores and initial_checkpoint both say what the first epoch is drawn from; give one of them"

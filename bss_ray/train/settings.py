@@ -128,7 +128,11 @@ def add_training_arguments(
 
     set_parsing_settings(subclasses_enabled=[Scheduler])
     parser.add_class_arguments(
-        TrainConfig, prefix.removesuffix(".") or None, as_group=False, instantiate=False, skip={"model", *skip}
+        with_types(TrainConfig),
+        prefix.removesuffix(".") or None,
+        as_group=False,
+        instantiate=False,
+        skip={"model", *skip},
     )
     model = add_model_arguments(parser, prefix)
     parser.set_defaults({model: {"class_path": "bss_ray.models.LateFusion"}})

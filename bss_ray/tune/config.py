@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from bss_ray.errors import ConfigError, check_one_of
-from bss_ray.runtime.logs import LogFormat
+from bss_ray.runtime.logs import CommandConfig
 from bss_ray.storage import hidden, is_uri
 from bss_ray.train.run import TrainConfig
 
@@ -63,7 +63,7 @@ class Population:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(CommandConfig):
     """Settings of `bss-ray tune`.
 
     Args:
@@ -90,10 +90,6 @@ class TuneConfig:
         loggers: Trackers in addition to Ray Tune's own CSV, JSON and TensorBoard: `mlflow`, `wandb`.
         name: Name of the search; a search with the same name and settings is resumed.
         storage_path: Folder of all runs and searches, on a file system that all nodes share; not a URI.
-        ray_address: Address of a running cluster; null starts Ray on this machine, or takes RAY_ADDRESS.
-        log_format: Format of the output: `rich` (colours and a moving table), `plain` (lines), `json` (a JSON object
-            per line); `auto` is rich on a terminal and plain elsewhere.
-        verbose: Whether Ray's own output is shown.
 
     Raises:
         ConfigError: A setting is unknown, out of its range, or contradicts another.
@@ -116,16 +112,12 @@ class TuneConfig:
     storage: str | None = None
     loggers: tuple[str, ...] | str = ()
     name: str = "tune"
-    storage_path: str = "runs"
-    ray_address: str | None = None
-    log_format: LogFormat = "auto"
-    verbose: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value, choices in (
             ("algorithm", self.algorithm, get_args(Algorithm)),
             ("aggregate", self.aggregate, get_args(Aggregate)),
-            ("log_format", self.log_format, get_args(LogFormat)),
             *(("logger", logger, LOGGERS) for logger in self.trackers),
         ):
             check_one_of(name, value, choices)
