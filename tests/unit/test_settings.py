@@ -118,7 +118,7 @@ class TestTrainingConfig:
             {"scheduler.class_path": "Uniform", "scheduler.update_interval": 2},
             {"scheduler.temperature": None, "scheduler.grow_epochs": 7, "loop.clip_norm": None},
             {"measurer.similarity": "feature", "scoring.accumulate": "sum", "loop.lr": 1e-5},
-            {"columns.modalities": ["a", "b"], "columns.label": "y", "data": "rows/", "model.width": 8},
+            {"columns.modalities": ["a", "b"], "columns.label": "y", "data": "/rows", "model.width": 8},
         ],
     )
     def test_the_command_line_takes_what_it_returns(self, settings: dict[str, Any], tmp_path: Path) -> None:
