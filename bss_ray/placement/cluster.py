@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import ray
 
 from bss_ray.placement.packing import Node
-from bss_ray.runtime.ray_internals import NodeGroup, node_groups
+from bss_ray.runtime.ray_internals import NodeGroup, actors, draining_nodes, free_resources, node_groups
 
 _HEAD = "node:__internal_head__"  # a resource that Ray gives only to the head
 _GROUP_LABEL = "ray.io/node-group"  # the autoscaler's label for the kind of a node
@@ -42,3 +43,41 @@ def _coming(there: list[Node], groups: Iterable[NodeGroup]) -> Iterable[Node]:
         for index in range(limit - started[group.name]):
             # The autoscaler does not tell the labels of its nodes.
             yield Node(id=f"{group.name} {index}", resources=group.resources, labels=None, there=False)
+
+
+def read_room(prefix: str) -> tuple[list[Node], dict[str, Counter[str]]]:
+    """What a run may take of the nodes at this moment, and where its actors are.
+
+    Args:
+        prefix: Prefix of the names of the run's actors.
+
+    Returns:
+        Nodes that are there to stay, with what is free or taken by the run's own actors; and how many `holders` and
+        `scorers` are on each node.
+    """
+    taken: dict[str, Counter[str]] = defaultdict(Counter)
+    standing: dict[str, Counter[str]] = defaultdict(Counter)
+    for actor in actors():
+        if actor.name.startswith(prefix) and actor.node:
+            taken[actor.node].update(actor.takes)
+            standing[role_of(actor.name, prefix)][actor.node] += 1
+    free, leaving = free_resources(), draining_nodes()
+    nodes = [
+        # Ray hears of what is taken a moment later than of who has taken it.
+        replace(
+            node,
+            resources={
+                name: min(amount, free[node.id].get(name, 0) + taken[node.id][name])
+                for name, amount in node.resources.items()
+            },
+        )
+        for node in read_nodes()
+        if node.id in free and node.id not in leaving
+    ]
+    return nodes, standing
+
+
+def role_of(name: str, prefix: str) -> str:
+    """`coordinator`, `holders` or `scorers` of the name of a run's actor."""
+    role = name.removeprefix(prefix)
+    return role if role == "coordinator" else role.rpartition("-")[0] + "s"

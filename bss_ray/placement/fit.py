@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from bss_ray.errors import ResourceError
-from bss_ray.placement.packing import DEVICES, UNIT, Node, ProcessGroup, fits, matches, most
+from bss_ray.placement.packing import UNIT, Fixed, Node, ProcessGroup, first_fit, fits, has_shares, matches, most
+
+_SHARES = "; Ray puts shares of a GPU on as few GPUs as it can"
 
 
 def check_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> None:
@@ -87,6 +90,49 @@ def deal(weights: Mapping[str, float], count: int) -> list[str]:
     return [node for node in sorted(dealt, key=lambda node: (-dealt[node], node)) for _ in range(dealt[node])]
 
 
+def place_ranks(
+    nodes: Sequence[Node], groups: Sequence[ProcessGroup], standing: Fixed, *, ranks: str, spread: bool
+) -> dict[str, list[str]] | None:
+    """Node of each rank, so that all other processes of the run fit, too.
+
+    Args:
+        nodes: Nodes with what the run may take of them.
+        groups: All processes of the run, in the order in which Ray is asked for them.
+        standing: Processes that stand already.
+        ranks: Beginning of the names of the groups of ranks.
+        spread: Put as few ranks on a node as possible, in place of as many.
+
+    Returns:
+        Nodes by group of ranks; None where first fit finds no place for all, which does not mean that there is none.
+    """
+    own = [group for group in groups if group.name.startswith(ranks)]
+    for most_here in range(1, 1 + sum(group.count for group in own)) if spread else [None]:
+        asked = [replace(group, per_node=group.per_node or most_here) if group in own else group for group in groups]
+        placed = first_fit(nodes, asked, standing, first=ranks)
+        if placed is not None:
+            return {group.name: list(placed[group.name].elements()) for group in own}
+    return None
+
+
+def elastic_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counted: int, *, at_least: int) -> int:
+    """Number of ranks of an elastic run.
+
+    Args:
+        nodes: Nodes of the cluster; those that are not there yet do not count.
+        groups: All processes of the run; the last are the ranks.
+        counted: Number of ranks that Ray takes for possible.
+        at_least: Smallest number of ranks. So many need not leave room for the others, which a run can do without for
+            a while.
+    """
+    *others, ranks = groups
+    here = [node for node in nodes if node.there]
+    for beside in (others, []):
+        count = most(here, [*beside, replace(ranks, count=counted)], ranks.name)
+        if count >= at_least:
+            return count
+    return 0
+
+
 # ---- what is wrong ----------------------------------------------------------------------------
 
 
@@ -141,7 +187,7 @@ def _check_alone(nodes: Sequence[Node], group: ProcessGroup) -> None:
     if seats < group.count:
         takes = " and ".join(f"{amount:g} {name}" for name, amount in sorted(group.each.items()) if amount)
         where = f" with the label {_selector(group)}" if group.selector else ""
-        apart = ", all of them on one" if group.together else ", no two of them on one" if group.apart else ""
+        apart = ", all of them on one" if group.together else ", no two of them on one" if group.per_node == 1 else ""
         raise ResourceError(
             f"each of the {group.name} needs {takes or 'nothing'} on one node{where}{apart}, and the nodes have room "
             f"for {seats} of {group.count}{_coming(nodes)}. Lower their number, or give each of them less"
@@ -158,14 +204,9 @@ def _refuse_together(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> N
             raise ResourceError(
                 f"{asked} do not fit on the nodes at the same time{_coming(nodes)}: next to the others there is room "
                 f"for {max(seats, 0)} of {last.count} {last.name}. The nodes have {_shown(nodes, groups[:stop])}"
-                f"{_shares_hint(groups[:stop])}. Lower a number, or give each of them less"
+                f"{_SHARES if has_shares(groups[:stop]) else ''}. Lower a number, or give each of them less"
             )
     raise AssertionError("all of them fit")
-
-
-def _shares_hint(groups: Sequence[ProcessGroup]) -> str:
-    shares = any(0 < group.each.get(name, 0) < 1 for group in groups for name in DEVICES)
-    return "; Ray puts shares of a GPU on as few GPUs as it can" if shares else ""
 
 
 def _text(group: ProcessGroup) -> str:

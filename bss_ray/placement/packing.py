@@ -60,7 +60,7 @@ class ProcessGroup:
         count: Number of the processes.
         each: Resources of each process.
         selector: Labels of the nodes that the processes may be on, in Ray's syntax.
-        apart: Whether each process needs a node of its own.
+        per_node: Largest number of the processes on a node; None is without limit.
         together: Whether all processes must be on one node.
     """
 
@@ -68,7 +68,7 @@ class ProcessGroup:
     count: int
     each: Mapping[str, float]
     selector: Mapping[str, str] = field(default_factory=dict)
-    apart: bool = False
+    per_node: int | None = None
     together: bool = False
 
     def text(self, resource: str) -> str:
@@ -82,7 +82,8 @@ def fits(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed | N
     if not _sums_suffice(nodes, groups):
         return False
     # Usually there is enough room, and a simple arrangement shows it.
-    return _first_fit(nodes, groups, fixed) or tuple(group.count for group in groups) in _held(nodes, groups, fixed)
+    found = first_fit(nodes, groups, fixed) is not None
+    return found or tuple(group.count for group in groups) in _held(nodes, groups, fixed)
 
 
 def most(nodes: Sequence[Node], groups: Sequence[ProcessGroup], name: str) -> int:
@@ -105,25 +106,63 @@ def _sums_suffice(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> bool
     return all(amount <= there[name] for name, amount in asked.items())
 
 
-def _first_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed) -> bool:
-    """Whether all fit if each group takes the first room, first on nodes with the least of unused resources."""
+def first_fit(
+    nodes: Sequence[Node], groups: Sequence[ProcessGroup], fixed: Fixed | None = None, *, first: str = ""
+) -> dict[str, Counter[str]] | None:
+    """How many processes of each group stand on each node, if each takes what it finds; None where some find nothing.
+
+    They take nodes first that have the least of what they have no use for.
+
+    Args:
+        nodes: Nodes to stand on.
+        groups: Groups in the order in which Ray is asked for them.
+        fixed: Processes that stand already.
+        first: Beginning of the names of groups that choose before the others.
+    """
+    placed = {group.name: Counter((fixed or {}).get(group.name, {})) for group in groups}
     rooms = [_room(node, groups) for node in nodes]
-    for group in groups:
-        left = group.count - sum(fixed.get(group.name, {}).values())
+    choosing = sorted(groups, key=lambda group: not (first and group.name.startswith(first)))
+    for group in choosing:
+        for at, node in enumerate(nodes):
+            if not (number := placed[group.name][node.id]):
+                continue
+            smaller = _rooms(rooms[at], _each(group), number)
+            if len(smaller) <= number or number > _at_most(node, group):
+                return None
+            rooms[at] = smaller[number]
+    for group in choosing:
         useless = {name for other in groups for name in other.each} - group.each.keys()
         order = sorted(range(len(nodes)), key=lambda at: sum(nodes[at].resources.get(name, 0) for name in useless))
         for at in order:
-            wanted = _wanted(nodes[at], group, fixed)
-            most_here = min(wanted.at_most, wanted.at_least + left)
-            smaller = _rooms(rooms[at], wanted.each, most_here)
-            numbers = list(wanted.numbers(len(smaller) - 1))
-            if not numbers:
-                return False
-            rooms[at] = smaller[numbers[-1]]
-            left -= numbers[-1] - wanted.at_least
-        if left:
+            here, left = placed[group.name], group.count - placed[group.name].total()
+            smaller = _rooms(rooms[at], _each(group), min(left, _at_most(nodes[at], group) - here[nodes[at].id]))
+            number = len(smaller) - 1
+            if number and (number == left or not group.together):
+                rooms[at] = smaller[number]
+                here[nodes[at].id] += number
+        if placed[group.name].total() < group.count:
+            return None
+    # Shares of a device depend on who comes first, which is another order than the one here.
+    if has_shares(groups) and not all(_stands(node, groups, placed) for node in nodes):
+        return None
+    return placed
+
+
+def _stands(node: Node, groups: Sequence[ProcessGroup], placed: Fixed) -> bool:
+    """Whether a node has room for these processes, taken in Ray's order."""
+    room = _room(node, groups)
+    for group in groups:
+        number = placed[group.name].get(node.id, 0)
+        smaller = _rooms(room, _each(group), number)
+        if len(smaller) <= number:
             return False
+        room = smaller[number]
     return True
+
+
+def has_shares(groups: Sequence[ProcessGroup]) -> bool:
+    """Whether a process takes a share of a device."""
+    return any(0 < group.each.get(name, 0) < 1 for group in groups for name in DEVICES)
 
 
 # ---- what nodes hold --------------------------------------------------------------------------
@@ -180,17 +219,21 @@ def _room(node: Node, groups: Sequence[ProcessGroup]) -> _Room:
 
 def _wanted(node: Node, group: ProcessGroup, fixed: Fixed) -> _Wanted:
     return _Wanted(
-        each=_units({name: amount for name, amount in group.each.items() if amount}),
+        each=_each(group),
         at_most=_at_most(node, group),
         at_least=fixed.get(group.name, {}).get(node.id, 0),
         all_or_none=group.count if group.together else 0,
     )
 
 
+def _each(group: ProcessGroup) -> _Amounts:
+    return _units({name: amount for name, amount in group.each.items() if amount})
+
+
 def _at_most(node: Node, group: ProcessGroup) -> int:
     if not matches(node.labels, group.selector):
         return 0
-    return min(group.count, 1) if group.apart else group.count
+    return group.count if group.per_node is None else min(group.count, group.per_node)
 
 
 def _units(amounts: Mapping[str, float]) -> _Amounts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from bss_ray.placement.cluster import read_nodes
+from bss_ray.placement.cluster import read_nodes, role_of
 from bss_ray.placement.packing import Node
 from bss_ray.runtime.messages import NodeProcesses, PlacementMap
 from bss_ray.runtime.ray_internals import CONTROLLER, Actor, actors, free_resources
@@ -49,8 +49,7 @@ def describe(
 def _role(actor: Actor, prefix: str) -> str:
     if actor.class_name == CONTROLLER:
         return "controller"
-    role = actor.name.removeprefix(prefix)
-    return role if role == "coordinator" else role.rpartition("-")[0] + "s"
+    return role_of(actor.name, prefix)
 
 
 def _left(node: Node, left: Mapping[str, float]) -> dict[str, tuple[float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ class ResourceRequest:
     groups: Sequence[ProcessGroup]
     notices: Sequence[str] = ()
 
-    def seats(self, shards: Shards) -> dict[str, list[str]]:
+    def assign_nodes(self, shards: Shards) -> dict[str, list[str]]:
         """Node of each holder and scorer: where the rows are, as long as all other processes still fit."""
         rows = Counter({node.id: 0 for node in self.nodes if node.there})
         for part in shards.parts:
@@ -145,16 +145,20 @@ def groups_of(scaling: ray.train.ScalingConfig, scoring: Scoring, spare_cpus: in
     groups = [
         ProcessGroup(name=HOLDERS, count=scoring.num_holders, each={"CPU": scoring.cpus_per_holder}),
         ProcessGroup(name=SPARE, count=spare_cpus, each={"CPU": 1}),
-        *_ranks(scaling),
+        *rank_groups(scaling, rank_selectors(scaling, scaling.min_workers)),
     ]
     return [_scorers(scaling, scoring), *groups] if scoring.engine == "actors" else groups
 
 
-def _ranks(scaling: ray.train.ScalingConfig) -> list[ProcessGroup]:
+def rank_selectors(scaling: ray.train.ScalingConfig, ranks: int) -> list[dict[str, str]]:
+    """The user's label selector of each rank."""
+    given = scaling.label_selector or {}
+    return [dict(selector) for selector in (given[:ranks] if isinstance(given, list) else [given] * ranks)]
+
+
+def rank_groups(scaling: ray.train.ScalingConfig, selectors: Sequence[Mapping[str, str]]) -> list[ProcessGroup]:
+    """Ranks with these label selectors: a group for each selector."""
     each = resources_per_rank(scaling)
-    selectors = [scaling.label_selector or {}] * scaling.min_workers
-    if isinstance(scaling.label_selector, list):
-        selectors = scaling.label_selector[: scaling.min_workers]
     kinds = Counter(tuple(sorted(selector.items())) for selector in selectors)
     return [
         ProcessGroup(
@@ -162,7 +166,7 @@ def _ranks(scaling: ray.train.ScalingConfig) -> list[ProcessGroup]:
             count=count,
             each=each,
             selector=dict(kind),
-            apart=scaling.placement_strategy == "STRICT_SPREAD",
+            per_node=1 if scaling.placement_strategy == "STRICT_SPREAD" else None,
             together=scaling.placement_strategy == "STRICT_PACK",
         )
         for kind, count in kinds.items()

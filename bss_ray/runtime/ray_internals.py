@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # The versions of Ray that the tests run with.
 TESTED = "2.60.*"
 
+# The label selector of each rank.
+Selectors = list[dict[str, str]]
+
 # Ray Train's class.
 CONTROLLER = "TrainController"
 
@@ -67,7 +70,8 @@ with _names_of_ray():
 
     _ = (
         *(_worker._global_node, Node.is_head, _services.start_api_server),
-        *(_state.available_resources_per_node, _state.get_cluster_config, _state._connect_and_get_accessor),
+        *(_state.available_resources_per_node, _state.get_cluster_config, _state.get_draining_nodes),
+        _state._connect_and_get_accessor,
         *(GlobalStateAccessor.get_actor_info, GlobalStateAccessor.get_actor_table),
         *(GlobalStateAccessor.get_placement_group_table, ray.experimental.get_object_locations),
         *(gcs_pb2.ActorTableData.FromString, gcs_pb2.PlacementGroupTableData.FromString),
@@ -146,6 +150,11 @@ def free_resources() -> dict[str, dict[str, float]]:
     """Resources of each node that nobody uses at the moment, by the node's id."""
     free: dict[str, dict[str, float]] = _state.available_resources_per_node()
     return free
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will be taken away, on which Ray starts nothing."""
+    return set(_state.get_draining_nodes())
 
 
 @dataclass(frozen=True)
@@ -245,7 +254,8 @@ class TrainParts:
         scaling_policy: Makes Ray Train's policy for elastic ranks, with a function that corrects the number of ranks
             that Ray takes for possible.
         before_start: Makes a callback that calls a function in the controller, before it reserves anything for the
-            ranks of an attempt.
+            ranks of an attempt. The function is given the label selector of each rank, and may change it;
+            None for TPUs.
         trainer: A `TorchTrainer` with the arguments `policy`, a scaling policy or None, and `timeout_s`, of torch's
             collectives. Its controller does without torch, which takes a second to import.
         controller: Returns the handle of the controller, in a rank.
@@ -253,7 +263,7 @@ class TrainParts:
 
     fixed_policy: Callable[[ray.train.ScalingConfig], object]
     scaling_policy: Callable[[ray.train.ScalingConfig, Callable[[int], int]], object]
-    before_start: Callable[[Callable[[], None]], object]
+    before_start: Callable[[Callable[[Selectors | None], None]], object]
     trainer: type[ray.train.torch.TorchTrainer]
     controller: Callable[[], ActorHandle]
 
@@ -275,16 +285,19 @@ def train_parts() -> TrainParts:
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.context import TrainContext, get_train_context
         from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
+        from ray.train.v2._internal.execution.worker_group import WorkerGroupContext
 
         _ = (
             *(TorchTrainer._create_default_callbacks, TorchTrainer._initialize_and_run_controller),
             *(FixedScalingPolicy._send_resource_request, FixedScalingPolicy._maybe_send_resource_request),
             FixedScalingPolicy._cancel_resource_request,
             *(ElasticScalingPolicy._count_possible_workers, WorkerGroupCallback.before_worker_group_start),
-            TrainContext.__dataclass_fields__["controller_actor"],
             *(torch_config._set_torch_distributed_env_vars, torch_config._setup_torch_process_group),
             torch_config._shutdown_torch,
         )
+        for context, name in ((TrainContext, "controller_actor"), (WorkerGroupContext, "label_selector")):
+            if name not in context.__dataclass_fields__:
+                raise AttributeError(f"{context.__name__} has no field {name!r}")
 
     class FixedPolicy(FixedScalingPolicy):  # type: ignore[misc]
         def _send_resource_request(self) -> None: ...
@@ -302,11 +315,11 @@ def train_parts() -> TrainParts:
             return self._limit(super()._count_possible_workers(reserved_resources))
 
     class BeforeStart(WorkerGroupCallback):  # type: ignore[misc]
-        def __init__(self, function: Callable[[], None]) -> None:
+        def __init__(self, function: Callable[[Selectors | None], None]) -> None:
             self._function = function
 
-        def before_worker_group_start(self, _context: object) -> None:
-            self._function()
+        def before_worker_group_start(self, context: WorkerGroupContext) -> None:
+            self._function(context.label_selector)
 
     # Ray's own are in a module that imports torch.
     class RankBackend(Backend):  # type: ignore[misc]

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import ray
 import ray.train
@@ -15,29 +15,11 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data.shards import Shards
-from bss_ray.placement.cluster import read_nodes
-from bss_ray.placement.packing import Node, ProcessGroup, most
-from bss_ray.runtime.ray_internals import is_alone, orphaned_placement_groups, train_parts
-
-
-def seats_of_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counted: int, *, at_least: int) -> int:
-    """Number of ranks to start.
-
-    Args:
-        nodes: Nodes; those that do not exist yet do not count.
-        groups: All processes of the run; the last are the ranks.
-        counted: Number of ranks that Ray takes for possible.
-        at_least: Number of ranks that need not leave room for the other processes, without which a run can do for a
-            while.
-    """
-    *others, ranks = groups
-    here = [node for node in nodes if node.there]
-    for beside in (others, []):
-        seats = most(here, [*beside, replace(ranks, count=counted)], ranks.name)
-        if seats >= at_least:
-            return seats
-    return 0
-
+from bss_ray.placement.cluster import read_nodes, read_room
+from bss_ray.placement.fit import elastic_ranks, place_ranks
+from bss_ray.placement.packing import ProcessGroup
+from bss_ray.placement.resources import RANKS, rank_groups, rank_selectors
+from bss_ray.runtime.ray_internals import Selectors, draining_nodes, is_alone, orphaned_placement_groups, train_parts
 
 _POLL_S = 0.5
 
@@ -81,8 +63,12 @@ class AwaitLostShards:
 
 
 def _settle(nodes: set[str], limit_s: float) -> None:
-    """Wait until each node has answered, or Ray declares it dead: a lost node counts as alive for some seconds."""
-    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    """Until these nodes and all others have answered, or Ray has given them up.
+
+    A lost node counts as alive for some seconds, and nobody must wait for its rows or put a rank on it.
+    """
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes | (alive - draining_nodes())]
     ray.wait(
         [_answer.options(scheduling_strategy=node).remote() for node in there],
         num_returns=len(there),
@@ -93,6 +79,53 @@ def _settle(nodes: set[str], limit_s: float) -> None:
 @ray.remote(num_cpus=0, max_retries=0)
 def _answer() -> None:
     """Does nothing: it only shows that the node can run a process."""
+
+
+# Label of each node that Ray itself sets.
+_NODE_ID = "ray.io/node-id"
+
+# Seconds in which Ray hears that the ranks of the attempt before hold nothing any more.
+_FREED_S = 5.0
+
+
+@dataclass(frozen=True)
+class PinRanks:
+    """Gives each rank of an attempt a node, so that ranks, scorers, holders and spare CPUs fit together.
+
+    Ray Train places ranks without regard to the run's other processes; a label selector tells it where each goes. It is
+    made for every attempt, from what is there and free at that moment: a node of the attempt before may be lost. Where
+    no place is found for all, ranks go where Ray puts them, as soon as there is room.
+
+    Attributes:
+        scaling: The user's settings of the ranks.
+        groups: All processes of the run.
+        prefix: Prefix of the names of the run's actors.
+    """
+
+    scaling: ray.train.ScalingConfig
+    groups: Sequence[ProcessGroup]
+    prefix: str
+
+    def __call__(self, selectors: Selectors) -> None:
+        """Add its node to each rank's selector."""
+        ranks = rank_groups(self.scaling, selectors)
+        groups = [*(group for group in self.groups if not group.name.startswith(RANKS)), *ranks]
+        spread = self.scaling.placement_strategy.endswith("SPREAD")
+        deadline = time.monotonic() + _FREED_S
+        while True:
+            nodes, standing = read_room(self.prefix)
+            if len(nodes) == 1:
+                return
+            placed = place_ranks(nodes, groups, standing, ranks=RANKS, spread=spread)
+            if placed is not None:
+                break
+            if time.monotonic() > deadline:
+                logging.getLogger("bss_ray").info("no place found for all ranks at once: Ray places them")
+                return
+            time.sleep(_POLL_S / 5)
+        left = {frozenset(group.selector.items()): iter(placed[group.name]) for group in ranks}
+        for selector in selectors:
+            selector[_NODE_ID] = next(left[frozenset(selector.items())])
 
 
 def free_lost_groups() -> int:
@@ -114,6 +147,7 @@ def fit_ranks(
     train_loop: Callable[[], object],
     *,
     groups: Sequence[ProcessGroup],
+    prefix: str,
     shards: Sequence[Shards],
     wait_limit_s: float,
     scaling_config: ray.train.ScalingConfig,
@@ -124,6 +158,7 @@ def fit_ranks(
     Args:
         train_loop: Runs in each rank.
         groups: All processes of the run; the last are the ranks.
+        prefix: Prefix of the names of the run's actors.
         shards: Shards of all splits.
         wait_limit_s: Longest time that processes wait for each other.
         scaling_config: Ranks and their resources.
@@ -135,22 +170,36 @@ def fit_ranks(
     if scaling_config.elasticity_enabled and not isinstance(scaling_config.label_selector, list):
         policy = parts.scaling_policy(
             scaling_config,
-            lambda counted: seats_of_ranks(read_nodes(), groups, counted, at_least=scaling_config.min_workers),
+            lambda counted: elastic_ranks(read_nodes(), groups, counted, at_least=scaling_config.min_workers),
         )
     elif alone and not scaling_config.elasticity_enabled:
         policy = parts.fixed_policy(scaling_config)
-    before = parts.before_start(AwaitLostShards(shards, wait_limit_s))
+    await_shards, pin_ranks = AwaitLostShards(shards, wait_limit_s), PinRanks(scaling_config, groups, prefix)
+
+    def prepare(selectors: Selectors | None) -> None:
+        await_shards()
+        if selectors is not None:  # Ray Train reserves slices of TPUs itself
+            pin_ranks(selectors)
+
     trainer = parts.trainer(
         train_loop,
         policy=policy,
         timeout_s=max(1, round(wait_limit_s)),
-        scaling_config=scaling_config,
-        run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), before]),
+        scaling_config=scaling_config if scaling_config.use_tpu else _with_selectors(scaling_config),
+        run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), parts.before_start(prepare)]),
     )
     # Without ranks the loop runs in this process, whose environment stays the same.
     ranks_elsewhere = scaling_config.num_workers != 0
     with _controller_environment(wait_limit_s, preemptions=not alone) if ranks_elsewhere else contextlib.nullcontext():
         return trainer.fit()
+
+
+def _with_selectors(scaling: ray.train.ScalingConfig) -> ray.train.ScalingConfig:
+    """The settings with a selector for each rank, to which `PinRanks` adds; Ray Train pins no rank then.
+
+    Ray's autoscaler sees the user's own selectors alone, and so makes room on other nodes than those of now.
+    """
+    return replace(scaling, label_selector=rank_selectors(scaling, scaling.max_workers))
 
 
 @contextlib.contextmanager

@@ -214,6 +214,7 @@ class BalancedTrainer:
         return fit_ranks(
             functools.partial(run_rank, context, self._train_loop, self._train_loop_config),
             groups=groups,
+            prefix=context.prefix,
             shards=[split for split in (context.train, context.validation) if split is not None],
             wait_limit_s=self._wait_limit_s,
             scaling_config=self._scaling_config,
@@ -260,13 +261,13 @@ class BalancedTrainer:
             coordinator = CoordinatorService(holders, make, run=run)
             prefix = f"bss_ray-{uuid.uuid4().hex[:8]}-"
         else:
-            seats = request.seats(train)
+            nodes = request.assign_nodes(train)
             count, cpus = scoring.num_holders, scoring.cpus_per_holder
-            holders, actors = start_holders(train, count=count, cpus=cpus, nodes=seats[HOLDERS], run=run)
+            holders, actors = start_holders(train, count=count, cpus=cpus, nodes=nodes[HOLDERS], run=run)
             prefix, pool = holders.prefix, None
             if scoring.engine == "actors":
                 options = scorer_options(self._scaling_config, scoring)
-                actors += start_scorers(train, measurer, scoring, holders, seats[SCORERS], options)
+                actors += start_scorers(train, measurer, scoring, holders, nodes[SCORERS], options)
                 names = scorer_names(holders, scoring)
                 pool = ScorerPool(names, scoring.restart_timeout_s, RayScorers(), scoring.bad_rows)
             coordinator, handle = start_coordinator(holders, make, pool, run=run)

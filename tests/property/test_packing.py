@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bss_ray.placement import packing
-from bss_ray.placement.fit import place
+from bss_ray.placement.fit import place, place_ranks
 from bss_ray.placement.packing import Node, ProcessGroup, fits, most
 
 # Amounts in halves and thirds of what nodes have, so that rounding and left-overs matter.
@@ -29,7 +31,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[Node], list[ProcessGroup]]:
             count=draw(st.integers(0, 3)),
             each={"CPU": draw(AMOUNTS), "disk": draw(st.sampled_from([0, 0, 0.5, 1]))},
             selector=draw(st.sampled_from([{}, {}, {"zone": "a"}])),
-            apart=draw(st.booleans()) and name == "ranks",
+            per_node=1 if draw(st.booleans()) and name == "ranks" else None,
         )
         for name in ("scorers", "ranks")
     ]
@@ -57,7 +59,7 @@ def holds(nodes: Sequence[Node], groups: Sequence[ProcessGroup], chosen: Sequenc
             zone = group.selector.get("zone")
             if count and zone is not None and (node.labels or {}).get("zone") != zone:
                 return False
-            if group.apart and count > 1:
+            if group.per_node is not None and count > group.per_node:
                 return False
     return True
 
@@ -70,7 +72,7 @@ def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[
     # The exact count alone, too, without the shorter ways to the same answer.
     assert (tuple(group.count for group in groups) in packing._held(nodes, groups, {})) == some
     scorers, ranks = groups
-    more = ProcessGroup(name="ranks", count=4, each=ranks.each, selector=ranks.selector, apart=ranks.apart)
+    more = replace(ranks, count=4)
     seats = [
         count
         for count in range(5)
@@ -80,7 +82,9 @@ def test_fits_exactly_if_some_arrangement_holds(cluster: tuple[list[Node], list[
                 nodes,
                 [
                     scorers,
-                    ProcessGroup(name="ranks", count=count, each=more.each, selector=more.selector, apart=more.apart),
+                    ProcessGroup(
+                        name="ranks", count=count, each=more.each, selector=more.selector, per_node=more.per_node
+                    ),
                 ],
             )
         )
@@ -101,3 +105,36 @@ def test_scorers_are_placed_so_that_ranks_fit(
     assert len(fixed) == groups[0].count
     left = itertools.combinations_with_replacement(nodes, groups[1].count)
     assert any(holds(nodes, groups, [fixed, list(own)]) for own in left)
+
+
+@given(clusters(), st.booleans(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_ranks_get_nodes_on_which_all_others_fit(
+    cluster: tuple[list[Node], list[ProcessGroup]], spread: bool, data: st.DataObject
+) -> None:
+    nodes, groups = cluster
+    by_id = {node.id: node for node in nodes}
+    # Some scorers stand already.
+    standing = data.draw(st.lists(st.sampled_from(nodes), max_size=groups[0].count))
+    placed = place_ranks(
+        nodes, groups, {"scorers": Counter(node.id for node in standing)}, ranks="ranks", spread=spread
+    )
+    if placed is None:
+        return
+    ranks = [by_id[name] for name in placed["ranks"]]
+    assert len(ranks) == groups[1].count
+    others = itertools.combinations_with_replacement(nodes, groups[0].count - len(standing))
+    assert any(holds(nodes, groups, [[*standing, *rest], ranks]) for rest in others)
+    # First fit finds no way that is more even.
+    largest = max((ranks.count(node) for node in nodes), default=0)
+    if spread and largest > 1:
+        assert (
+            place_ranks(
+                nodes,
+                [groups[0], replace(groups[1], per_node=largest - 1)],
+                {"scorers": Counter(node.id for node in standing)},
+                ranks="ranks",
+                spread=False,
+            )
+            is None
+        )

@@ -16,15 +16,17 @@ from rich.console import Console
 from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shard
 from bss_ray.errors import ConfigError, ResourceError
+from bss_ray.placement import cluster
 from bss_ray.placement.cluster import read_nodes
-from bss_ray.placement.fit import check_fit, deal, place
+from bss_ray.placement.fit import check_fit, deal, elastic_ranks, place, place_ranks
 from bss_ray.placement.packing import Node, ProcessGroup, fits, matches, most
 from bss_ray.placement.process_map import describe
-from bss_ray.placement.resources import Placement, ResourceRequest, check_resources
+from bss_ray.placement.resources import Placement, ResourceRequest, check_resources, rank_selectors
 from bss_ray.report.console import Display, placement_lines
 from bss_ray.runtime import ray_internals
 from bss_ray.scoring.config import Scoring
-from bss_ray.train.rank_trainer import seats_of_ranks
+from bss_ray.train import rank_trainer
+from bss_ray.train.rank_trainer import PinRanks
 from bss_ray.train.settings import training_config
 from bss_ray.train.trainer import BalancedTrainer
 from bss_ray.tune.config import TuneConfig
@@ -38,8 +40,17 @@ def nodes(number: int, **resources: float) -> list[Node]:
     return [node(str(index), **resources) for index in range(number)]
 
 
-def ranks(count: int, selector: dict[str, str] | None = None, apart: bool = False, together: bool = False, **each: float) -> ProcessGroup:  # fmt: skip  # noqa: E501
-    return ProcessGroup(name="ranks", count=count, each=each, selector=selector or {}, apart=apart, together=together)
+def ranks(
+    count: int, selector: dict[str, str] | None = None, apart: bool = False, together: bool = False, **each: float
+) -> ProcessGroup:
+    return ProcessGroup(
+        name="ranks",
+        count=count,
+        each=each,
+        selector=selector or {},
+        per_node=1 if apart else None,
+        together=together,
+    )
 
 
 def scorers(count: int, **each: float) -> ProcessGroup:
@@ -177,7 +188,7 @@ def test_actors_go_where_the_rows_are_and_else_where_cpus_are() -> None:
     )
 
     def seats(*rows_on: tuple[str, int]) -> dict[str, list[str]]:
-        return request.seats(Parts([Shard(0, rows, where) for where, rows in rows_on]))  # type: ignore[arg-type]
+        return request.assign_nodes(Parts([Shard(0, rows, where) for where, rows in rows_on]))  # type: ignore[arg-type]
 
     near = seats(("0", 10), ("1", 15), ("1", 15), ("gone", 999))
     assert near == {"scorers": ["1", "1", "0"], "holders": ["0", "1"]}  # 2.25 and 0.75, 1.5 and 0.5
@@ -238,13 +249,81 @@ def test_ranks_from_a_file_of_settings() -> None:
 def test_elastic_ranks_leave_room_to_the_others_if_they_can() -> None:
     groups = [scorers(2, CPU=1), ProcessGroup(name="spare CPUs", count=1, each={"CPU": 1}), ranks(1, CPU=1)]
     there = nodes(2, CPU=4)
-    assert seats_of_ranks(there, groups, 8, at_least=1) == 5
-    assert seats_of_ranks(there, groups, 3, at_least=1) == 3  # what Ray counts: others may hold the rest
-    assert seats_of_ranks(there[:1], groups, 8, at_least=1) == 1  # a node is lost, and Ray does not know yet
-    assert seats_of_ranks(nodes(1, CPU=2), groups, 8, at_least=1) == 2  # better without scorers than not at all
-    assert seats_of_ranks(nodes(1, CPU=2), groups, 8, at_least=3) == 0
+    assert elastic_ranks(there, groups, 8, at_least=1) == 5
+    assert elastic_ranks(there, groups, 3, at_least=1) == 3  # what Ray counts: others may hold the rest
+    assert elastic_ranks(there[:1], groups, 8, at_least=1) == 1  # a node is lost, and Ray does not know yet
+    assert elastic_ranks(nodes(1, CPU=2), groups, 8, at_least=1) == 2  # better without scorers than not at all
+    assert elastic_ranks(nodes(1, CPU=2), groups, 8, at_least=3) == 0
     labelled = [*groups[:2], ranks(1, {"zone": "b"}, CPU=1)]
-    assert seats_of_ranks([*there, node("b", {"zone": "b"}, CPU=2)], labelled, 8, at_least=1) == 2
+    assert elastic_ranks([*there, node("b", {"zone": "b"}, CPU=2)], labelled, 8, at_least=1) == 2
+
+
+# ---- which rank goes where --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "others", "asked", "spread", "standing", "placed"),
+    [
+        (nodes(2, CPU=4), [], ranks(3, CPU=1), False, {}, ["0", "0", "0"]),
+        (nodes(2, CPU=4), [], ranks(3, CPU=1), True, {}, ["0", "0", "1"]),
+        (nodes(3, CPU=4), [], ranks(2, CPU=1, apart=True), False, {}, ["0", "1"]),
+        (nodes(2, CPU=4), [], ranks(3, CPU=1, together=True), False, {}, ["0", "0", "0"]),
+        # A scorer that stands takes its place, and one that is being started again keeps one.
+        (nodes(2, CPU=2), [scorers(2, CPU=1)], ranks(2, CPU=1), False, {"scorers": {"0": 1}}, ["0", "1"]),
+        (nodes(2, CPU=2), [scorers(2, CPU=1)], ranks(3, CPU=1), False, {"scorers": {"0": 1}}, None),
+        # Ranks that need no GPU leave the node with GPUs to scorers.
+        ([node("gpu", CPU=4, GPU=1), node("cpu", CPU=4)], [scorers(1, GPU=1)], ranks(2, CPU=1), False, {}, ["cpu"] * 2),
+        # Both scorers are on one GPU, and the other has room for one rank.
+        (nodes(1, GPU=2), [scorers(2, GPU=0.3)], ranks(1, GPU=0.7), False, {"scorers": {"0": 2}}, ["0"]),
+        (nodes(1, GPU=2), [scorers(2, GPU=0.3)], ranks(2, GPU=0.7), False, {"scorers": {"0": 2}}, None),
+    ],
+)
+def test_nodes_of_ranks(
+    there: list[Node],
+    others: list[ProcessGroup],
+    asked: ProcessGroup,
+    spread: bool,
+    standing: dict[str, dict[str, int]],
+    placed: list[str] | None,
+) -> None:
+    found = place_ranks(there, [*others, asked], standing, ranks="ranks", spread=spread)
+    assert (None if found is None else sorted(found["ranks"])) == placed
+
+
+def test_selectors_of_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [node("a", {"zone": "x"}, CPU=1), node("b", {"zone": "y"}, CPU=3), node("c", {"zone": "x"}, CPU=1)]
+    monkeypatch.setattr(rank_trainer, "read_room", lambda _prefix: (there, {}))
+    monkeypatch.setattr(rank_trainer, "_FREED_S", 0.0)
+    monkeypatch.setattr(rank_trainer, "_POLL_S", 0.0)
+    scaling = ray.train.ScalingConfig(num_workers=3, label_selector=[{"zone": "y"}, {}, {"zone": "y"}])
+    pin = PinRanks(scaling, [ProcessGroup(name="spare CPUs", count=1, each={"CPU": 1})], "bss_ray-run-")
+    selectors = rank_selectors(scaling, 3)
+    pin(selectors)
+    y = {"zone": "y", "ray.io/node-id": "b"}
+    assert selectors == [y, {"ray.io/node-id": "a"}, y]
+    assert scaling.label_selector == [{"zone": "y"}, {}, {"zone": "y"}], "the next attempt begins with the user's own"
+    del there[1]  # the node is lost, and no other has the label: the ranks wait for one, of whatever id
+    selectors = rank_selectors(scaling, 3)
+    pin(selectors)
+    assert selectors == scaling.label_selector
+
+
+def test_room_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [
+        {"NodeID": name, "Alive": name != "dead", "Resources": {"CPU": 4.0}, "Labels": {}}
+        for name in ("0", "1", "leaving", "dead")
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: table)
+    own = ray_internals.Actor("bss_ray-run-1-scorer-0", "ScorerActor", "0", {"CPU": 1.0}, True, "")
+    others = replace(own, name="bss_ray-other-1-scorer-0")
+    starting = replace(own, name="bss_ray-run-1-scorer-1", node="")
+    monkeypatch.setattr(cluster, "actors", lambda: [own, others, starting])
+    # On "0" others have taken three CPUs.
+    monkeypatch.setattr(cluster, "free_resources", lambda: {"0": {"CPU": 0.0}, "1": {"CPU": 4.0}, "leaving": {}})
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {"leaving"})
+    there, standing = cluster.read_room("bss_ray-run-1-")
+    assert {entry.id: entry.resources for entry in there} == {"0": {"CPU": 1.0}, "1": {"CPU": 4.0}}
+    assert standing == {"scorers": {"0": 1}}
 
 
 # ---- what runs where --------------------------------------------------------------------------

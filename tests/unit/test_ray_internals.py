@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.train.v2._internal.execution import callback, scaling_policy
+from ray.train.v2._internal.execution import callback, scaling_policy, worker_group
 
 from bss_ray.errors import RayVersionError
 from bss_ray.runtime import ray_internals
@@ -86,11 +86,11 @@ def test_all_parts_are_there() -> None:
     policy = parts.scaling_policy(scaling, lambda counted: counted - 1)
     assert isinstance(policy, scaling_policy.ElasticScalingPolicy)
     assert policy._count_possible_workers({"a": {"CPU": 3.0}}) == 2
-    called: list[str] = []
-    before = parts.before_start(lambda: called.append("before"))
+    before = parts.before_start(lambda selectors: (selectors or [])[1].update(zone="a"))
     assert isinstance(before, callback.WorkerGroupCallback)
-    before.before_worker_group_start(None)
-    assert called == ["before"]
+    context = worker_group.WorkerGroupContext("1", None, 2, {}, label_selector=[{}, {}])
+    before.before_worker_group_start(context)
+    assert context.label_selector == [{}, {"zone": "a"}]
     trainer = parts.trainer(print, policy=None, scaling_config=ray.train.ScalingConfig(num_workers=2))
     names = [type(made).__name__ for made in trainer._create_default_callbacks()]
     assert "BackendSetupCallback" in names
