@@ -143,7 +143,7 @@ def search(algorithm: str, planted: Planted, options: argparse.Namespace) -> Fou
             functools.partial(run_planted, planted=planted, epochs=options.epochs),
             folder,
             each={"CPU": 1.0},
-            seats=options.concurrency,
+            concurrent=options.concurrency,
             on_message=on_message,
         )
         failed = [trial for trial in record.finished if trial.state == optuna.trial.TrialState.FAIL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -114,6 +115,15 @@ def place_ranks(
     return None
 
 
+def copies_that_fit(nodes: Sequence[Node], groups: Sequence[ProcessGroup], *, at_most: int) -> int:
+    """How many times all groups stand on the nodes at the same time."""
+
+    def too_many(number: int) -> bool:
+        return not fits(nodes, [replace(group, count=number * group.count) for group in groups])
+
+    return bisect.bisect_left(range(1, at_most + 1), True, key=too_many)
+
+
 def elastic_ranks(nodes: Sequence[Node], groups: Sequence[ProcessGroup], counted: int, *, at_least: int) -> int:
     """Number of ranks of an elastic run.
 
@@ -183,14 +193,14 @@ def _coming(nodes: Sequence[Node]) -> str:
 
 
 def _check_alone(nodes: Sequence[Node], group: ProcessGroup) -> None:
-    seats = most(nodes, [group], group.name)
-    if seats < group.count:
+    room = most(nodes, [group], group.name)
+    if room < group.count:
         takes = " and ".join(f"{amount:g} {name}" for name, amount in sorted(group.each.items()) if amount)
         where = f" with the label {_selector(group)}" if group.selector else ""
         apart = ", all of them on one" if group.together else ", no two of them on one" if group.per_node == 1 else ""
         raise ResourceError(
             f"each of the {group.name} needs {takes or 'nothing'} on one node{where}{apart}, and the nodes have room "
-            f"for {seats} of {group.count}{_coming(nodes)}. Lower their number, or give each of them less"
+            f"for {room} of {group.count}{_coming(nodes)}. Lower their number, or give each of them less"
         )
 
 
@@ -198,12 +208,12 @@ def _refuse_together(nodes: Sequence[Node], groups: Sequence[ProcessGroup]) -> N
     """Each group fits alone, but not all groups together: names the first that does not fit with those before it."""
     for stop in range(2, len(groups) + 1):
         last = groups[stop - 1]
-        seats = most(nodes, groups[:stop], last.name)
-        if seats < last.count:
+        room = most(nodes, groups[:stop], last.name)
+        if room < last.count:
             asked = " and ".join(_text(group) for group in groups[:stop] if group.count)
             raise ResourceError(
                 f"{asked} do not fit on the nodes at the same time{_coming(nodes)}: next to the others there is room "
-                f"for {max(seats, 0)} of {last.count} {last.name}. The nodes have {_shown(nodes, groups[:stop])}"
+                f"for {max(room, 0)} of {last.count} {last.name}. The nodes have {_shown(nodes, groups[:stop])}"
                 f"{_SHARES if has_shares(groups[:stop]) else ''}. Lower a number, or give each of them less"
             )
     raise AssertionError("all of them fit")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import ray
 import ray.data
 
 from bss_ray.errors import ConfigError, ResourceError
+from bss_ray.placement.cluster import read_nodes
+from bss_ray.placement.packing import Node, ProcessGroup, most
 from bss_ray.runtime.memory import ONE_ARENA
 from bss_ray.runtime.wait import users_errors
 
 # With an environment of their own, tasks read rows while actors measure others: with the same environment Ray Data
 # would read inside the actors.
 _OWN_STAGE = {"runtime_env": ONE_ARENA}
+
+
+# More actors than any pool has.
+_MANY = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,40 +55,31 @@ class PoolConfig:
 
     def on_cluster(self) -> PoolSize:
         """This pool on the current cluster; see `fit`."""
-        return self.fit([node["Resources"] for node in ray.nodes() if node["Alive"]])
+        return self.fit([node for node in read_nodes() if node.there])
 
-    def fit(self, nodes: Sequence[Mapping[str, float]]) -> PoolSize:
-        """This pool on nodes with these resources.
+    def fit(self, nodes: Sequence[Node]) -> PoolSize:
+        """This pool on these nodes.
 
         Raises:
             ResourceError: The nodes can never run the pool.
         """
-        there = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        there = {name: sum(node.resources.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
         cpus = (1.0 if there["CPU"] >= 2 else 0.0) if self.cpus_per_actor is None else self.cpus_per_actor
         gpus = (1.0 if there["GPU"] >= 1 else 0.0) if self.gpus_per_actor is None else self.gpus_per_actor
         needs = {name: value for name, value in (("CPU", cpus), ("GPU", gpus)) if value}
-        seats = sum(_seats(node, needs) for node in nodes) if needs else self.max_actors or 1
-        if seats < self.min_actors:
+        # Actors that hold every CPU would wait for rows that no task can read.
+        reader = ProcessGroup(name="task that reads rows", count=1 if cpus else 0, each={"CPU": 1})
+        wanted = max(self.min_actors, self.max_actors or (_MANY if needs else 1))
+        room = most(nodes, [reader, ProcessGroup(name="actors", count=wanted, each=needs)], "actors")
+        if room < self.min_actors:
             asked = " and ".join(f"{value:g} {name}" for name, value in needs.items())
             has = ", ".join(f"{value:g} {name}" for name, value in there.items())
             raise ResourceError(
-                f"{self.min_actors} scoring actors with {asked} each do not fit: the cluster has {has} and room for "
-                f"{seats} of them. Lower --min_actors, --cpus_per_actor or --gpus_per_actor"
+                f"{self.min_actors} scoring actors with {asked} each, and 1 CPU to read rows with, do not fit: the "
+                f"cluster has {has} and room for {max(room, 0)} of them. Lower --min_actors, --cpus_per_actor or "
+                "--gpus_per_actor"
             )
-        # Actors that hold every CPU would wait for rows that no task can read.
-        spare = math.floor((there["CPU"] - 1) / cpus + 1e-9) if cpus else seats
-        if spare < self.min_actors:
-            raise ResourceError(
-                f"{self.min_actors} scoring actors with {cpus:g} CPU each leave none of {there['CPU']:g} CPU to read "
-                "rows with. Lower --min_actors or --cpus_per_actor"
-            )
-        most = min(seats, spare) if self.max_actors is None else self.max_actors
-        return PoolSize(min_actors=self.min_actors, max_actors=most, cpus=cpus, gpus=gpus)
-
-
-def _seats(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """Number of actors that a node has room for."""
-    return min(math.floor(node.get(name, 0) / value + 1e-9) for name, value in needs.items())
+        return PoolSize(min_actors=self.min_actors, max_actors=self.max_actors or room, cpus=cpus, gpus=gpus)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ CONTROL = "uniform"
 
 
 def compare(
-    config: TuneConfig, best: Mapping[str, Any], setup: TrialSetup, seats: int, on_message: OnMessage
+    config: TuneConfig, best: Mapping[str, Any], setup: TrialSetup, concurrent: int, on_message: OnMessage
 ) -> dict[str, Any]:
     """Train the best settings and the control with new seeds; each run reads test rows once, in its chosen epoch.
 
@@ -36,7 +36,7 @@ def compare(
         config: Settings of the search.
         best: Settings of the best trial, as a tree.
         setup: What all trials share.
-        seats: Number of runs at a time.
+        concurrent: Number of runs at a time.
         on_message: Function that is called with messages about progress.
 
     Returns:
@@ -60,7 +60,7 @@ def compare(
         else:
             waiting.append((name, tree, seed, path))
     while waiting or working:
-        while waiting and len(working) < seats:
+        while waiting and len(working) < concurrent:
             name, tree, seed, path = waiting.pop(0)
             working[task.remote(tree, seed, shared)] = (name, seed, path)
         on_message(ComparisonProgress(len(found), len(runs)))

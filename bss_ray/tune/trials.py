@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +18,11 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from bss_ray.errors import ConfigError, ResourceError, first_line
-from bss_ray.placement.resources import check_resources, resources_per_rank
+from bss_ray.placement.fit import check_fit, copies_that_fit
+from bss_ray.placement.packing import ProcessGroup
+from bss_ray.placement.resources import HOLDERS, SCORERS, SPARE, ResourceRequest, check_resources
 from bss_ray.runtime.messages import OnMessage, TrialChanged
 from bss_ray.runtime.wait import unwrap_ray_error
-from bss_ray.scoring.config import Scoring
 from bss_ray.tune.config import TuneConfig
 from bss_ray.tune.record import SearchRecord, TrialSpec
 from bss_ray.tune.trial import BurnIns, scoring_here
@@ -85,36 +85,26 @@ def max_concurrent_trials(config: TuneConfig, scaling: ray.train.ScalingConfig) 
         ResourceError: The cluster never has room for a trial.
         ConfigError: There is no room for a population that must train at the same time.
     """
-    scoring = scoring_here(config.train).scoring
-    check_resources(scaling, scoring, config.train.placement)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    own = trial_resources(config, scaling)
-    apart = _apart(scaling, scoring)
-    seats = sum(_fits(node, own) for node in nodes)
-    if seats < 1:
-        wanted = " and ".join(f"{amount:g} {name}" for name, amount in own.items() if amount)
+    request = check_resources(scaling, scoring_here(config.train).scoring, config.train.placement)
+    nodes = [node for node in request.nodes if node.there]
+    groups = _processes(config, scaling, request)
+    try:
+        check_fit(nodes, groups)
+    except ResourceError as error:
         raise ResourceError(
-            f"a trial needs {wanted} on one node, and no node of the cluster has as much: {_shown(nodes, own)}. Lower "
-            "cpus_per_trial or gpus_per_trial"
-        )
+            f"there is no room for a trial: {error}. What a trial takes: cpus_per_trial, gpus_per_trial, "
+            "train.num_workers, and what scoring takes"
+        ) from None
     # Trials whose processes hold all CPUs would wait forever for their own ranks and scorers.
-    there = ray.cluster_resources()
-    together = {name: own.get(name, 0) + apart.get(name, 0) for name in {*own, *apart}}
-    seats = min(seats, _fits(there, together))
-    if seats < 1:
-        wanted = " and ".join(f"{amount:g} {name}" for name, amount in sorted(together.items()) if amount)
-        raise ResourceError(
-            f"a trial with its ranks, holders and scorers needs {wanted}; the cluster has {_shown([there], together)}. "
-            "Lower train.num_workers, or what scoring takes"
-        )
+    room = copies_that_fit(nodes, groups, at_most=_MOST)
     limited = config.max_concurrent is not None or scaling.num_workers > 1
-    seats = int(min(seats, config.max_concurrent or seats))
-    if config.algorithm == "pbt" and limited and seats < config.trials:
+    room = min(room, config.max_concurrent or room)
+    if config.algorithm == "pbt" and limited and room < config.trials:
         raise ConfigError(
-            f"algorithm=pbt trains its {config.trials} trials side by side, and there is room for {seats}. Lower "
+            f"algorithm=pbt trains its {config.trials} trials side by side, and there is room for {room}. Lower "
             "trials; more of them take turns only where each has one worker and max_concurrent is null"
         )
-    return seats
+    return room
 
 
 def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dict[str, float]:
@@ -126,30 +116,14 @@ def trial_resources(config: TuneConfig, scaling: ray.train.ScalingConfig) -> dic
     return {"CPU": config.cpus_per_trial, "GPU": gpus}
 
 
-def _apart(scaling: ray.train.ScalingConfig, scoring: Scoring) -> dict[str, float]:
-    """Resources of a trial in addition to its own process."""
-    cpus = gpus = 0.0
-    actors = scoring.engine in ("actors", "auto")
-    if actors or scaling.num_workers > 1:
-        cpus += scoring.num_holders * scoring.cpus_per_holder
-    if actors:
-        cpus += scoring.num_scorers * scoring.cpus_per_scorer
-        gpus += scoring.num_scorers * scoring.gpus_per_scorer
+def _processes(config: TuneConfig, scaling: ray.train.ScalingConfig, request: ResourceRequest) -> list[ProcessGroup]:
+    """Processes of a trial: its own, and what its run asks for."""
+    own = ProcessGroup(name="trials", count=1, each=trial_resources(config, scaling))
     if scaling.num_workers > 1:
-        each = resources_per_rank(scaling)
-        cpus += scaling.num_workers * each.get("CPU", 0)
-        gpus += scaling.num_workers * each.get("GPU", 0)
-    return {"CPU": cpus, "GPU": gpus}
-
-
-def _fits(there: Mapping[str, float], each: Mapping[str, float]) -> int:
-    seats = (math.floor(there.get(name, 0) / amount + 1e-9) for name, amount in each.items() if amount)
-    return min(*seats, _MOST, _MOST)
-
-
-def _shown(places: Sequence[Mapping[str, float]], each: Mapping[str, float]) -> str:
-    """The available amounts of the requested resources."""
-    return "; ".join(", ".join(f"{place.get(name, 0):g} {name}" for name in sorted(each)) for place in places)
+        return [own, *(group for group in request.groups if group.name != SPARE)]
+    if request.scoring.engine != "actors":
+        return [own]  # which is the rank, the holder and the coordinator, too
+    return [own, *(group for group in request.groups if group.name in (HOLDERS, SCORERS))]
 
 
 def as_config(spec: TrialSpec) -> dict[str, Any]:
@@ -306,7 +280,7 @@ def run_trials(
     folder: Path,
     *,
     each: Mapping[str, float],
-    seats: int,
+    concurrent: int,
     reuse: bool = True,
     callbacks: Sequence[ray.tune.Callback] = (),
     on_message: OnMessage,
@@ -319,7 +293,7 @@ def run_trials(
         trainable: A trial; see `bss_ray.tune.trial.run_trial` for its arguments and reports.
         folder: Folder of the search.
         each: Resources of a trial.
-        seats: Number of trials at a time.
+        concurrent: Number of trials at a time.
         reuse: Whether a process runs one trial after another.
         callbacks: Callbacks of Ray Tune, such as loggers.
         on_message: Function that is called with messages about each trial.
@@ -350,7 +324,7 @@ def run_trials(
         # No fixed number: the record says when there are no more trials.
         space = {}
         how = ray.tune.TuneConfig(
-            search_alg=StudySearcher(record), num_samples=-1, max_concurrent_trials=seats, **common
+            search_alg=StudySearcher(record), num_samples=-1, max_concurrent_trials=concurrent, **common
         )
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, {name.lower(): amount for name, amount in each.items()}),

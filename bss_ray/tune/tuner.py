@@ -57,7 +57,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         storage = open_storage(config.storage, folder.local)
         objective = Objective.of(config.objectives, config.train.choose_by, columns_of(config.train), config.aggregate)
         scaling = train_scaling(config.train) if config.train.num_workers is not None else _one_worker(config)
-        seats = max_concurrent_trials(config, scaling)
+        concurrent = max_concurrent_trials(config, scaling)
         check_storage(folder.path)
         splits = load_shards(config.train, on_message)
         if splits.validation is None:
@@ -66,7 +66,7 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         record = SearchRecord(storage, config, space, objective, data)
         setup = TrialSetup(space.base, splits, objective, config.seeds, scaling, folder.local)
         if record.unfinished:
-            _run(config, record, setup, seats, on_message)
+            _run(config, record, setup, concurrent, on_message)
         if not record.complete:
             raise SearchError(
                 f"none of {len(record.finished)} trials ran to its end. The first cause: {record.first_cause}"
@@ -75,15 +75,15 @@ def tune(config: TuneConfig, space: SearchSpace, folder: RunFolder, on_message: 
         result = {**_summary(record), "comparison": None}
         if config.compare_seeds:
             folder.write_result(result)  # the search is kept even if the comparison fails
-            result["comparison"] = compare(config, best, setup, seats, on_message)
+            result["comparison"] = compare(config, best, setup, concurrent, on_message)
         folder.write_result(result)
         return result
 
 
-def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int, on_message: OnMessage) -> None:
+def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, concurrent: int, on_message: OnMessage) -> None:
     """Run the trials that are missing."""
     ranks = setup.scaling.num_workers
-    at_a_time = f"{seats} trials" if seats > 1 else "one trial"
+    at_a_time = f"{concurrent} trials" if concurrent > 1 else "one trial"
     where = "in its own process" if ranks == 1 else f"with {ranks} ranks"
     on_message(Notice(f"{at_a_time} at a time, each {where}"))
     callbacks = make_loggers(config.trackers, study=config.name, folder=setup.folder)
@@ -95,7 +95,7 @@ def _run(config: TuneConfig, record: SearchRecord, setup: TrialSetup, seats: int
         ray.tune.with_parameters(run_trial, setup=setup),
         setup.folder,
         each=trial_resources(config, setup.scaling),
-        seats=seats,
+        concurrent=concurrent,
         reuse=ranks == 1,
         callbacks=callbacks,
         on_message=on_message,

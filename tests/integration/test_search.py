@@ -216,7 +216,7 @@ def test_two_commands_cannot_search_together(tmp_path: Path) -> None:
 
 def test_resources_that_can_never_be_met() -> None:
     config = TuneConfig(cpus_per_trial=1000)
-    with pytest.raises(ResourceError, match=r"a trial needs 1000 CPU on one node.*Lower cpus_per_trial"):
+    with pytest.raises(ResourceError, match=r"no room for a trial: the run needs 1000 CPU.*cpus_per_trial"):
         max_concurrent_trials(config, ray.train.ScalingConfig(num_workers=1))
     with pytest.raises(ResourceError, match="needs 100 CPU"):
         max_concurrent_trials(TuneConfig(), ray.train.ScalingConfig(num_workers=100))

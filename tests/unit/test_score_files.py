@@ -8,6 +8,7 @@ import pytest
 
 from bss_ray.data.columns import Columns
 from bss_ray.errors import CheckpointError, ConfigError, DataError, ResourceError, StorageError
+from bss_ray.placement.packing import Node
 from bss_ray.score.config import ScoreConfig, resolve
 from bss_ray.score.job import Source, _claim_plan, forget_beginning
 from bss_ray.score.measure_files import (
@@ -129,15 +130,19 @@ class TestReadTasks:
             known_features(parquet_tasks(str(tmp_path / "nulls"), COLUMNS), COLUMNS)
 
 
+def on(*resources: dict[str, float]) -> list[Node]:
+    return [Node(id=str(index), resources=each) for index, each in enumerate(resources)]
+
+
 class TestPool:
     def test_a_cpu_is_left_to_read_with(self) -> None:
-        size = PoolConfig().fit([{"CPU": 2}])
+        size = PoolConfig().fit(on({"CPU": 2}))
         assert (size.min_actors, size.max_actors, size.cpus, size.gpus) == (1, 1, 1.0, 0.0)
-        assert PoolConfig().fit([{"CPU": 4}, {"CPU": 4}]).max_actors == 7
-        assert PoolConfig().fit([{"CPU": 1}]).cpus == 0
+        assert PoolConfig().fit(on({"CPU": 4}, {"CPU": 4})).max_actors == 7
+        assert PoolConfig().fit(on({"CPU": 1})).cpus == 0
 
     def test_gpus_are_used_where_there_are_any_also_in_shares(self) -> None:
-        nodes = [{"CPU": 16, "GPU": 2}, {"CPU": 16}]
+        nodes = on({"CPU": 16, "GPU": 2}, {"CPU": 16})
         assert (PoolConfig().fit(nodes).max_actors, PoolConfig().fit(nodes).gpus) == (2, 1.0)
         assert PoolConfig(gpus_per_actor=0.25).fit(nodes).max_actors == 8
         assert PoolConfig(gpus_per_actor=0).fit(nodes).max_actors == 31
@@ -147,16 +152,18 @@ class TestPool:
         [
             (
                 PoolConfig(gpus_per_actor=1),
-                "1 scoring actors with 1 CPU and 1 GPU each do not fit: .* has 4 CPU, 0 GPU",
+                "with 1 CPU and 1 GPU each, .* the cluster has 4 CPU, 0 GPU and room for 0 of",
             ),
             (PoolConfig(cpus_per_actor=3), "do not fit"),  # 4 CPUs, but no node has 3
-            (PoolConfig(min_actors=5), "room for 4 of them"),
-            (PoolConfig(min_actors=4), "leave none of 4 CPU to read rows with"),
+            (PoolConfig(min_actors=5), "room for 3 of them"),
+            (PoolConfig(min_actors=4), "4 scoring actors with 1 CPU each, and 1 CPU to read rows with, do not fit"),
+            # No node has a CPU left to read with, though all of them together have one.
+            (PoolConfig(min_actors=2, cpus_per_actor=1.5), "room for 1 of them"),
         ],
     )
     def test_what_the_cluster_can_never_give_is_refused(self, pool: PoolConfig, said: str) -> None:
         with pytest.raises(ResourceError, match=said):
-            pool.fit([{"CPU": 2}, {"CPU": 2}])
+            pool.fit(on({"CPU": 2}, {"CPU": 2}))
 
     @pytest.mark.parametrize(
         ("settings", "said"),

@@ -90,7 +90,7 @@ def test_pruning_is_where_trials_can_be_compared(settings: dict[str, Any], prune
     assert TuneConfig(**settings).prunes is prunes
 
 
-# ---- seats ----------------------------------------------------------------------------------------
+# ---- concurrent trials ----------------------------------------------------------------------------------------
 
 
 class Cluster:
@@ -100,7 +100,10 @@ class Cluster:
         self._patch = patch
 
     def has(self, *nodes: dict[str, float], dead: dict[str, float] | None = None) -> None:
-        table = [{"Alive": True, "Resources": {"memory": 1e9, **node}} for node in nodes]
+        table = [
+            {"NodeID": str(index), "Alive": True, "Resources": {"memory": 1e9, **node}}
+            for index, node in enumerate(nodes)
+        ]
         total: dict[str, float] = {}
         for node in table:
             for name, amount in node["Resources"].items():  # type: ignore[attr-defined]
@@ -123,7 +126,7 @@ def config(scoring: Scoring | None = None, **settings: Any) -> TuneConfig:
 
 
 @pytest.mark.parametrize(
-    ("settings", "seats"),
+    ("settings", "concurrent"),
     [
         ({}, 6),
         ({"max_concurrent": 4}, 4),
@@ -134,21 +137,21 @@ def config(scoring: Scoring | None = None, **settings: Any) -> TuneConfig:
     ],
     ids=str,
 )
-def test_trials_that_fit_on_the_nodes(cluster: Cluster, settings: dict[str, Any], seats: int) -> None:
+def test_trials_that_fit_on_the_nodes(cluster: Cluster, settings: dict[str, Any], concurrent: int) -> None:
     cluster.has({"CPU": 3}, {"CPU": 3}, dead={"CPU": 100})
-    assert max_concurrent_trials(config(**settings), scaling()) == seats
+    assert max_concurrent_trials(config(**settings), scaling()) == concurrent
 
 
-@pytest.mark.parametrize(("share", "seats"), [(None, 2), (0.5, 4), (0.3, 6), (1.0, 2)])
-def test_trials_that_share_gpus(cluster: Cluster, share: float | None, seats: int) -> None:
+@pytest.mark.parametrize(("share", "concurrent"), [(None, 2), (0.5, 4), (0.3, 6), (1.0, 2)])
+def test_trials_that_share_gpus(cluster: Cluster, share: float | None, concurrent: int) -> None:
     cluster.has({"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}, {"CPU": 8})
-    assert max_concurrent_trials(config(gpus_per_trial=share), scaling(gpu=True)) == seats
+    assert max_concurrent_trials(config(gpus_per_trial=share), scaling(gpu=True)) == concurrent
 
 
-@pytest.mark.parametrize(("workers", "gpu", "seats"), [(2, False, 3), (3, False, 2), (6, False, 1), (2, True, 1)])
-def test_trials_of_several_ranks(cluster: Cluster, workers: int, gpu: bool, seats: int) -> None:
+@pytest.mark.parametrize(("workers", "gpu", "concurrent"), [(2, False, 3), (3, False, 2), (6, False, 1), (2, True, 1)])
+def test_trials_of_several_ranks(cluster: Cluster, workers: int, gpu: bool, concurrent: int) -> None:
     cluster.has({"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1})
-    assert max_concurrent_trials(config(), scaling(workers, gpu)) == seats
+    assert max_concurrent_trials(config(), scaling(workers, gpu)) == concurrent
     assert trial_resources(config(), scaling(workers, gpu))["CPU"] == 0, "its ranks train"
 
 
@@ -162,14 +165,16 @@ def test_what_scoring_takes_beside_a_trial_is_counted(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     "scoring", [Scoring(overlap=True), Scoring(engine="online", sweep_every=3), Scoring(engine="actors")], ids=str
 )
-def test_any_engine_has_seats(cluster: Cluster, scoring: Scoring) -> None:
+def test_trials_with_any_engine(cluster: Cluster, scoring: Scoring) -> None:
     cluster.has({"CPU": 4})
     assert max_concurrent_trials(config(scoring), scaling()) == 4
 
 
 def test_a_trial_that_fits_nowhere(cluster: Cluster) -> None:
     cluster.has({"CPU": 2}, {"CPU": 3})
-    with pytest.raises(ResourceError, match=r"needs 4 CPU on one node.*2 CPU, 0 GPU; 3 CPU, 0 GPU.*cpus_per_trial"):
+    with pytest.raises(
+        ResourceError, match=r"room for a trial: each of the trials needs 4 CPU on one .*cpus_per_trial"
+    ):
         max_concurrent_trials(config(cpus_per_trial=4), scaling())
     with pytest.raises(ResourceError, match=r"6 CPU.*the cluster has 5"):
         max_concurrent_trials(config(), scaling(6))
