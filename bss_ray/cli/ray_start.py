@@ -8,14 +8,17 @@ import os
 import signal
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from bss_ray.runtime.logs import CommandConfig, ray_logging
+
+if TYPE_CHECKING:
+    from bss_ray.report.console import Shown
 
 STOPPED = 130  # exit code that shells expect after Ctrl-C
 
 
-def start_ray(config: CommandConfig, display: Any) -> None:
+def start_ray(config: CommandConfig, display: Shown) -> None:
     """Connect to the given cluster, or start Ray on this machine, without its output."""
     # Each report is a barrier that waits for one poll of the controller, and epochs can be as short as a second.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -53,6 +56,6 @@ def start_ray(config: CommandConfig, display: Any) -> None:
         signal.signal(signal.SIGTERM, _stop)
 
 
-def _stop(_signal: int, _frame: Any) -> NoReturn:
+def _stop(_signal: int, _frame: object) -> NoReturn:
     """Treat SIGTERM of `ray job stop`, Slurm and Kubernetes as Ctrl-C; Ray's handler would end the process at once."""
     raise KeyboardInterrupt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -12,6 +12,9 @@ from jsonargparse import ArgumentParser
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.storage import StoragePath
 from bss_ray.train.settings import Parser
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _DESCRIPTION = (
     "Write report.html of a search (also while it is running), a training run or a scoring job, and print the most "
@@ -54,7 +57,7 @@ def report_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _search(folder: StoragePath, config: dict[str, Any], console: Any) -> None:
+def _search(folder: StoragePath, config: dict[str, Any], console: Console) -> None:
     from bss_ray.report.study import study_table, write_study_report
     from bss_ray.tune.record import load_study
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
@@ -18,7 +18,7 @@ from bss_ray.storage import StoragePath
 from bss_ray.train.settings import Parser, add_model_arguments, instantiate, make, with_types
 
 if TYPE_CHECKING:
-    from bss_ray.report.console import Shown
+    from bss_ray.report.console import Result, Shown
 
 _DESCRIPTION = (
     "Score all rows of a dataset with a model and its weights: how balanced is each row between its modalities? Tasks "
@@ -103,7 +103,7 @@ def _without_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _write_report(folder: StoragePath, summary: dict[str, Any], display: Shown) -> None:
+def _write_report(folder: StoragePath, summary: Result, display: Shown) -> None:
     from bss_ray.report.scores import write_scores_report
 
     try:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import yaml
@@ -96,13 +96,13 @@ def submit_command(argv: Sequence[str]) -> int:
 # ---- what is sent -----------------------------------------------------------------------------
 
 
-def given_settings(arguments: Sequence[str], working_dir: Path) -> dict[str, Any]:
+def given_settings(arguments: Sequence[str], working_dir: Path) -> dict[str, str]:
     """Name and storage path of the run, from the command's options and `--config` files; later values win.
 
     Raises:
         ConfigError: A relative `--config` is not in the folder that is sent.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, str] = {}
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for option, value in itertools.pairwise(words):
         if option in ("--name", "--storage_path"):
@@ -112,7 +112,7 @@ def given_settings(arguments: Sequence[str], working_dir: Path) -> dict[str, Any
     return settings
 
 
-def _config(value: str, working_dir: Path) -> dict[str, Any]:
+def _config(value: str, working_dir: Path) -> dict[str, str]:
     path = working_dir / value
     if path.is_file():
         return dict(yaml.safe_load(path.read_text()) or {})
@@ -135,7 +135,7 @@ def check_storage_path(path: str | None) -> None:
         )
 
 
-def runtime_env(working_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+def runtime_env(working_dir: Path, options: argparse.Namespace) -> dict[str, object]:
     """Ray's runtime environment of the job: files, code, environment and, with `--install`, packages.
 
     Raises:
@@ -144,7 +144,7 @@ def runtime_env(working_dir: Path, options: argparse.Namespace) -> dict[str, Any
     if not working_dir.is_dir():
         raise ConfigError(f"--working_dir {working_dir} is no folder")
     given = dict(_variable(text) for text in options.env)
-    environment: dict[str, Any] = {
+    environment: dict[str, object] = {
         "working_dir": str(working_dir),
         "excludes": list(EXCLUDED),
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(options.stop_wait), **given},
@@ -179,7 +179,7 @@ def entrypoint(command: str, arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "bss_ray.cli", command, *arguments])
 
 
-def submission_id(command: str, name: Any) -> str:
+def submission_id(command: str, name: object) -> str:
     """A descriptive name of the job: train-mine-20260131-120000."""
     words = [command, *([] if name is None else [re.sub(r"[^\w.-]", "-", str(name))]), time.strftime("%Y%m%d-%H%M%S")]
     return "-".join(words)

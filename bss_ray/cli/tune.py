@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -25,7 +25,8 @@ from bss_ray.train.settings import (
 )
 
 if TYPE_CHECKING:
-    from bss_ray.report.console import Shown
+    from bss_ray.report.console import Result, Shown
+    from bss_ray.tune.config import TuneConfig
 
 _DESCRIPTION = (
     "Search the sampler's settings: momentum, update interval, temperature, pacing, criteria, ... Trials share the "
@@ -117,7 +118,7 @@ def tune_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _wants_more(config: Any, result: dict[str, Any]) -> bool:
+def _wants_more(config: TuneConfig, result: Result) -> bool:
     seeds = len((result["comparison"] or {}).get("seeds", []))
     return bool(sum(result["trials"].values()) < config.trials or seeds != config.compare_seeds)
 
@@ -133,7 +134,7 @@ def _start_ray(config: CommandConfig, display: Shown) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _write_report(config: Any, folder: Path, result: dict[str, Any], display: Shown) -> None:
+def _write_report(config: TuneConfig, folder: Path, result: Result, display: Shown) -> None:
     from bss_ray.report.study import write_study_report
     from bss_ray.tune.record import load_study
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class ArrayStore(MappedStore):
         for values in itertools.chain(*(arrays.values() for arrays in self.arrays)):
             values.flags.writeable = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.arrays,)  # arrays forget on the way that they are read-only
 
     def open(self, shard: int) -> Arrays:

@@ -23,14 +23,15 @@ import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 
+from bss_ray.data.manifest import Manifest
 from bss_ray.data.store import Arrays
 from bss_ray.errors import DataError, StorageError
 from bss_ray.storage.files import sync_folder, write_local
@@ -72,7 +73,7 @@ def to_array(column: pa.Array, field: pa.Field) -> np.ndarray:
     return array
 
 
-def _encode(values: np.ndarray, name: str) -> Any:
+def _encode(values: np.ndarray, name: str) -> pa.Array:
     """A column as an Arrow array."""
     if values.dtype.kind == "O":
         try:
@@ -229,7 +230,7 @@ def _alone(data_set: Path) -> Iterator[bool]:
 # ---- datasets ---------------------------------------------------------------------------------
 
 
-def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: dict[str, Any], key: str | None) -> None:
+def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: Manifest, key: str | None) -> None:
     """Move a build's files into their dataset. Existing sound files stay, because other processes may map them.
 
     Args:
@@ -254,11 +255,11 @@ def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: dict[
         shutil.rmtree(new, ignore_errors=True)
 
 
-def find(folder: Path, key: str) -> tuple[str, dict[str, Any]] | None:
+def find(folder: Path, key: str) -> tuple[str, Manifest] | None:
     """Hold the dataset that was made from a source, and return its name and manifest; None if there is none."""
     try:
         name = str(json.loads((folder / "keys" / f"{key}.json").read_text())["data_set"])
-        manifest = dict(json.loads((folder / name / "manifest.json").read_text()))
+        manifest = cast(Manifest, dict(json.loads((folder / name / "manifest.json").read_text())))
         hold(folder / name)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing, damaged or unreadable: it is made again, and if that fails, the error says why
@@ -344,7 +345,7 @@ def _make(data_set: Path) -> None:
             continue  # it was removed in between
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write a file completely or not at all, and flush it to the disk."""
     path.parent.mkdir(exist_ok=True)
     write_local(path, lambda stream: stream.write(json.dumps(content, indent=1).encode()))

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import ray
@@ -23,11 +23,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data import cache
 from bss_ray.data.cache import FileEntry
-from bss_ray.data.manifest import FORMAT, from_manifest, name_of, to_manifest
+from bss_ray.data.manifest import FORMAT, Manifest, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards, Writer
 from bss_ray.data.store import Arrays, MappedStore
 from bss_ray.errors import BssRayError, StorageError
 from bss_ray.runtime.wait import wait_for
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Shape of a row of each column, and its dtype.
+_Kinds = dict[str, tuple[tuple[int, ...], "np.dtype[np.generic]"]]
 
 _LAST_WORDS_S = 60.0
 
@@ -58,7 +64,7 @@ class DiskStore(MappedStore):
         super().__init__(len(files))
         self.files = tuple(files)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return DiskStore, (self.files,)
 
     def open(self, shard: int) -> Arrays:
@@ -99,7 +105,7 @@ class DiskStore(MappedStore):
         others = {node: number for number, node in enumerate(sorted(nodes - {here}))}
         return np.array([others.get(file.node, -1) for file in self.files])
 
-    def _ask_for(self, shards: np.ndarray, rows: np.ndarray, kinds: dict[str, Any]) -> Any:
+    def _ask_for(self, shards: np.ndarray, rows: np.ndarray, kinds: _Kinds) -> ray.ObjectRef:
         """Reference to rows of shards on another node."""
         wanted, anew = np.unique(shards, return_inverse=True)
         return _ask(self.files[wanted[0]].node, _take, self.only(wanted.tolist()), anew, rows, kinds)
@@ -118,7 +124,7 @@ def _read(store: DiskStore) -> Arrays:
     return store.read(0)
 
 
-def _take(store: DiskStore, shards: np.ndarray, rows: np.ndarray, kinds: dict[str, Any]) -> Arrays:
+def _take(store: DiskStore, shards: np.ndarray, rows: np.ndarray, kinds: _Kinds) -> Arrays:
     out = {name: np.empty((len(rows), *shape), dtype) for name, (shape, dtype) in kinds.items()}
     store.take(shards, rows, out)
     return out
@@ -128,23 +134,22 @@ def _take(store: DiskStore, shards: np.ndarray, rows: np.ndarray, kinds: dict[st
 
 
 @ray.remote(num_cpus=0)
-def _call(function: Callable[..., Any], *args: Any) -> Any:
+def _call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | BssRayError:
     """The function's result, or the user error it raises: as a value the error comes without Ray's wrapper."""
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     except BssRayError as error:
         return error
 
 
-def _ask(node: str, function: Callable[..., Any], *args: Any) -> Any:
+def _ask(node: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> ray.ObjectRef:
     """Reference to the function's result on that node."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return _call.options(scheduling_strategy=there, name=f"bss_ray.{function.__name__.lstrip('_')}").remote(
-        function, *args
-    )
+    task = _call.options(scheduling_strategy=there, name=f"bss_ray.{function.__name__.lstrip('_')}")
+    return task.remote(function, *args, **kwargs)
 
 
-def _get(ref: Any) -> Any:
+def _get(ref: ray.ObjectRef) -> Any:
     """Result of a task on another node.
 
     Raises:
@@ -164,10 +169,10 @@ def _get(ref: Any) -> Any:
     return result
 
 
-def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
+def _on_every_node(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[ray.ObjectRef]:
     """References to the function's result on each node."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    return [_ask(node, function, *args) for node in nodes]
+    return [_ask(node, function, *args, **kwargs) for node in nodes]
 
 
 # ---- building ---------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ class DiskWriter(Writer):
         entry = cache.write_shard(folder / f"shard-{index:05d}.arrow", arrays, notes)
         return NodeFile(entry, str(folder), node)
 
-    def draft(self, kept: Sequence[Any]) -> DiskStore:
+    def draft(self, kept: Sequence[ray.ObjectRef]) -> DiskStore:
         return DiskStore(wait_for(list(kept), "what is known of the shards"))
 
     def finish(self, shards: Shards, key: str | None) -> Shards:
@@ -232,9 +237,7 @@ class DiskWriter(Writer):
         return None, told
 
 
-def _publish(
-    writer: DiskWriter, data_set: str, files: list[NodeFile], manifest: dict[str, Any], key: str | None
-) -> None:
+def _publish(writer: DiskWriter, data_set: str, files: list[NodeFile], manifest: Manifest, key: str | None) -> None:
     new = Path(files[0].folder)
     cache.publish(new, new.with_name(data_set), [file.entry for file in files], manifest, key)
     with contextlib.suppress(FileNotFoundError):  # another build may clean at the same time
@@ -251,7 +254,7 @@ class _Found(NamedTuple):
 
     node: str
     folder: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     sound: frozenset[int]
     damaged: list[Path]
 

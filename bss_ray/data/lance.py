@@ -12,24 +12,30 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from bss_ray.data.cache import to_arrays, to_batch
-from bss_ray.data.manifest import from_manifest, name_of, to_manifest
+from bss_ray.data.manifest import Manifest, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards, Writer
 from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import DataError, StorageError, first_line, optional_import
 from bss_ray.runtime.wait import wait_for
+
+if TYPE_CHECKING:
+    import ray
+    from lance import LanceDataset
+    from lance.fragment import FragmentMetadata
 
 _NOTE = b"bss_ray"
 # Lance's own default. Builds that were stopped, or whose content existed already, leave versions without a tag.
 _KEEP = datetime.timedelta(days=14)
 
 
-def _lance() -> Any:
+def _lance() -> ModuleType:
     return optional_import("lance", extra="lance", needed_for="store.kind=lance")
 
 
@@ -50,7 +56,7 @@ def _storage(doing: str) -> Iterator[None]:
 
 
 @functools.cache  # opening reads the version's manifest, so it is done once per process
-def _open(uri: str, version: int) -> Any:
+def _open(uri: str, version: int) -> LanceDataset:
     with _storage(f"open version {version} of the Lance dataset {uri}"):
         return _lance().dataset(uri, version=version)
 
@@ -68,7 +74,7 @@ class LanceStore(Store):
         self._uri, self.version = uri, version
         self._spans = tuple(spans)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return LanceStore, (self._uri, self.version, self._spans)
 
     def read(self, shard: int) -> Arrays:
@@ -129,7 +135,7 @@ class LanceWriter(Writer):
             fragments = write_fragments(table, self.uri, schema=table.schema, mode="overwrite")
         return Fragments([json.dumps(fragment.to_json()) for fragment in fragments], batch.schema, batch.num_rows)
 
-    def draft(self, kept: Sequence[Any]) -> LanceStore:
+    def draft(self, kept: Sequence[ray.ObjectRef]) -> LanceStore:
         return self.commit(wait_for(list(kept), "what is known of the shards"))
 
     def commit(self, made: Sequence[Fragments]) -> LanceStore:
@@ -162,7 +168,7 @@ class LanceWriter(Writer):
             return None, []
         return _shards(self.uri, version), []
 
-    def _commit(self, schema: pa.Schema, fragments: list[Any]) -> int:
+    def _commit(self, schema: pa.Schema, fragments: list[FragmentMetadata]) -> int:
         """Make a new version of these fragments; simultaneous calls get different numbers."""
         lance = _lance()
         with _storage(f"write to the Lance dataset {self.uri}"):
@@ -172,19 +178,19 @@ class LanceWriter(Writer):
 
 def _shards(uri: str, version: int) -> Shards:
     """The shards of a version, which all nodes read equally well."""
-    manifest = json.loads(_open(uri, version).schema.metadata[_NOTE])
+    manifest: Manifest = json.loads(_open(uri, version).schema.metadata[_NOTE])
     store = LanceStore(uri, version, [(first_row, rows) for first_row, rows in manifest["shards"]])
     return from_manifest(manifest, store, [""] * len(manifest["shards"]))
 
 
-def _tagged(data: Any, tag: str) -> int | None:
+def _tagged(data: LanceDataset, tag: str) -> int | None:
     """The version with this tag, if there is one."""
     with _storage(f"read the tags of the Lance dataset {data.uri}"):
         found = data.tags.list().get(tag)
     return None if found is None else int(found["version"])
 
 
-def _tag(data: Any, tag: str, version: int, *, move: bool = False) -> int:
+def _tag(data: LanceDataset, tag: str, version: int, *, move: bool = False) -> int:
     """Give a version a tag; returns the version with this tag, which may be another build's unless the tag is moved."""
     try:
         data.tags.create(tag, version)

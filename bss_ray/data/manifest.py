@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -71,19 +71,41 @@ def _mix(words: np.ndarray) -> np.ndarray:
 FORMAT = 2
 
 
-def to_manifest(shards: Shards) -> dict[str, Any]:
+class Manifest(TypedDict):
+    """Description of shards, for JSON.
+
+    Attributes:
+        format: Version of the format.
+        fingerprint: Digest of the rows.
+        num_classes: Number of values that a head returns.
+        columns: Arguments of `Columns`.
+        features: Shape and dtype of each column.
+        shards: First row and number of rows of each shard.
+        files: Arguments of `FileEntry` of each shard's file, on a disk.
+    """
+
+    format: int
+    fingerprint: str
+    num_classes: int
+    columns: dict[str, Any]
+    features: dict[str, tuple[Sequence[int], str]]
+    shards: list[tuple[int, int]]
+    files: NotRequired[Sequence[tuple[str, int, int]]]
+
+
+def to_manifest(shards: Shards) -> Manifest:
     """Description of shards, for JSON. It names no nodes: their ids differ between Ray sessions."""
     return {
         "format": FORMAT,
         "fingerprint": shards.fingerprint,
         "num_classes": shards.num_classes,
         "columns": dataclasses.asdict(shards.columns),
-        "features": {name: [list(feature.shape), feature.dtype] for name, feature in shards.features.items()},
-        "shards": [[part.first_row, part.rows] for part in shards.parts],
+        "features": {name: (feature.shape, feature.dtype) for name, feature in shards.features.items()},
+        "shards": [(part.first_row, part.rows) for part in shards.parts],
     }
 
 
-def from_manifest(manifest: dict[str, Any], store: Store, nodes: Sequence[str]) -> Shards:
+def from_manifest(manifest: Manifest, store: Store, nodes: Sequence[str]) -> Shards:
     """The described shards over a store; `nodes` (shards,) says which node holds which."""
     parts = zip(manifest["shards"], nodes, strict=True)
     return Shards(
@@ -96,11 +118,11 @@ def from_manifest(manifest: dict[str, Any], store: Store, nodes: Sequence[str]) 
     )
 
 
-def name_of(manifest: dict[str, Any]) -> str:
+def name_of(manifest: Manifest) -> str:
     """Name of a dataset, made from rows, shard boundaries and roles, so that equal names mean equal files."""
     return f"{manifest['fingerprint']}-{digest(manifest, size=4)}"
 
 
-def digest(content: Any, *, size: int = 16) -> str:
+def digest(content: object, *, size: int = 16) -> str:
     """Hexadecimal digest of a value that JSON can write."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()

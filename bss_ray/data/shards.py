@@ -10,12 +10,15 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from bss_ray.data.columns import Columns
 from bss_ray.data.store import Arrays, ObjectStore, Store
+
+if TYPE_CHECKING:  # most stores need no Ray
+    import ray
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class Writer(abc.ABC):
     on_nodes: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def put(self, index: int, arrays: Arrays) -> Any:
+    def put(self, index: int, arrays: Arrays) -> object:
         """Keep the rows of shard `index`. Runs in the task that made them.
 
         Returns:
@@ -175,7 +178,7 @@ class Writer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def draft(self, kept: Sequence[Any]) -> Store:
+    def draft(self, kept: Sequence[ray.ObjectRef]) -> Store:
         """A store of the shards that were put, to check them as a whole.
 
         Args:
@@ -214,5 +217,5 @@ class ObjectWriter(Writer):
     def put(self, index: int, arrays: Arrays) -> Arrays:
         return arrays
 
-    def draft(self, kept: Sequence[Any]) -> ObjectStore:
+    def draft(self, kept: Sequence[ray.ObjectRef]) -> ObjectStore:
         return ObjectStore(kept)

@@ -10,13 +10,16 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from bss_ray.data.span import Span
 from bss_ray.errors import ConfigError, check_one_of
 from bss_ray.runtime.wait import wait_for
+
+if TYPE_CHECKING:  # most stores need no Ray
+    import ray
 
 Arrays = dict[str, np.ndarray]
 
@@ -171,11 +174,11 @@ class ObjectStore(MappedStore):
         refs: One object for each shard, `{column: (rows, ...)}`.
     """
 
-    def __init__(self, refs: Sequence[Any]) -> None:
+    def __init__(self, refs: Sequence[ray.ObjectRef]) -> None:
         super().__init__(len(refs))
         self._refs = tuple(refs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return ObjectStore, (self._refs,)
 
     def open(self, shard: int) -> Arrays:

@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import ray
@@ -84,10 +83,10 @@ class Tasks:
     on_progress: OnProgress | None = None
     here: bool = False
     starts: list[int] = field(default_factory=list)
-    reports: list[Any] = field(default_factory=list)
-    kept: list[Any] = field(default_factory=list)
-    ids: list[Any] = field(default_factory=list)
-    _pending: dict[Any, tuple[int, Cut]] = field(default_factory=dict)  # by the references to their reports
+    reports: list[ray.ObjectRef] = field(default_factory=list)
+    kept: list[ray.ObjectRef] = field(default_factory=list)
+    ids: list[ray.ObjectRef] = field(default_factory=list)
+    _pending: dict[ray.ObjectRef, tuple[int, Cut]] = field(default_factory=dict)  # by the references to their reports
     _waiting: list[tuple[int, Cut]] = field(default_factory=list)
     _shapes: dict[str, Feature] = field(default_factory=dict)  # of the modalities, from the shards
 
@@ -165,8 +164,8 @@ def _make_shard(
     index: int,
     first_row: int,
     slices: list[tuple[int, int]],
-    *blocks: Any,
-) -> tuple[Report, Any, np.ndarray]:
+    *blocks: Block,
+) -> tuple[Report, object, np.ndarray]:
     """Make one shard: returns its report, the result of its writer, and a hash of each row's id."""
     parts = [block_accessor(block).slice(start, stop) for (start, stop), block in zip(slices, blocks, strict=True)]
     try:

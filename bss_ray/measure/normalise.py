@@ -127,7 +127,7 @@ class RankNorm:
         table[self.bins] = np.arange(len(self.bins), dtype=np.int32)
         return table
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return RankNorm, (self.bins, self.counts)
 
 

@@ -224,7 +224,7 @@ def check_outputs(outputs: Outputs, labels: Tensor) -> None:
         )
 
 
-def _shape(values: Any) -> tuple[int, ...] | str:
+def _shape(values: object) -> tuple[int, ...] | str:
     return tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
 
 

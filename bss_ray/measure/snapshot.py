@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,13 +95,17 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
+# In place of a tensor: number of its array, dtype, shape, strides, whether it is a parameter, and wants gradients.
+_Pid = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...] | None, bool, bool]
+
+
 class _Packer(Pickler):  # type: ignore[misc]  # cloudpickle ships no types
     """Pickles a module; each of its tensors is put into a list once, so that tied weights stay tied."""
 
     def __init__(self, file: io.BytesIO, arrays: list[np.ndarray] | None) -> None:
         super().__init__(file, protocol=5)
         self._arrays = arrays
-        self._seen: dict[int, tuple[Any, ...]] = {}
+        self._seen: dict[int, _Pid] = {}
         self.tensors: list[torch.Tensor] = []  # keeps them alive: ids of freed objects are used again
 
     @classmethod
@@ -111,7 +115,7 @@ class _Packer(Pickler):  # type: ignore[misc]  # cloudpickle ships no types
         packer.dump(model)
         return packer.tensors
 
-    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
+    def persistent_id(self, obj: object) -> _Pid | None:
         if not isinstance(obj, torch.Tensor):
             return None
         if id(obj) not in self._seen:
@@ -137,7 +141,7 @@ class _Unpacker(pickle.Unpickler):
         self._arrays = arrays
         self._made: dict[int, torch.Tensor] = {}
 
-    def persistent_load(self, pid: tuple[Any, ...]) -> torch.Tensor:
+    def persistent_load(self, pid: _Pid) -> torch.Tensor:
         index, dtype, shape, strides, is_parameter, requires_grad = pid
         if index not in self._made:
             tensor = _as_tensor(self._arrays[index], dtype, shape)

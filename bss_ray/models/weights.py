@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,14 @@ _NAMED = 5
 # Prefixes of the names of tensors in wrappers: DistributedDataParallel, `torch.compile`.
 _PREFIXES = ("module.", "_orig_mod.")
 
+# Of a tensor; of another value the name of its class.
+_Shape = tuple[int, ...] | str
+
 # Heads are built for these two numbers of classes; what changes between them shows how shapes depend on the number.
 _PROBES = (3, 5)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, object], source: str) -> None:
     """Load exactly the weights of a state dict into a model.
 
     Prefixes that DistributedDataParallel and `torch.compile` put before all names are removed.
@@ -49,7 +51,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> Non
     model.load_state_dict(dict(state))
 
 
-def strip_prefixes(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def strip_prefixes(state: Mapping[str, object]) -> Mapping[str, object]:
     """A state dict without the prefixes that wrappers put before all names."""
     for prefix in _PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
@@ -57,13 +59,13 @@ def strip_prefixes(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return state
 
 
-def _other_shapes(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+def _other_shapes(own: Mapping[str, object], state: Mapping[str, object]) -> list[str]:
     """Tensors whose shapes differ: `name (here) against (there)`."""
     shapes = {name: (_shape(own[name]), _shape(state[name])) for name in own if name in state}
     return [f"{name} {here} against {there}" for name, (here, there) in shapes.items() if here != there]
 
 
-def _shape(value: Any) -> Any:
+def _shape(value: object) -> _Shape:
     """Shape of a tensor; other values of a state dict have no shape."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
@@ -76,7 +78,7 @@ def _named(kind: str, names: list[str]) -> list[str]:
     return [f"{len(names)} {kind}: {', '.join(names[:_NAMED])}{more}"]
 
 
-def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, Any], source: str) -> int:
+def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, object], source: str) -> int:
     """Number of classes for which weights were trained, from the shapes of the heads.
 
     The model is built for two numbers of classes, without memory for its weights. A dimension that differs between
@@ -107,7 +109,7 @@ def classes_of_weights(build: Callable[[int], nn.Module], state: Mapping[str, An
     return found.pop()
 
 
-def _shapes(build: Callable[[int], nn.Module], classes: int) -> dict[str, Any]:
+def _shapes(build: Callable[[int], nn.Module], classes: int) -> dict[str, _Shape]:
     """Shapes of the model's tensors for a number of classes."""
     try:
         with torch.device("meta"):  # no memory, no random numbers
@@ -119,9 +121,11 @@ def _shapes(build: Callable[[int], nn.Module], classes: int) -> dict[str, Any]:
     return {name: _shape(value) for name, value in model.state_dict().items()}
 
 
-def _solve(few: Any, many: Any, there: Any) -> Iterable[int]:
+def _solve(few: _Shape, many: _Shape, there: _Shape) -> Iterable[int]:
     """Numbers of classes that make a tensor of shape `there`, one for each dimension that depends on it."""
-    if not all(isinstance(shape, tuple) for shape in (few, many, there)) or not len(few) == len(many) == len(there):
+    if isinstance(few, str) or isinstance(many, str) or isinstance(there, str):
+        return
+    if not len(few) == len(many) == len(there):
         return
     low, high = _PROBES
     for at_low, at_high, size in zip(few, many, there, strict=True):

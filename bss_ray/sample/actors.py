@@ -89,7 +89,7 @@ class ActorHolders:
         self.names = tuple(names)
         self._first_rows = tuple(first_rows)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return ActorHolders, (self.names, self._first_rows)
 
     @property

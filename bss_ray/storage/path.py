@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs
@@ -118,8 +118,8 @@ class StoragePath:
         """Whether the place is a folder; on an object store: whether it contains anything."""
         return bool(self._kind() == pyarrow.fs.FileType.Directory)
 
-    def _kind(self) -> Any:
-        def look() -> Any:
+    def _kind(self) -> pyarrow.fs.FileType:
+        def look() -> pyarrow.fs.FileType:
             return self.system.get_file_info(self.path).type
 
         with self._telling("read"):

@@ -10,7 +10,6 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -52,7 +51,7 @@ def check_storage(folder: StoragePath) -> None:
         raise StorageError("\n  ".join([f"{rule}:", *problems]) + f"\n{_remedy(folder)}")
 
 
-def _ask(nodes: list[dict[str, Any]], probe: StoragePath) -> list[str]:
+def _ask(nodes: list[dict[str, str]], probe: StoragePath) -> list[str]:
     """The problems, with a line for each node that has one."""
     tasks = [_try_out.options(scheduling_strategy=_on(node)).remote(probe, node["NodeID"]) for node in nodes]
     _, late = ray.wait(tasks, num_returns=len(tasks), timeout=_LIMIT_S)
@@ -67,19 +66,19 @@ def _ask(nodes: list[dict[str, Any]], probe: StoragePath) -> list[str]:
     return problems
 
 
-def _alive() -> list[dict[str, Any]]:
+def _alive() -> list[dict[str, str]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _on(node: Mapping[str, Any]) -> NodeAffinitySchedulingStrategy:
+def _on(node: Mapping[str, str]) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
-def _named(node: Mapping[str, Any]) -> str:
+def _named(node: Mapping[str, str]) -> str:
     return f"node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}, id {node['NodeID']})"
 
 
-def _outcome(task: Any, file: StoragePath) -> str | None:
+def _outcome(task: ray.ObjectRef, file: StoragePath) -> str | None:
     """The problem of a node that has answered, if there is one."""
     try:
         why: str | None = ray.get(task)

@@ -160,5 +160,5 @@ def _kill_actor(actor: Any, role: str) -> None:
     raise AssertionError(f"{role} answered, although it was killed")
 
 
-def _kill(_actor: Any) -> None:
+def _kill(_actor: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -52,7 +52,7 @@ def compare(
 
     found: dict[tuple[str, int], dict[str, Any]] = {}
     waiting = []
-    working: dict[Any, tuple[str, int, Path]] = {}
+    working: dict[ray.ObjectRef, tuple[str, int, Path]] = {}
     for name, tree, seed in runs:
         path = setup.folder / "compare" / f"{name}-{seed}-{_digest(tree)}.json"
         if path.exists():
@@ -77,7 +77,7 @@ def compare(
     }
 
 
-def _result(task: Any) -> dict[str, Any]:
+def _result(task: ray.ObjectRef) -> dict[str, Any]:
     """Result of a finished task; its error is raised without Ray's wrapper."""
     try:
         result: dict[str, Any] = ray.get(task)
@@ -121,6 +121,6 @@ def _by_metric(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, l
     }
 
 
-def _digest(tree: Mapping[str, Any]) -> str:
+def _digest(tree: Mapping[str, object]) -> str:
     """A name of the settings of a run: a resumed search may find a better trial."""
     return hashlib.blake2b(json.dumps(tree, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()

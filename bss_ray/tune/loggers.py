@@ -11,10 +11,10 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import ray.tune
+from ray.tune.experiment import Trial
 
 from bss_ray.errors import check_one_of, optional_import
 from bss_ray.runtime.ray_internals import wandb_callback
@@ -45,11 +45,11 @@ def _mlflow(study: str, folder: Path) -> ray.tune.Callback:
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     class MLflow(MLflowLoggerCallback):  # type: ignore[misc]  # Ray ships no types
-        def setup(self, *args: Any, **kwargs: Any) -> None:
+        def setup(self, *args: object, **kwargs: object) -> None:
             with mock.patch.dict(os.environ):  # MLflow leaves the variable set for the next search
                 super().setup(*args, **kwargs)
 
-        def log_trial_start(self, trial: Any) -> None:
+        def log_trial_start(self, trial: Trial) -> None:
             # Not again if a trial is resumed, perhaps with other settings: MLflow refuses to change parameters.
             if trial not in self._trial_runs:
                 super().log_trial_start(trial)
@@ -63,7 +63,7 @@ def _wandb(study: str, folder: Path) -> ray.tune.Callback:
     wandb = optional_import("wandb", extra="wandb", needed_for="the logger wandb")
 
     class WandB(wandb_callback(wandb.teardown)):  # type: ignore[misc]  # teardown waits until the run is written
-        def setup(self, *args: Any, **kwargs: Any) -> None:
+        def setup(self, *args: object, **kwargs: object) -> None:
             with mock.patch.dict(os.environ, WANDB_MODE="offline"):  # so that Ray does not insist on a key
                 super().setup(*args, **kwargs)
 

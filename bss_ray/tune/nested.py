@@ -17,7 +17,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.tune
+from ray.actor import ActorHandle
 from ray.train import UserCallback
+from ray.tune.experiment import Trial
 
 from bss_ray.runtime.ray_internals import CONTROLLER, actors
 from bss_ray.train.rank_trainer import free_lost_groups
@@ -25,6 +27,8 @@ from bss_ray.train.trainer import BalancedTrainer
 
 MakeTrainer = Callable[[list[UserCallback]], BalancedTrainer]
 OnReport = Callable[[dict[str, Any], str | None], None]
+# The controller, metrics of rank 0, and the path of the checkpoint.
+_Report = tuple[ActorHandle, dict[str, Any], str | None]
 
 _SWEEP_S = 1.0
 _STOP_S = 20.0
@@ -55,7 +59,7 @@ def fit_nested(make_trainer: MakeTrainer, on_report: OnReport) -> ray.train.Resu
         ray.kill(reports)
 
 
-def _fit(trainer: BalancedTrainer, reports: Any, on_report: OnReport) -> ray.train.Result:
+def _fit(trainer: BalancedTrainer, reports: ActorHandle, on_report: OnReport) -> ray.train.Result:
     outcome: list[ray.train.Result | BaseException] = []
 
     def fit() -> None:
@@ -84,20 +88,20 @@ def _fit(trainer: BalancedTrainer, reports: Any, on_report: OnReport) -> ray.tra
     return outcome[0]
 
 
-def _start_reports() -> Any:
+def _start_reports() -> ActorHandle:
     """The actor between controller and trial. Taking a report means that the previous report was handled."""
 
     class Reports:  # local, so that it is pickled by value: its process need not import PyTorch
         def __init__(self) -> None:
-            self._waiting: asyncio.Queue[Any] = asyncio.Queue()
+            self._waiting: asyncio.Queue[_Report | None] = asyncio.Queue()
             self._taken = False
 
-        async def hand_over(self, report: Any) -> None:
+        async def hand_over(self, report: _Report | None) -> None:
             """Returns when the report was handled."""
             self._waiting.put_nowait(report)
             await self._waiting.join()
 
-        async def take(self) -> Any:
+        async def take(self) -> _Report | None:
             if self._taken:
                 self._waiting.task_done()
             report = await self._waiting.get()
@@ -110,10 +114,12 @@ def _start_reports() -> Any:
 class _Courier(UserCallback):  # type: ignore[misc]  # Ray ships no types
     """Runs in the controller: sends the reports of rank 0, and the actors to kill."""
 
-    def __init__(self, reports: Any) -> None:
+    def __init__(self, reports: ActorHandle) -> None:
         self._reports = reports
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: object, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
         if "batch" in metrics[0]:
             return  # a checkpoint in the middle of an epoch
         path = None if checkpoint is None else checkpoint.path
@@ -138,12 +144,12 @@ class FreeNested(ray.tune.Callback):  # type: ignore[misc]
     def __init__(self) -> None:
         self._swept = 0.0
 
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: object) -> None:
         if time.monotonic() - self._swept > _SWEEP_S:
             free_nested()
             self._swept = time.monotonic()
 
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+    def on_experiment_end(self, trials: list[Trial], **info: object) -> None:
         end = time.monotonic() + _STOP_S
         while not free_nested() and time.monotonic() < end:  # the process of the last trial may just be ending
             time.sleep(0.1)

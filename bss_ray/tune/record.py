@@ -76,9 +76,7 @@ def open_storage(storage: str | None, folder: Path) -> BaseStorage:
     place = storage or str(folder / JOURNAL)
     another = "Give a URL such as sqlite:///study.db, or the path of a journal file, or leave --storage away"
     if place in ("sqlite://", "sqlite:///") or place.endswith(":memory:"):
-        raise StorageError(
-            f"the storage {place} ends with this command, and the search could not resume. {another}"
-        )
+        raise StorageError(f"the storage {place} ends with this command, and the search could not resume. {another}")
     is_url = "://" in place
     try:
         return optuna.storages.get_storage(place) if is_url else _open_journal(Path(place).absolute())
@@ -199,7 +197,7 @@ class SearchRecord:
         self._interrupted = self._trials(TrialState.RUNNING)
         self._pruned: set[int] = set()
 
-    def _begin(self, attributes: dict[str, Any]) -> None:
+    def _begin(self, attributes: dict[str, object]) -> None:
         """Write everything that belongs to the beginning of a search, or the missing part of it."""
         for name, value in attributes.items():
             self.study.set_user_attr(name, value)
@@ -309,7 +307,7 @@ class SearchRecord:
         self._pruned.add(number)
         return True
 
-    def note_changes(self, number: int, step: int, settings: dict[str, Any]) -> None:
+    def note_changes(self, number: int, step: int, settings: dict[str, object]) -> None:
         """Record that a trial continues with other settings."""
         attributes = self.trial(number).user_attrs
         before = attributes["settings"]
@@ -356,7 +354,7 @@ class SearchRecord:
         """Trials in these states, without a copy, which would take most of the time with hundreds of trials."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def _note(self, number: int, **attributes: Any) -> None:
+    def _note(self, number: int, **attributes: object) -> None:
         for name, value in attributes.items():
             self._storage.set_trial_user_attr(self._id(number), name, value)
 
@@ -372,7 +370,7 @@ def make_tpe(seed: int) -> optuna.samplers.TPESampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, multivariate=True, group=True, constant_liar=True)
 
 
-def _check_owner(config: TuneConfig, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+def _check_owner(config: TuneConfig, here: Mapping[str, object], there: Mapping[str, object]) -> None:
     changed = [
         f"{name}: {there.get(name)!r} there, {value!r} now" for name, value in here.items() if there.get(name) != value
     ]

@@ -134,5 +134,5 @@ def find_space(name: str, base: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(name, function, list(known_good), base)
 
 
-def _shown(params: Mapping[str, Any]) -> str:
+def _shown(params: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in params.items()) or "none"

@@ -69,7 +69,7 @@ class Explore:
         return min(max(changed, low), high)
 
 
-def _has_memory(settings: dict[str, Any]) -> bool:
+def _has_memory(settings: Mapping[str, object]) -> bool:
     """Whether scores are updated by a moving average: a sum refuses a momentum."""
     return settings.get("scoring.accumulate") != "sum" and settings.get("scheduler.init_args.update_interval") != 0
 
@@ -126,7 +126,7 @@ def _processes(config: TuneConfig, scaling: ray.train.ScalingConfig, request: Re
     return [own, *(group for group in request.groups if group.name in (HOLDERS, SCORERS))]
 
 
-def as_config(spec: TrialSpec) -> dict[str, Any]:
+def as_config(spec: TrialSpec) -> dict[str, object]:
     return {
         "number": spec.number,
         "settings": spec.settings,
@@ -138,7 +138,7 @@ def as_config(spec: TrialSpec) -> dict[str, Any]:
 class _Unsaved:
     """Base of objects that are left out of Ray Tune's own state file, because the record restores them."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return object, ()
 
 
@@ -149,11 +149,11 @@ class StudySearcher(_Unsaved, Searcher):  # type: ignore[misc]
         super().__init__()
         self._record = record
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, object] | str:
         spec = self._record.next_trial()
         return self.FINISHED if spec is None else {"trial": as_config(spec)}
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         """`StudyCallback` tells the record."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -183,7 +183,7 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         # A trial that population-based training replaces has another trial's configuration from then on.
         self._numbers: dict[str, int] = {}
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
         self._tell(number, "running")
 
@@ -195,7 +195,7 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
         self._tell(number, "running", epoch=result["epochs_done"], values=result["trial"]["values"])
         return pruned
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         number = self._numbers[trial.trial_id]
         outcome = (trial.last_result or {}).get("trial", {})
         state = self._record.end(number, outcome)
@@ -205,13 +205,13 @@ class StudyCallback(_Unsaved, ray.tune.Callback):  # type: ignore[misc]
                 drop_checkpoints(self._folder, f"{number:05d}*")
             self._tell(number, state.name.lower(), values=outcome["values"])
 
-    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: object) -> None:
         """Release a paused trial's burn-in, for which the trial that runs instead may wait."""
         for trial in trials:
             if trial.status == Trial.PAUSED:
                 self._burn_ins.release(trial.trial_id)
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
         number = self._numbers.setdefault(trial.trial_id, trial.config["trial"]["number"])
         self._record.fail(number, cause_of(trial))
         self._burn_ins.release(trial.trial_id)
@@ -359,6 +359,6 @@ def _population_based_training(config: TuneConfig, record: SearchRecord) -> Popu
     )
 
 
-def _name(trial: Any) -> str:
+def _name(trial: Trial) -> str:
     folder: str = trial.config["trial"]["folder"]
     return folder

@@ -108,7 +108,6 @@ def test_scorers_are_placed_so_that_ranks_fit(
 
 
 @given(clusters(), st.booleans(), st.data())
-@settings(max_examples=200, deadline=None)
 def test_ranks_get_nodes_on_which_all_others_fit(
     cluster: tuple[list[Node], list[ProcessGroup]], spread: bool, data: st.DataObject
 ) -> None:
