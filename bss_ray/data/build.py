@@ -19,7 +19,7 @@ import ray
 from bss_ray.data.blocks import Rows, cut_as_they_come, cut_evenly, drain, execute, take_until
 from bss_ray.data.columns import Columns
 from bss_ray.data.disk import DiskWriter
-from bss_ray.data.manifest import FORMAT, digest, fingerprint
+from bss_ray.data.manifest import FORMAT, fingerprint, json_digest
 from bss_ray.data.shards import Feature, ObjectWriter, Shard, Shards, Writer
 from bss_ray.data.store import StoreConfig
 from bss_ray.data.tasks import OnProgress, Report, Tasks
@@ -76,7 +76,7 @@ def build_shards(
     """
     config, tell = store or StoreConfig(), on_notice or (lambda _text: None)
     writer = _writer(config)
-    key = source_key and digest([FORMAT, source_key, dataclasses.asdict(columns), num_classes])
+    key = source_key and json_digest([FORMAT, source_key, dataclasses.asdict(columns), num_classes])
     if key is not None:
         found = _find(writer, key, min_shards, tell)
         if found is not None:

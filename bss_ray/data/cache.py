@@ -31,7 +31,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from bss_ray.data.manifest import Manifest
+from bss_ray.data.manifest import ShardsManifest
 from bss_ray.data.store import Arrays
 from bss_ray.errors import DataError, StorageError
 from bss_ray.storage.files import sync_folder, write_local
@@ -230,7 +230,7 @@ def _alone(data_set: Path) -> Iterator[bool]:
 # ---- datasets ---------------------------------------------------------------------------------
 
 
-def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: Manifest, key: str | None) -> None:
+def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: ShardsManifest, key: str | None) -> None:
     """Move a build's files into their dataset. Existing sound files stay, because other processes may map them.
 
     Args:
@@ -255,11 +255,11 @@ def publish(new: Path, data_set: Path, entries: list[FileEntry], manifest: Manif
         shutil.rmtree(new, ignore_errors=True)
 
 
-def find(folder: Path, key: str) -> tuple[str, Manifest] | None:
+def find(folder: Path, key: str) -> tuple[str, ShardsManifest] | None:
     """Hold the dataset that was made from a source, and return its name and manifest; None if there is none."""
     try:
         name = str(json.loads((folder / "keys" / f"{key}.json").read_text())["data_set"])
-        manifest = cast(Manifest, dict(json.loads((folder / name / "manifest.json").read_text())))
+        manifest = cast(ShardsManifest, dict(json.loads((folder / name / "manifest.json").read_text())))
         hold(folder / name)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # missing, damaged or unreadable: it is made again, and if that fails, the error says why

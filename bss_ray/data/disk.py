@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bss_ray.data import cache
 from bss_ray.data.cache import FileEntry
-from bss_ray.data.manifest import FORMAT, Manifest, from_manifest, name_of, to_manifest
+from bss_ray.data.manifest import FORMAT, ShardsManifest, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards, Writer
 from bss_ray.data.store import Arrays, MappedStore
 from bss_ray.errors import BssRayError, StorageError
@@ -237,7 +237,9 @@ class DiskWriter(Writer):
         return None, told
 
 
-def _publish(writer: DiskWriter, data_set: str, files: list[NodeFile], manifest: Manifest, key: str | None) -> None:
+def _publish(
+    writer: DiskWriter, data_set: str, files: list[NodeFile], manifest: ShardsManifest, key: str | None
+) -> None:
     new = Path(files[0].folder)
     cache.publish(new, new.with_name(data_set), [file.entry for file in files], manifest, key)
     with contextlib.suppress(FileNotFoundError):  # another build may clean at the same time
@@ -254,7 +256,7 @@ class _Found(NamedTuple):
 
     node: str
     folder: str
-    manifest: Manifest
+    manifest: ShardsManifest
     sound: frozenset[int]
     damaged: list[Path]
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from bss_ray.data.cache import to_arrays, to_batch
-from bss_ray.data.manifest import Manifest, from_manifest, name_of, to_manifest
+from bss_ray.data.manifest import ShardsManifest, from_manifest, name_of, to_manifest
 from bss_ray.data.shards import Shards, Writer
 from bss_ray.data.store import Arrays, Store
 from bss_ray.errors import DataError, StorageError, first_line, optional_import
@@ -178,7 +178,7 @@ class LanceWriter(Writer):
 
 def _shards(uri: str, version: int) -> Shards:
     """The shards of a version, which all nodes read equally well."""
-    manifest: Manifest = json.loads(_open(uri, version).schema.metadata[_NOTE])
+    manifest: ShardsManifest = json.loads(_open(uri, version).schema.metadata[_NOTE])
     store = LanceStore(uri, version, [(first_row, rows) for first_row, rows in manifest["shards"]])
     return from_manifest(manifest, store, [""] * len(manifest["shards"]))
 

@@ -52,7 +52,7 @@ def fingerprint(
         "schema": {name: [list(feature.shape), feature.dtype] for name, feature in features.items()},
         "columns": {name: sum(part[name] for part in digests) & _MASK for name in digests[0].keys() - leave_out},
     }
-    return digest(content)
+    return json_digest(content)
 
 
 def _hash_text(text: str) -> int:
@@ -71,7 +71,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
 FORMAT = 2
 
 
-class Manifest(TypedDict):
+class ShardsManifest(TypedDict):
     """Description of shards, for JSON.
 
     Attributes:
@@ -93,7 +93,7 @@ class Manifest(TypedDict):
     files: NotRequired[Sequence[tuple[str, int, int]]]
 
 
-def to_manifest(shards: Shards) -> Manifest:
+def to_manifest(shards: Shards) -> ShardsManifest:
     """Description of shards, for JSON. It names no nodes: their ids differ between Ray sessions."""
     return {
         "format": FORMAT,
@@ -105,7 +105,7 @@ def to_manifest(shards: Shards) -> Manifest:
     }
 
 
-def from_manifest(manifest: Manifest, store: Store, nodes: Sequence[str]) -> Shards:
+def from_manifest(manifest: ShardsManifest, store: Store, nodes: Sequence[str]) -> Shards:
     """The described shards over a store; `nodes` (shards,) says which node holds which."""
     parts = zip(manifest["shards"], nodes, strict=True)
     return Shards(
@@ -118,11 +118,11 @@ def from_manifest(manifest: Manifest, store: Store, nodes: Sequence[str]) -> Sha
     )
 
 
-def name_of(manifest: Manifest) -> str:
+def name_of(manifest: ShardsManifest) -> str:
     """Name of a dataset, made from rows, shard boundaries and roles, so that equal names mean equal files."""
-    return f"{manifest['fingerprint']}-{digest(manifest, size=4)}"
+    return f"{manifest['fingerprint']}-{json_digest(manifest, size=4)}"
 
 
-def digest(content: object, *, size: int = 16) -> str:
+def json_digest(content: object, *, size: int = 16) -> str:
     """Hexadecimal digest of a value that JSON can write."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=size).hexdigest()

@@ -11,7 +11,7 @@ import ray.data
 from bss_ray.data.av_digits import SPLITS, av_digits
 from bss_ray.data.blocks import Rows
 from bss_ray.data.columns import Columns
-from bss_ray.data.manifest import digest
+from bss_ray.data.manifest import json_digest
 from bss_ray.errors import ConfigError, DataError, nearest
 from bss_ray.storage import StoragePath, absolute, is_uri
 
@@ -68,7 +68,7 @@ def files_key(path: str) -> str | None:
         files = [place.system.get_file_info(place.path)]
     if any(file.is_file and file.mtime_ns is None for file in files):
         return None
-    return digest(sorted([file.path, file.size, file.mtime_ns] for file in files if file.is_file))
+    return json_digest(sorted([file.path, file.size, file.mtime_ns] for file in files if file.is_file))
 
 
 def _known_place(path: str) -> StoragePath | None:

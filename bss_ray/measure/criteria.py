@@ -194,7 +194,7 @@ def _like(rows: Observation, outputs: dict[str, Tensor], labels: Tensor, batch: 
     )
 
 
-def check_weights(fused_weight: float, unimodal_weight: float) -> None:
+def check_loss_weights(fused_weight: float, unimodal_weight: float) -> None:
     """Refuse weights with which there is no loss.
 
     Raises:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bss_ray.errors import ConfigError, DataError, check_one_of, nearest
-from bss_ray.measure.criteria import INFORMATIONS, SIMILARITIES, check_weights
-from bss_ray.measure.observation import TASKS, Observation, Outputs, RowLoss, check_labels, check_outputs
+from bss_ray.measure.criteria import INFORMATIONS, SIMILARITIES, check_loss_weights
+from bss_ray.measure.observation import TASKS, Observation, Outputs, RowLoss, check_batch_labels, check_outputs
 from bss_ray.names import FEATURES, import_name
 
 
@@ -73,7 +73,7 @@ class Measurer:
     def __post_init__(self) -> None:
         if self.task is not None:
             check_one_of("task", self.task, TASKS)
-        check_weights(self.fused_weight, self.unimodal_weight)
+        check_loss_weights(self.fused_weight, self.unimodal_weight)
         # Looked up here and kept as functions: other processes do not know what was registered in this process.
         for kind, registry in (("similarity", SIMILARITIES), ("information", INFORMATIONS)):
             object.__setattr__(self, f"_{kind}", _resolve(kind, getattr(self, kind), registry))
@@ -143,7 +143,7 @@ class Measurer:
             raise DataError(f"labels must be integer classes 0..C-1; received dtype {labels.dtype}")
         # Half precision is good enough for the forward pass, but not for a cosine or a loss.
         logits = {name: values.detach().float() for name, values in outputs.items() if name != FEATURES}
-        check_labels(labels, next(iter(logits.values())), task)
+        check_batch_labels(labels, next(iter(logits.values())), task)
         features = outputs.get(FEATURES)
         detached = None if features is None else {head: values.detach() for head, values in features.items()}
         return self._observation(logits, labels, detached, batch, model)

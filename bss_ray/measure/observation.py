@@ -228,7 +228,7 @@ def _shape(values: object) -> tuple[int, ...] | str:
     return tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
 
 
-def check_labels(labels: Tensor, logits: Tensor, task: str) -> None:
+def check_batch_labels(labels: Tensor, logits: Tensor, task: str) -> None:
     """Check that labels are of the task's kind.
 
     Raises:

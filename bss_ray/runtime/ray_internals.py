@@ -110,7 +110,7 @@ def label_problem(selector: Mapping[str, str]) -> str | None:
     return problem
 
 
-def near(node: str) -> NodeAffinitySchedulingStrategy:
+def near_node(node: str) -> NodeAffinitySchedulingStrategy:
     """The strategy of an actor that starts on a node if the node exists and has room, and otherwise elsewhere."""
     # Without the spilling it would wait forever for a node that others have filled.
     return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)

@@ -23,7 +23,7 @@ from ray.actor import ActorHandle
 from bss_ray.runtime.event_log import EventLog, EventLogClient, UnavailableError
 from bss_ray.runtime.logs import Named
 from bss_ray.runtime.messages import Message
-from bss_ray.runtime.ray_internals import near as near_node
+from bss_ray.runtime.ray_internals import near_node
 from bss_ray.runtime.run_metrics import RunMetrics
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, WaitError, set_wait_limit, wait_for, wait_limit
 from bss_ray.sample.client import EVERY, Holders, ScoringJob, ScoringPool, Shared

@@ -62,7 +62,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
         nonlocal found
         write(stream)
         stream.seek(0)
-        found = digest(stream)
+        found = stream_digest(stream)
 
     try:
         write_local(path, write_and_read)
@@ -74,7 +74,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> str:
     return found
 
 
-def digest(stream: BinaryIO) -> str:
+def stream_digest(stream: BinaryIO) -> str:
     """BLAKE2 of the rest of a stream."""
     return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def _read_file(file: ScoreFile, read: Callable[[str], bytes], version: int) -> S
         content = read(file.name)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.name} cannot be read ({error})") from error
-    found = digest(io.BytesIO(content))
+    found = stream_digest(io.BytesIO(content))
     if found != file.digest:
         raise CheckpointError(f"{file.name} cannot be used (its digest is {found}, the manifest says {file.digest})")
     try:

@@ -109,7 +109,7 @@ def missing_rows(done: Sequence[MeasureFile], rows: int) -> list[tuple[int, int]
     return runs
 
 
-def within(runs: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+def runs_within(runs: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
     """The parts of ascending runs that are in [start, stop)."""
     cut = ((max(low, start), min(high, stop)) for low, high in runs)
     return [(low, high) for low, high in cut if low < high]

@@ -26,7 +26,7 @@ from bss_ray.score.measure_files import (
     group_measure_files,
     marked,
     read_measure_file,
-    within,
+    runs_within,
     write_measure_file,
 )
 from bss_ray.score.measuring import (
@@ -96,7 +96,7 @@ def measure_rows(
     Raises:
         BssRayError: Rows break a rule; finished files stay.
     """
-    pairs = [(task, within(runs, task.first_row, task.first_row + task.rows)) for task in tasks]
+    pairs = [(task, runs_within(runs, task.first_row, task.first_row + task.rows)) for task in tasks]
     work = [pair for pair in pairs if pair[1]]
     if not work:
         return

@@ -19,7 +19,7 @@ from bss_ray.data.read import Partial, read_column, read_partial
 from bss_ray.data.shards import Feature, Shards
 from bss_ray.errors import DataError, Problem, nearest, raise_first_problem
 from bss_ray.names import presence_column
-from bss_ray.score.measure_files import within
+from bss_ray.score.measure_files import runs_within
 from bss_ray.storage import StoragePath
 
 Arrays = dict[str, np.ndarray]
@@ -158,7 +158,7 @@ class ParquetTask:
         with _open(self.file) as file:
             for batch in file.iter_batches(self.batch_rows, row_groups=list(self.row_groups), columns=[*columns.all]):
                 table = pa.Table.from_batches([batch])
-                for start, stop in within(runs, first_row, first_row + len(table)):
+                for start, stop in runs_within(runs, first_row, first_row + len(table)):
                     part = table.slice(start - first_row, stop - start)
                     yield start, read_rows([part], columns, start, features, finite=finite)
                 first_row += len(table)
@@ -190,7 +190,7 @@ class ShardTask:
         """See `ReadTask`."""
         arrays: Arrays = self.shards.read(0)
         step = max(1, _BATCH_BYTES // sum(values[:1].nbytes for values in arrays.values()))
-        for start, stop in within(runs, self.first_row, self.first_row + self.rows):
+        for start, stop in runs_within(runs, self.first_row, self.first_row + self.rows):
             for low in range(start, stop, step):
                 here = slice(low - self.first_row, min(low + step, stop) - self.first_row)
                 yield low, Rows({name: values[here] for name, values in arrays.items()}, [])

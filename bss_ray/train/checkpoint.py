@@ -27,7 +27,7 @@ from torch import nn
 from bss_ray.errors import CheckpointError
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.runtime.ranks import RankGroup
-from bss_ray.sample.score_files import ScoreFile, digest, read_scores, write_file, write_scores
+from bss_ray.sample.score_files import ScoreFile, read_scores, stream_digest, write_file, write_scores
 from bss_ray.sample.state import SavedScores, ScoreBlock
 from bss_ray.storage import StoragePath
 from bss_ray.train.backend import SamplerContext, Stateful, StoredFolder
@@ -219,7 +219,7 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
 
 
 def _digest(content: bytes) -> str:
-    return digest(io.BytesIO(content))
+    return stream_digest(io.BytesIO(content))
 
 
 class ResumeState(NamedTuple):

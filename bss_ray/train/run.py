@@ -55,7 +55,7 @@ from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_erro
 from bss_ray.train.trainer import BalancedTrainer
 
 
-def write_scores(path: StoragePath, saved: SavedCheckpoint, shards: Shards) -> None:
+def write_score_table(path: StoragePath, saved: SavedCheckpoint, shards: Shards) -> None:
     """Write the scores of a checkpoint into a folder of Parquet files, one for each shard; replaces an older folder."""
     count = len(shards.parts)
     with path.replaced() as folder:
@@ -236,7 +236,7 @@ def train(config: TrainConfig, folder: RunFolder, on_message: OnMessage) -> dict
     if splits.test is not None:
         result["test"] = _test_checkpoint(config, SavedCheckpoint(chosen), splits.test, use_gpu=scaling.use_gpu)
     if last.manifest().position.version:
-        write_scores(folder.path / "scores.parquet", last, splits.train)
+        write_score_table(folder.path / "scores.parquet", last, splits.train)
         result["score_roc_area"] = roc_areas(folder.path / "scores.parquet", splits.train.columns.extra)
     if config.profile:
         profile.finish()

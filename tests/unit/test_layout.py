@@ -65,6 +65,15 @@ def test_folders_use_only_folders_above_them_in_the_table() -> None:
     assert not upwards
 
 
+def test_a_name_means_one_thing() -> None:
+    files = defaultdict(list)
+    for name, file in MODULES.items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                files[node.name].append(name)
+    assert {name: modules for name, modules in files.items() if len(modules) > 1} == {}
+
+
 def test_figures_of_a_package(tmp_path: Path) -> None:
     texts = {
         "__init__": "",

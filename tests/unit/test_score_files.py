@@ -19,7 +19,7 @@ from bss_ray.score.measure_files import (
     marked,
     missing_rows,
     read_measure_file,
-    within,
+    runs_within,
     write_measure_file,
 )
 from bss_ray.score.pool import PoolConfig
@@ -74,8 +74,8 @@ class TestMeasureFiles:
         assert [file for group in groups for file in group] == files
 
     def test_runs_within_bounds(self) -> None:
-        assert within([(0, 5), (8, 12), (20, 30)], 4, 22) == [(4, 5), (8, 12), (20, 22)]
-        assert within([(0, 5)], 5, 9) == []
+        assert runs_within([(0, 5), (8, 12), (20, 30)], 4, 22) == [(4, 5), (8, 12), (20, 22)]
+        assert runs_within([(0, 5)], 5, 9) == []
 
 
 class TestReadTasks:
