@@ -122,12 +122,17 @@ class LocalHolders:
     def start(
         self, of: slice, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> Sequence[Shared[T]]:
-        with self._turn:
-            return [Here(method(holder, *args, **kwargs)) for holder in self._holders[of]]
+        return [Here(self.call(index, method, *args, **kwargs)) for index in range(len(self._holders))[of]]
 
     def map(self, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        return [self.call(index, method, *args, **kwargs) for index in range(len(self._holders))]
+
+    def call(
+        self, index: int, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a method of one holder."""
         with self._turn:
-            return [method(holder, *args, **kwargs) for holder in self._holders]
+            return method(self._holders[index], *args, **kwargs)
 
     def deliver(self, batch: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
         self.map(Holder.receive, batch, epoch=epoch, attempt=attempt, version=version)

@@ -1,4 +1,4 @@
-"""Tests that any sampler or store can be run through, and faults to inject into a train loop.
+"""Tests that any sampler or store can be run through, faults to inject into a train loop, and a cluster to run it in.
 
     class TestMySampler(SamplerContract):
         def make(self, setup: Setup) -> GlobalSampler: ...
@@ -6,7 +6,9 @@
     class TestMyStore(StoreContract):
         def make(self, shards: Sequence[Arrays]) -> Store: ...
 
-The contracts need pytest, which bss_ray itself does not; the faults need nothing. See docs/testing.md.
+    LocalCluster(shards, folder, ranks=2, max_failures=1).run(train_loop)
+
+The contracts need pytest, which bss_ray itself does not; faults and `LocalCluster` do not. See docs/testing.md.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ _WHERE = {
     "KillActor": "faults",
     "KillController": "faults",
     "KillRank": "faults",
+    "LocalCluster": "cluster",
+    "LocalResult": "cluster",
     "Raise": "faults",
+    "RankLostError": "cluster",
     "SamplerContract": "sampler",
     "Setup": "sampler",
     "SlicedSampler": "sampler",
@@ -38,7 +43,10 @@ __all__ = [
     "KillActor",
     "KillController",
     "KillRank",
+    "LocalCluster",
+    "LocalResult",
     "Raise",
+    "RankLostError",
     "SamplerContract",
     "Setup",
     "SlicedSampler",
@@ -46,6 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bss_ray.testing.cluster import LocalCluster, LocalResult, RankLostError
     from bss_ray.testing.faults import Fault, FullDisk, Hang, KillActor, KillController, KillRank, Raise
     from bss_ray.testing.sampler import GlobalSampler, SamplerContract, Setup, SlicedSampler
     from bss_ray.testing.store import StoreContract

@@ -1,6 +1,6 @@
 """A cluster in this process: a run of any train loop with ranks as threads, in which everything can be killed.
 
-    cluster = LocalCluster(shards, ranks=3, scheduler=Learning(temperature=0.3), seed=7, folder=tmp_path)
+    cluster = LocalCluster(shards, folder, ranks=3, scheduler=Learning(temperature=0.3), seed=7)
     result = cluster.run(train_loop)
 
 It runs the real sampler, engines, loader, coordinator and holders, and replaces only Ray: ranks are threads, actors are
@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import pickle
+import random
 import shutil
 import threading
 import uuid
@@ -22,124 +23,154 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow.fs
 import torch
 from torch import Tensor, nn
 
 from bss_ray.data.shards import Shards
+from bss_ray.errors import ConfigError
 from bss_ray.measure.measurer import Measurer
 from bss_ray.runtime.event_log import EventLog, EventLogClient, UnavailableError
 from bss_ray.runtime.messages import Message, OnMessage, PlacementMap
 from bss_ray.runtime.ranks import OneRank, RankGroup
 from bss_ray.runtime.wait import wait_limit
-from bss_ray.sample.client import (
-    ActorLostError,
-    CoordinatorClient,
-    Here,
-    Holders,
-    ScoringJob,
-    Shared,
-)
-from bss_ray.sample.coordinator import Coordinator
+from bss_ray.sample.client import ActorLostError, LocalHolders, ScoringJob, Shared
+from bss_ray.sample.coordinator import Coordinator, check_batch_size
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.plan import Tail
 from bss_ray.sample.service import CoordinatorService, CoordinatorStub
-from bss_ray.sample.state import MeasureBatch, SavedScores, ScoreBlock
+from bss_ray.sample.state import SavedScores, ScoreBlock
 from bss_ray.schedule.schedulers import Learning, Scheduler
 from bss_ray.scoring.config import Scoring
 from bss_ray.scoring.pool import Answer, ScorerPool, ShardReport, measure_shard
 from bss_ray.scoring.scorer import Scorer
 from bss_ray.train.backend import SamplerContext
 from bss_ray.train.sampler import run_rank
-from bss_ray.train.supervise import EventReader, watch
+from bss_ray.train.supervise import EventReader, supervise
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# Cluster to which the calling thread belongs, and its rank.
-_of_thread = threading.local()
 
 
 class RankLostError(RuntimeError):
     """A rank of the run is lost, so others cannot meet it. It stands for the errors of torch.distributed."""
 
 
-class RankKilledError(BaseException):
-    """Ends a rank that is a thread, as kill -9 ends a process."""
-
-
-def current_cluster() -> LocalCluster | None:
-    """The cluster that the calling thread is a rank of."""
-    cluster: LocalCluster | None = getattr(_of_thread, "cluster", None)
-    return cluster
+class Killed(BaseException):
+    """Ends a thread that stands for a process, as kill -9 ends the process. No `except Exception` may catch it."""
 
 
 # ---- ranks ------------------------------------------------------------------------------------
 
 
-class Meeting:
-    """A meeting point of ranks that are threads.
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """Global random numbers of Python and torch go on after this block as they would have before it."""
+    python = random.getstate()
+    there = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if there else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
 
-    One rank works at a time (`turn`), and another when it waits: between two meetings torch's global random numbers
-    then belong to one rank, as in processes.
+
+class Meeting:
+    """A meeting point of ranks that are threads, which also says which of them works.
+
+    One rank works at a time, until it waits for others: global random numbers of Python and torch are then each rank's
+    own, as they are in processes, and a run takes the same course each time.
 
     Args:
         count: Number of ranks.
         timeout_s: Seconds after which a rank that waits for others takes them for lost.
+        choose: Picks the rank that works next, of those that could. By default the lowest.
     """
 
-    def __init__(self, count: int, timeout_s: float = 60.0) -> None:
+    def __init__(self, count: int, timeout_s: float = 60.0, choose: Callable[[Sequence[int]], int] = min) -> None:
         self.count = count
-        self._timeout_s = timeout_s
-        self._barrier = threading.Barrier(count)
-        self._said: dict[int, bytes] = {}
-        self._turn = threading.Lock()
-        self._has_turn = threading.local()
+        self._timeout_s, self._choose = timeout_s, choose
+        self._changed = threading.Condition()
+        self._waiting: set[int] = set()  # they are at the meeting
+        self._ready: set[int] = set()  # they could work
+        self._working: int | None = None
+        self._ended: set[int] = set()
+        self._parted: set[int] = set()  # ready, since their meeting will never be complete
+        # By rank, of this exchange and the last: that may still be read by some, but not the one before it.
+        self._said: tuple[dict[int, bytes], dict[int, bytes]] = ({}, {})
+        self._exchanges = [0] * count
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Work as a rank; the others wait."""
-        with self._turn:
-            self._has_turn.value = True
-            try:
-                yield
-            finally:
-                self._has_turn.value = False
+    def turn(self, rank: int) -> Iterator[None]:
+        """Work as a rank in this block. It begins when all ranks are there; after its end nobody can meet the rank."""
+        self.wait(rank)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._ended.add(rank)
+                self._part()
+                self._next(rank)
+
+    def wait(self, rank: int) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            RankLostError: a rank is lost, or has ended.
+        """
+        with own_randomness(), self._changed:
+            self._waiting.add(rank)
+            if len(self._waiting) == self.count:
+                self._ready |= self._waiting
+                self._waiting.clear()
+            elif self._ended:
+                self._part()
+            self._give_way(rank)
+            if rank in self._parted:
+                self._parted.discard(rank)
+                raise RankLostError(f"rank {min(self._ended, default='?')} is lost")
+
+    def pause(self, rank: int) -> None:
+        """Let another rank work first, if `choose` says so."""
+        with own_randomness(), self._changed:
+            self._ready.add(rank)
+            self._give_way(rank)
 
     def exchange(self, rank: int, own: T) -> list[T]:
         """The objects of all ranks, on every rank, as copies like between processes.
 
         Raises:
-            RankLostError: a rank is lost.
+            RankLostError: a rank is lost, or has ended.
         """
-        self._said[rank] = pickle.dumps(own)
-        self.wait()
-        everyones = [pickle.loads(self._said[other]) for other in range(self.count)]
-        self.wait()
-        return everyones
+        said = self._said[self._exchanges[rank] % 2]
+        self._exchanges[rank] += 1
+        said[rank] = pickle.dumps(own)
+        self.wait(rank)
+        return [pickle.loads(said[other]) for other in range(self.count)]
 
-    def wait(self) -> None:
-        """Wait for all ranks.
+    def _give_way(self, rank: int) -> None:
+        """Have another rank work, and wait for the own turn."""
+        self._next(rank)
+        if not self._changed.wait_for(lambda: self._working == rank, self._timeout_s):
+            self._waiting.discard(rank)
+            self._ready.discard(rank)
+            raise RankLostError(f"waited {self._timeout_s:g} s for the other ranks")
 
-        Raises:
-            RankLostError: a rank is lost.
-        """
-        turn = getattr(self._has_turn, "value", False)
-        if turn:
-            self._turn.release()
-        try:
-            self._barrier.wait(self._timeout_s)
-        except threading.BrokenBarrierError:
-            raise RankLostError("another rank is lost") from None
-        finally:
-            if turn:
-                self._turn.acquire()
+    def _next(self, rank: int) -> None:
+        """The rank that works next, if the calling one did."""
+        if self._working in (rank, None):
+            self._working = self._choose(sorted(self._ready)) if self._ready else None
+            self._ready.discard(-1 if self._working is None else self._working)
+            self._changed.notify_all()
 
-    def leave(self) -> None:
-        """Mark a rank as lost, so that no other rank waits for it."""
-        self._barrier.abort()
+    def _part(self) -> None:
+        """Those who wait do so in vain."""
+        self._parted |= self._waiting
+        self._ready |= self._waiting
+        self._waiting.clear()
 
 
 class ThreadRanks(RankGroup):
@@ -160,7 +191,7 @@ class ThreadRanks(RankGroup):
         values.copy_(self._meeting.exchange(self.rank, values.detach().cpu())[0])
 
     def barrier(self) -> None:
-        self._meeting.wait()
+        self._meeting.wait(self.rank)
 
     def average_gradients(self, model: nn.Module) -> nn.Module:
         """Start with rank 0's weights, and average each gradient over the ranks once it is computed, as DDP does."""
@@ -182,33 +213,56 @@ class ThreadRanks(RankGroup):
 # ---- actors -----------------------------------------------------------------------------------
 
 
-class _Holders:
-    """The holders of a cluster for its ranks and scorers, and for one of its coordinators."""
+class _Process:
+    """A process that threads stand for: the ranks of one attempt, a coordinator, or the driver.
 
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
-        self.fenced = False  # a killed coordinator makes no calls any more
+    Attributes:
+        killed: Whether it is; then it reaches nobody.
+    """
 
-    def start(
-        self, of: slice, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> Sequence[Shared[T]]:
-        called = range(len(self._cluster.spans))[of]
-        return [Here(self._cluster.call_holder(index, self, method, *args, **kwargs)) for index in called]
+    def __init__(self) -> None:
+        self.killed = False
 
-    def map(self, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        called = range(len(self._cluster.spans))
-        return [self._cluster.call_holder(index, self, method, *args, **kwargs) for index in called]
+    def check(self) -> None:
+        if self.killed:
+            raise Killed
 
-    def deliver(self, batch: MeasureBatch, *, epoch: int = 0, attempt: str = "", version: int | None = None) -> None:
-        self.map(Holder.receive, batch, epoch=epoch, attempt=attempt, version=version)
+
+class _Holders(LocalHolders):
+    """The holders of a cluster, as one of its processes sees them."""
+
+    def __init__(self, cluster: LocalCluster, caller: _Process, holders: Sequence[Holder]) -> None:
+        super().__init__(holders)
+        self._cluster, self._caller = cluster, caller
+
+    def call(self, index: int, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        role = f"holder-{index}"
+        self._cluster.before_call(self._caller, role, method.__name__)
+        with self._cluster.lock:
+            self._cluster.check_call(self._caller, role)
+            return super().call(index, method, *args, **kwargs)
+
+
+class _Service(NamedTuple):
+    """One life of the coordinator.
+
+    Attributes:
+        service: The coordinator at work.
+        process: It runs in.
+        turn: As an actor it answers one call at a time.
+    """
+
+    service: CoordinatorService
+    process: _Process
+    turn: threading.Lock
 
 
 class _Coordinator(CoordinatorStub):
-    """The current coordinator of a cluster."""
+    """The current coordinator of a cluster, as one of the cluster's processes sees it."""
 
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
-        self.events: EventLogClient = _Events(cluster)
+    def __init__(self, cluster: LocalCluster, caller: _Process) -> None:
+        self._cluster, self._caller = cluster, caller
+        self.events: EventLogClient = _Events(cluster, caller)
 
     def call(
         self,
@@ -217,20 +271,29 @@ class _Coordinator(CoordinatorStub):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        self._cluster.check_there("coordinator")
-        return method(self._cluster.service, *args, **kwargs)
+        self._cluster.before_call(self._caller, "coordinator", method.__name__)
+        self._cluster.check_call(self._caller, "coordinator")
+        life = self._cluster.coordinator
+        try:
+            with life.turn:
+                return method(life.service, *args, **kwargs)
+        finally:
+            if life.process.killed:  # while it worked
+                raise ActorLostError("coordinator is lost")
 
 
 class _Events:
     """The event log of a cluster's current coordinator."""
 
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: LocalCluster, caller: _Process) -> None:
+        self._cluster, self._caller = cluster, caller
 
     def _log(self) -> EventLog:
-        if "coordinator" in self._cluster.missed:
-            raise UnavailableError("the coordinator is lost")
-        return self._cluster.service.events
+        try:
+            self._cluster.check_call(self._caller, "coordinator")
+        except (ActorLostError, Killed) as error:
+            raise UnavailableError("the coordinator is lost") from error
+        return self._cluster.coordinator.service.events
 
     def post(self, message: Message, *, wait: bool = False) -> None:
         self._log().post(message)
@@ -245,49 +308,61 @@ class _Events:
         return self._log().silence()
 
     def request_stop(self) -> None:
-        self._log().request_stop()
+        self._cluster.stop()
 
     def stop_requested(self) -> bool:
         return self._log().stop_requested()
 
 
 class _Scorers:
-    """The scorers of a cluster, each in its own thread."""
+    """The scorers of a cluster, as one of its coordinators sees them. Each scorer works in a thread of its own."""
 
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
-        self._threads = ThreadPoolExecutor(cluster.scoring.num_scorers, thread_name_prefix="bss-ray-scorer")
-        self._made: dict[str, tuple[Scorer, Shared[ScoringJob] | None]] = {}
+    def __init__(self, cluster: LocalCluster, caller: _Process) -> None:
+        self._cluster, self._caller = cluster, caller
 
     def node(self, name: str) -> Answer[str] | None:
-        return self._threads.submit(lambda: self._cluster.nodes[0])
+        cluster = self._cluster
+        return None if name in cluster.gone else cluster.scorers[name].threads.submit(lambda: cluster.nodes[0])
 
     def measure(self, name: str, job: Shared[ScoringJob], shard: int) -> Answer[ShardReport]:
-        return self._threads.submit(self._measure, name, job, shard)
+        self._caller.check()
+        return self._cluster.scorers[name].threads.submit(self._measure, name, job, shard)
 
-    def _measure(self, name: str, shared: Shared[ScoringJob], shard: int) -> ShardReport:
-        cluster = self._cluster
-        cluster.on_shard(name, shard)
-        cluster.check_there(name)
-        job = shared.get("the job")
-        scorer, loaded = self._made.get(name, (None, None))
-        if scorer is None:
-            scorer = Scorer(cluster.measurer, job.shards.columns.label, forward=cluster.scoring, device=cluster.device)
-        if loaded is not shared:
-            scorer.load(job.model.get("the model"))
-            self._made[name] = scorer, shared
-        return measure_shard(scorer, job, shard, cluster.holders, cluster.coordinator.events.post)
+    def _measure(self, name: str, job: Shared[ScoringJob], shard: int) -> ShardReport:
+        cluster, own = self._cluster, _Process()
+        cluster.before_call(own, name, "measure", shard)
+        cluster.check_call(own, name)
+        try:
+            report = cluster.scorers[name].measure(cluster, own, job, shard)
+        except ActorLostError as error:
+            raise RuntimeError(f"{name} is there, but {error}") from error
+        cluster.check_call(own, name)  # it was killed while it measured
+        return report
 
     def wait(self, answers: Sequence[Answer[object]], timeout_s: float) -> Sequence[Answer[Any]]:
         futures = [answer for answer in answers if isinstance(answer, Future)]
         return list(wait(futures, timeout_s, return_when=FIRST_COMPLETED).done)
 
-    def forget(self, name: str) -> None:
-        """A scorer comes back without its model."""
-        self._made.pop(name, None)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+class _Scorer:
+    """One scorer: its thread, and the model that it has loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.threads = ThreadPoolExecutor(1, f"bss-ray-{name}")
+        self._loaded: tuple[Scorer, Shared[ScoringJob]] | None = None
+
+    def measure(self, cluster: LocalCluster, own: _Process, shared: Shared[ScoringJob], shard: int) -> ShardReport:
+        job = shared.get("the job")
+        if self._loaded is None or self._loaded[1] is not shared:
+            scorer = Scorer(cluster.measurer, job.shards.columns.label, forward=cluster.scoring, device=cluster.device)
+            scorer.load(job.model.get("the model"))
+            self._loaded = scorer, shared
+        coordinator, holders = cluster.clients(own)
+        return measure_shard(self._loaded[0], job, shard, holders, coordinator.events.post)
+
+    def forget(self) -> None:
+        """It comes back without its model."""
+        self._loaded = None
 
 
 # ---- the backend ------------------------------------------------------------------------------
@@ -309,8 +384,8 @@ class LocalFolder:
 class _Backend:
     """The backend of one rank of a cluster, in place of Ray Train."""
 
-    def __init__(self, cluster: LocalCluster, ranks: RankGroup) -> None:
-        self._cluster, self._ranks = cluster, ranks
+    def __init__(self, cluster: LocalCluster, process: _Process, ranks: RankGroup) -> None:
+        self._cluster, self._process, self._ranks = cluster, process, ranks
 
     def ranks(self) -> RankGroup:
         return self._ranks
@@ -331,14 +406,13 @@ class _Backend:
 
     def report(self, row: Mapping[str, Any], folder: Path | None) -> None:
         """Report; a checkpoint is complete when all ranks have delivered their files, as in Ray Train."""
-        incoming = self._cluster.folder / "incoming"
+        self._process.check()
         if folder is not None:
-            shutil.copytree(folder, incoming, dirs_exist_ok=True)
+            shutil.copytree(folder, self._cluster.incoming, dirs_exist_ok=True)
         self._ranks.barrier()
         if self._ranks.rank == 0:
-            if incoming.exists():
-                incoming.rename(self._cluster.next_checkpoint())
-            self._cluster.reports.append(dict(row))
+            self._process.check()
+            self._cluster.keep(row)
         self._ranks.barrier()
 
     def scored_first(self, scores: Callable[[], list[ScoreBlock]]) -> None:
@@ -352,6 +426,24 @@ class _Backend:
 
 
 # ---- the cluster ------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """What a thread that is a rank belongs to."""
+
+    cluster: LocalCluster
+    process: _Process
+    meeting: Meeting
+    rank: int
+
+
+_of_thread = threading.local()
+
+
+def current_cluster() -> LocalCluster | None:
+    """The cluster that the calling thread is a rank of."""
+    place: _Place | None = getattr(_of_thread, "place", None)
+    return None if place is None else place.cluster
 
 
 @dataclass(frozen=True)
@@ -387,22 +479,28 @@ class LocalCluster:
         batch_size: Rows of a global batch, over all ranks.
         tail: `keep` or `drop` the last, smaller batch of an epoch.
         seed: Seed of the order of rows.
-        max_failures: Number of times that the ranks may start again after an error.
-        initial_scores: Scores that the first epoch is drawn from; the scheduler's burn-in must be 0 then.
+        max_failures: Number of times that the ranks may start again after an error. A loss of ranks after `preempt` is
+            none.
+        initial_scores: Scores that the first epoch is drawn from; there is no burn-in then.
         nodes: Ids of the nodes that the ranks are on, in turn.
         device: Device of all ranks.
         window_rows: Rows of a window of the order.
-        on_message: Called with each message of the run.
+        on_message: Called with each message of the run, in the thread of `run`.
+        on_call: Called before each call of an actor, in the calling thread, with the actor's role (`coordinator`,
+            `holder-0`, ..., `scorer-0`, ...), the name of its method, and the index of the shard that a scorer is to
+            measure or None. A test may wait there, or kill.
+        schedule: Seed of a schedule of the ranks: at each meeting, and before each call of an actor, one of those that
+            could work next is chosen at random. None: the first in the order of ranks works until it waits.
         timeout_s: Seconds after which a rank that waits for others takes them for lost.
 
-    Attributes:
-        on_shard: Called with a scorer's name and a shard before the scorer measures it; a test may kill it there.
+    Raises:
+        ConfigError: A setting is out of its range.
     """
 
     def __init__(
         self,
         train: Shards,
-        folder: Path,
+        folder: str | Path,
         *,
         ranks: int | Sequence[int] = 1,
         validation: Shards | None = None,
@@ -418,18 +516,24 @@ class LocalCluster:
         device: torch.device | str = "cpu",
         window_rows: int = WINDOW_ROWS,
         on_message: OnMessage = lambda _: None,
+        on_call: Callable[[str, str, int | None], object] = lambda *_: None,
+        schedule: int | None = None,
         timeout_s: float = 60.0,
     ) -> None:
-        scoring = scoring or Scoring()
-        if scoring.engine == "auto":
-            scoring = replace(scoring, engine="workers")
-        self._train, self._validation, self.folder = train, validation, folder
         self._ranks = [ranks] if isinstance(ranks, int) else list(ranks)
-        self._scheduler, self.scoring = scheduler or Learning(), scoring
+        if not self._ranks or min(self._ranks) < 1 or max_failures < 0:
+            raise ConfigError(f"ranks must be >= 1 and max_failures >= 0; received {ranks} and {max_failures}")
+        check_batch_size(batch_size, train.rows)
+        scoring = scoring or Scoring()
+        self.scoring = replace(scoring, engine="workers") if scoring.engine == "auto" else scoring
+        scheduler = scheduler or Learning()
+        self._scheduler = scheduler if initial_scores is None else replace(scheduler, burn_in=0)
         self.measurer = (measurer or Measurer()).for_task(train.columns.task)
-        self._seed, self._max_failures, self._initial_scores = seed, max_failures, initial_scores
+        self._train, self._validation, self._seed = train, validation, seed
+        self._max_failures, self._initial_scores = max_failures, initial_scores
         self.nodes, self.device, self._timeout_s = tuple(nodes), torch.device(device), timeout_s
-        self._on_message = on_message
+        self._on_message, self._on_call = on_message, on_call
+        self._random = None if schedule is None else random.Random(schedule)
         self._make = functools.partial(
             Coordinator,
             rows=train.rows,
@@ -437,22 +541,32 @@ class LocalCluster:
             seed=seed,
             batch_size=batch_size,
             tail=tail,
-            accumulation=scoring,
+            accumulation=self.scoring,
             window_rows=window_rows,
         )
-        count = min(scoring.num_holders, len(train.parts))
+        count = min(self.scoring.num_holders, len(train.parts))
         spans = [(part.first_row, part.rows) for part in train.parts]
         edges = [len(spans) * index // count for index in range(count + 1)]
-        self.spans = [spans[start:stop] for start, stop in itertools.pairwise(edges)]
-        self.on_shard: Callable[[str, int], None] = lambda _scorer, _shard: None
-        self._lock = threading.RLock()
-        self.missed: set[str] = set()
+        self._spans = [spans[start:stop] for start, stop in itertools.pairwise(edges)]
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.incoming = self.folder / "incoming"
+        self.lock = threading.RLock()
         self.preempting = threading.Event()
+        self._stopping = False
         self.reports: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        self._lost: set[str] = set()  # a call of them fails
+        self.gone: set[str] = set()  # they do not come back
+        self._holders: list[Holder] = []
+        self._services: list[_Service] = []
+        self.scorers: dict[str, _Scorer] = {}
+        self._attempt = _Process()
+        self._threads: list[threading.Thread] = []
 
     def run(self, train_loop: Callable[..., object], config: object = None) -> LocalResult:
         """Run the loop on all ranks to the end, from the last checkpoint if there is one.
+
+        The first Ctrl-C in the main thread does what `stop` does, the second ends the run at once.
 
         Args:
             train_loop: Function of no or one argument.
@@ -460,142 +574,189 @@ class LocalCluster:
 
         Raises:
             BssRayError: a user's error that a rank has met.
+            RankLostError: ranks were killed, more often than `max_failures`.
             Exception: any other error of a rank, once `max_failures` are used up; the first of them.
         """
         self.reports = []
-        with self._actors() as coordinator:
-            reader = EventReader(coordinator.events, self._on_message)
-            with watch(reader):
-                for attempt in itertools.count():
-                    count = self._ranks[min(attempt, len(self._ranks) - 1)]
-                    errors = self._attempt(count, train_loop, config)
-                    fatal = reader.fatal_error()
-                    if fatal is not None:
-                        raise fatal
-                    if not errors:
-                        break
-                    if attempt >= self._max_failures:
-                        raise errors[0]
-            stopped = reader.stop_requested()
+        with own_randomness(), self._actors():
+            reader = EventReader(_Events(self, _Process()), self._on_message)
+            attempts, _ = supervise(functools.partial(self._attempts, reader, train_loop, config), reader)
+            stopped = self._stopping
         folders = self.checkpoints()
         return LocalResult(
             metrics=self.reports[-1] if self.reports else {},
             reports=self.reports,
             checkpoint=LocalFolder(str(folders[-1])) if folders else None,
-            attempts=attempt + 1,
+            attempts=attempts,
             stopped=stopped,
         )
 
-    def kill(self, role: str, *, noticed: bool = True) -> None:
-        """Kill an actor, which comes back at once and empty.
+    def kill(self, role: str, *, noticed: bool = True, back: bool = True) -> None:
+        """Kill an actor of the run, which comes back at once and empty.
 
         Args:
             role: `coordinator`, `holder-0`, ... or `scorer-0`, ...
-            noticed: Whether the next call of it fails, as a call fails that an actor was lost under; else it is
-                answered by the empty actor.
+            noticed: Whether calls fail first, as they do while an actor restarts: those of the coordinator or a holder
+                until the ranks start again, and the next one of a scorer. Else the empty actor answers.
+            back: Whether it comes back. Only a scorer may be lost for good.
+
+        Raises:
+            ValueError: there is no such actor.
         """
-        with self._lock:
+        with self.lock:
+            roles = ["coordinator", *(f"holder-{index}" for index in range(len(self._holders))), *self.scorers]
+            if not self._services or role not in roles or not (back or role in self.scorers):
+                raise ValueError(f"no such actor can be lost: {role}; there are {roles if self._services else []}")
             if noticed:
-                self.missed.add(role)
-            kind, _, number = role.partition("-")
-            if kind == "coordinator":
+                self._lost.add(role)
+            if role == "coordinator":
                 self._start_coordinator()
-            elif kind == "holder":
-                self._holders[int(number)] = Holder(self.spans[int(number)])
+            elif role in self.scorers:
+                self.scorers[role].forget()
+                self.gone |= set() if back else {role}
             else:
-                self._scorers.forget(role)
+                index = int(role.removeprefix("holder-"))
+                self._holders[index] = Holder(self._spans[index])
 
     def stop(self) -> None:
         """Tell the ranks to save a checkpoint and end, as Ctrl-C does."""
-        self.coordinator.events.request_stop()
+        with self.lock:
+            self._stopping = True
+            if self._services:
+                self.coordinator.service.events.request_stop()
 
     def preempt(self) -> None:
-        """Tell the ranks that a node will be taken away soon."""
+        """Tell the ranks that a node will be taken away soon, until they are started again."""
         self.preempting.set()
 
     def checkpoints(self) -> list[Path]:
         """Folders of the checkpoints, the oldest first."""
         return sorted(self.folder.glob("checkpoint_*"))
 
-    def next_checkpoint(self) -> Path:
-        return self.folder / f"checkpoint_{len(self.checkpoints()):06d}"
+    # ---- for the ranks and actors -------------------------------------------------------------
+
+    @property
+    def coordinator(self) -> _Service:
+        """The coordinator as it is now."""
+        return self._services[-1]
+
+    def clients(self, caller: _Process) -> tuple[_Coordinator, _Holders]:
+        """Coordinator and holders, as a process sees them."""
+        return _Coordinator(self, caller), _Holders(self, caller, self._holders)
+
+    def before_call(self, caller: _Process, role: str, method: str, shard: int | None = None) -> None:
+        """Whatever may happen before an actor is called; no lock is held."""
+        place: _Place | None = getattr(_of_thread, "place", None)
+        if self._random is not None and place is not None and place.process is caller:
+            place.meeting.pause(place.rank)
+        self._on_call(role, method, shard)
+
+    def check_call(self, caller: _Process, role: str) -> None:
+        """A process that was killed calls nobody, and an actor that is lost does not answer."""
+        caller.check()
+        with self.lock:
+            if role in self._lost or role in self.gone:
+                self._lost -= self.scorers.keys() & {role}
+                raise ActorLostError(f"{role} is lost")
+
+    def keep(self, row: Mapping[str, Any]) -> None:
+        """Keep a report of all ranks, and the checkpoint that they have saved with it."""
+        if self.incoming.exists():
+            last = [int(folder.name.removeprefix("checkpoint_")) for folder in self.checkpoints()[-1:]]
+            self.incoming.rename(self.folder / f"checkpoint_{sum(last) + len(last):06d}")
+        self.reports.append(dict(row))
 
     # ---- internals ----------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _actors(self) -> Iterator[CoordinatorClient]:
-        self._holders = [Holder(spans) for spans in self.spans]
-        self._scorers = _Scorers(self)
-        self.coordinator = _Coordinator(self)
-        self.holders: Holders = _Holders(self)
-        self._services: list[tuple[CoordinatorService, _Holders]] = []
+    def _actors(self) -> Iterator[None]:
+        self._holders = [Holder(spans) for spans in self._spans]
+        names = [f"scorer-{index}" for index in range(self.scoring.num_scorers)]
+        self.scorers = {name: _Scorer(name) for name in names if self.scoring.engine == "actors"}
+        self._lost, self.gone = set(), set()
         self._start_coordinator()
         try:
-            yield self.coordinator
+            yield
         finally:
-            for service, _ in self._services:
-                service.close()
-            self._scorers.close()
+            with self.lock:
+                services, self._services = self._services, []
+            self._attempt.killed = True
+            for thread in self._threads:
+                thread.join(self._timeout_s)
+            for service in services:
+                service.process.killed = True
+                service.service.close()
+            for scorer in self.scorers.values():
+                scorer.threads.shutdown(wait=True, cancel_futures=True)
+            shutil.rmtree(self.incoming, ignore_errors=True)
+            self._stopping = False
 
     def _start_coordinator(self) -> None:
+        process = _Process()
+        pool = ScorerPool(
+            list(self.scorers), self.scoring.restart_timeout_s, _Scorers(self, process), self.scoring.bad_rows
+        )
+        service = CoordinatorService(_Holders(self, process, self._holders), self._make, pool)
+        if self._stopping:
+            service.events.request_stop()
         if self._services:
-            self._services[-1][1].fenced = True
-        names = [f"scorer-{index}" for index in range(self.scoring.num_scorers)]
-        pool = ScorerPool(names, self.scoring.restart_timeout_s, self._scorers, self.scoring.bad_rows)
-        holders = _Holders(self)
-        self.service = CoordinatorService(holders, self._make, pool)
-        self._services.append((self.service, holders))
+            self.coordinator.process.killed = True
+        self._services.append(_Service(service, process, threading.Lock()))
 
-    def call_holder(
-        self,
-        index: int,
-        caller: _Holders,
-        method: Callable[Concatenate[Holder, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        with self._lock:
-            if caller.fenced:
-                raise ActorLostError("this coordinator was killed")
-            self.check_there(f"holder-{index}")
-            return method(self._holders[index], *args, **kwargs)
+    def _attempts(self, reader: EventReader, train_loop: Callable[..., object], config: object) -> int:
+        """Start the ranks until they have ended without an error; how often that was."""
+        failures = 0
+        for attempt in itertools.count():
+            errors = self._run_ranks(self._ranks[min(attempt, len(self._ranks) - 1)], train_loop, config)
+            fatal = reader.fatal_error()
+            if fatal is not None:
+                raise fatal
+            if not errors:
+                return attempt + 1
+            failures += not self.preempting.is_set()
+            self.preempting.clear()
+            if failures > self._max_failures or not self._services:
+                raise errors[0]
+        raise AssertionError("unreachable")
 
-    def check_there(self, role: str) -> None:
-        """Let the first call after a kill fail."""
-        with self._lock:
-            if role in self.missed:
-                self.missed.discard(role)
-                raise ActorLostError(f"{role} is lost")
-
-    def _attempt(self, count: int, train_loop: Callable[..., object], config: object) -> list[BaseException]:
+    def _run_ranks(self, count: int, train_loop: Callable[..., object], config: object) -> list[BaseException]:
         """Start the ranks once; returns the errors that they ended with, in order of time."""
-        shutil.rmtree(self.folder / "incoming", ignore_errors=True)
-        meeting = Meeting(count, self._timeout_s)
+        shutil.rmtree(self.incoming, ignore_errors=True)
+        with self.lock:
+            self._lost.clear()
+        process = self._attempt = _Process()
+        meeting = Meeting(count, self._timeout_s, min if self._random is None else self._random.choice)
         errors: list[BaseException] = []
 
         def work(rank: int) -> None:
-            _of_thread.cluster = self
+            _of_thread.place = _Place(self, process, meeting, rank)
             ranks = OneRank() if count == 1 else ThreadRanks(rank, meeting)
-            try:
-                with meeting.turn():
-                    run_rank(self._context(_Backend(self, ranks)), train_loop, config, is_thread=True)
-            except BaseException as error:
-                errors.append(error)
-                meeting.leave()
+            with meeting.turn(rank):
+                try:
+                    run_rank(self._context(process, ranks), train_loop, config, is_thread=True)
+                except Killed:
+                    errors.append(RankLostError(f"rank {rank} was killed"))
+                except BaseException as error:
+                    errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank}") for rank in range(count)]
-        for thread in threads:
+        self._threads = [
+            threading.Thread(target=work, args=(rank,), name=f"rank-{rank}", daemon=True) for rank in range(count)
+        ]
+        for thread in self._threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        for thread in self._threads:
+            while thread.is_alive() and not process.killed:
+                thread.join(1.0)
+        process.killed = True  # one that is stuck reaches nobody any more
         return errors
 
-    def _context(self, backend: _Backend) -> SamplerContext:
+    def _context(self, process: _Process, ranks: RankGroup) -> SamplerContext:
+        coordinator, holders = self.clients(process)
         return SamplerContext(
-            coordinator=self.coordinator,
-            holders=self.holders,
+            coordinator=coordinator,
+            holders=holders,
             prefix=f"bss_ray-{uuid.uuid4().hex[:8]}-",
-            backend=backend,
+            backend=_Backend(self, process, ranks),
             train=self._train,
             validation=self._validation,
             scheduler=self._scheduler,

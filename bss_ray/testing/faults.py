@@ -66,7 +66,7 @@ class KillRank:
 
     def __call__(self) -> None:
         if (local := _local()) is not None and local.current_cluster() is not None:
-            raise local.RankKilledError
+            raise local.Killed
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -92,6 +92,8 @@ class KillController:
     """Kill -9 Ray Train's controller; the ranks, which it has started, end with it."""
 
     def __call__(self) -> None:
+        if (local := _local()) is not None and local.current_cluster() is not None:
+            raise local.Killed
         from bss_ray.runtime.ray_internals import train_parts
 
         _kill_actor(train_parts().controller(), "the controller")

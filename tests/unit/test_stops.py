@@ -17,7 +17,8 @@ def run_ranks(count: int, loop: Callable[[RankGroup], int]) -> list[int]:
     ended = [0] * count
 
     def run(rank: int) -> None:
-        ended[rank] = loop(ThreadRanks(rank, meeting))
+        with meeting.turn(rank):
+            ended[rank] = loop(ThreadRanks(rank, meeting))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
     for thread in threads:
