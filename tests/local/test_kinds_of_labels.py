@@ -5,19 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
-import ray.data
-import ray.train
 
 import bss_ray
-from bss_ray.data.build import build_shards
+from bss_ray.data.arrays import shards_of_arrays
 from bss_ray.data.shards import Shards
 from bss_ray.runtime.messages import EpochFinished
 from bss_ray.sample.state import ScoreBlock
+from bss_ray.testing import LocalCluster
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, default_loop
 from tests.support import state_of
-
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
 
 ROWS, ONLY_AUDIO, ONLY_IMAGE = 120, range(15), range(15, 30)
 
@@ -31,16 +27,11 @@ def make_shards(task: Any) -> Shards:
         "multilabel": (hidden > 0).astype(np.int64),
         "regression": hidden[:, :2].astype(np.float32),
     }[task]
-    rows: list[dict[str, Any]] = [
-        {
-            "audio": None if row in ONLY_IMAGE else (hidden[row] + rng.normal(0, 0.5, 4)).astype(np.float32),
-            "image": None if row in ONLY_AUDIO else (hidden[row] + rng.normal(0, 0.1, 4)).astype(np.float32),
-            "label": labels[row],
-        }
-        for row in range(ROWS)
-    ]
-    columns = bss_ray.Columns(modalities=("audio", "image"), task=task)
-    return build_shards(ray.data.from_items(rows, override_num_blocks=4), columns, min_shards=2)
+    there = {"audio": ~np.isin(np.arange(ROWS), ONLY_IMAGE), "image": ~np.isin(np.arange(ROWS), ONLY_AUDIO)}
+    views = {name: hidden + rng.normal(0, noise, (ROWS, 4)) for name, noise in (("audio", 0.5), ("image", 0.1))}
+    columns = {name: (view * there[name][:, None]).astype(np.float32) for name, view in views.items()}
+    columns |= {"label": labels, **{f"has_{name}": present for name, present in there.items()}}
+    return shards_of_arrays(columns, bss_ray.Columns(modalities=("audio", "image"), task=task), nodes=("", ""))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +42,8 @@ def make_shards(task: Any) -> Shards:
         ("regression", "actors", ("prediction", "gradient_norm")),
     ],
 )
-def test_training(task: Any, engine: Any, criteria: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training(ranks: int, task: Any, engine: Any, criteria: tuple[str, str], tmp_path: Path) -> None:
     shards = make_shards(task)
     assert {"has_audio", "has_image"} <= shards.features.keys()
     losses: list[float] = []
@@ -60,21 +52,21 @@ def test_training(task: Any, engine: Any, criteria: tuple[str, str], tmp_path: P
     def loop(args: LoopArgs) -> None:
         default_loop(args)
         sampler = bss_ray.get_sampler()
-        parts.append(state_of(sampler._context.coordinator, sampler.position.version))
+        if sampler.rank == 0:
+            parts.append(state_of(sampler._context.coordinator, sampler.position.version))
 
-    result = bss_ray.BalancedTrainer(
-        loop,
-        dataset=shards,
+    cluster = LocalCluster(
+        shards,
+        tmp_path,
+        ranks=ranks,
         validation=shards,
         scheduler=bss_ray.Learning(temperature=0.5, fraction=0.8),
         measurer=bss_ray.Measurer(similarity=criteria[0], information=criteria[1]),
         scoring=bss_ray.Scoring(engine=engine, normalise="rank", unpaired="lowest"),
         batch_size=20,
-        train_loop_config=LoopArgs(loop=LoopConfig(epochs=5, lr=0.01), model=ModelSpec(), seed=0),
-        scaling_config=ray.train.ScalingConfig(num_workers=0),
-        run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)),
         on_message=lambda m: losses.append(m.row["train_loss"]) if isinstance(m, EpochFinished) else None,
-    ).fit()
+    )
+    result = cluster.run(loop, LoopArgs(loop=LoopConfig(epochs=5, lr=0.01), model=ModelSpec(), seed=0))
     assert losses[-1] < 0.8 * losses[0]
     assert result.metrics["unscored_rows"] == 0
     similarity, score = parts[0].similarity, parts[0].score
