@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from ray.data._internal.execution.interfaces import RefBundle
     from ray.data.block import Block, BlockAccessor
-    from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 # The versions of Ray that the tests run with.
 TESTED = "2.60.*"
@@ -256,8 +254,7 @@ class TrainParts:
         before_start: Makes a callback that calls a function in the controller, before it reserves anything for the
             ranks of an attempt. The function is given the label selector of each rank, and may change it;
             None for TPUs.
-        trainer: A `TorchTrainer` with the arguments `policy`, a scaling policy or None, and `timeout_s`, of torch's
-            collectives. Its controller does without torch, which takes a second to import.
+        trainer: A `TorchTrainer` with an argument `policy`, a scaling policy or None.
         controller: Returns the handle of the controller, in a rank.
     """
 
@@ -276,10 +273,7 @@ def train_parts() -> TrainParts:
         RayVersionError: a name is gone.
     """
     with _names_of_ray():
-        from ray.train._internal.utils import get_address_and_port
-        from ray.train.backend import Backend, BackendConfig
         from ray.train.torch import TorchTrainer
-        from ray.train.torch import config as torch_config
         from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -292,8 +286,6 @@ def train_parts() -> TrainParts:
             *(FixedScalingPolicy._send_resource_request, FixedScalingPolicy._maybe_send_resource_request),
             FixedScalingPolicy._cancel_resource_request,
             *(ElasticScalingPolicy._count_possible_workers, WorkerGroupCallback.before_worker_group_start),
-            *(torch_config._set_torch_distributed_env_vars, torch_config._setup_torch_process_group),
-            torch_config._shutdown_torch,
         )
         for context, name in ((TrainContext, "controller_actor"), (WorkerGroupContext, "label_selector")):
             if name not in context.__dataclass_fields__:
@@ -321,37 +313,9 @@ def train_parts() -> TrainParts:
         def before_worker_group_start(self, context: WorkerGroupContext) -> None:
             self._function(context.label_selector)
 
-    # Ray's own are in a module that imports torch.
-    class RankBackend(Backend):  # type: ignore[misc]
-        share_cuda_visible_devices = True
-
-        def on_start(self, ranks: WorkerGroup, config: RankConfig) -> None:
-            place = ranks.execute_single(0, get_address_and_port)
-            kind = "nccl" if ranks.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"
-            count, limit_s = len(ranks), config.timeout_s
-            ray.get([ranks.execute_single_async(n, _join_ranks, kind, place, n, count, limit_s) for n in range(count)])
-
-        def on_shutdown(self, ranks: WorkerGroup, _config: RankConfig) -> None:
-            with contextlib.suppress(ray.exceptions.GetTimeoutError):  # they are killed
-                ray.get(ranks.execute_async(_leave_ranks, len(ranks) > 1), timeout=_LEAVE_S)
-
-    class RankConfig(BackendConfig):  # type: ignore[misc]
-        backend = "of the ranks' resources"  # else `TorchTrainer` sets it
-
-        def __init__(self, timeout_s: int) -> None:
-            self.timeout_s = timeout_s
-
-        backend_cls = RankBackend
-
-        @property
-        def train_func_context(self) -> object:
-            from ray.train.torch import TorchConfig
-
-            return TorchConfig().train_func_context
-
     class Trainer(TorchTrainer):  # type: ignore[misc]
-        def __init__(self, *args: object, policy: object, timeout_s: int = 1800, **settings: object) -> None:
-            super().__init__(*args, torch_config=RankConfig(timeout_s), **settings)
+        def __init__(self, *args: object, policy: object, **settings: object) -> None:
+            super().__init__(*args, **settings)
             self._policy = policy
 
         def _create_default_callbacks(self) -> list[object]:
@@ -366,25 +330,6 @@ def train_parts() -> TrainParts:
             return super()._initialize_and_run_controller(**settings)
 
     return TrainParts(FixedPolicy, LimitedPolicy, BeforeStart, Trainer, lambda: get_train_context().controller_actor)
-
-
-# Seconds that ranks may take to leave their process group, as in Ray.
-_LEAVE_S = 30.0
-
-
-def _join_ranks(backend: str, place: tuple[str, int], rank: int, count: int, timeout_s: int) -> None:
-    """Set up torch's process group, in a rank; rank 0 listens at `place`."""
-    from ray.train.torch import config
-
-    os.environ.update(MASTER_ADDR=place[0], MASTER_PORT=str(place[1]))
-    config._set_torch_distributed_env_vars()
-    config._setup_torch_process_group(backend, rank, count, "env://", timeout_s)
-
-
-def _leave_ranks(several: bool) -> None:
-    from ray.train.torch import config
-
-    config._shutdown_torch(destroy_process_group=several)
 
 
 # ---- loggers of Ray Tune ----------------------------------------------------------------------

@@ -127,9 +127,7 @@ class LocalHolders:
     def map(self, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
         return [self.call(index, method, *args, **kwargs) for index in range(len(self._holders))]
 
-    def call(
-        self, index: int, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    def call(self, index: int, method: Callable[Concatenate[Holder, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a method of one holder."""
         with self._turn:
             return method(self._holders[index], *args, **kwargs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import ray
 import ray.train
+import ray.train.torch
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -184,7 +185,7 @@ def fit_ranks(
     trainer = parts.trainer(
         train_loop,
         policy=policy,
-        timeout_s=max(1, round(wait_limit_s)),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=max(1, round(wait_limit_s))),
         scaling_config=scaling_config if scaling_config.use_tpu else _with_selectors(scaling_config),
         run_config=replace(run_config, callbacks=[*(run_config.callbacks or []), parts.before_start(prepare)]),
     )

@@ -16,7 +16,6 @@ WITHOUT_TORCH = (
     "bss_ray.scoring.config",
     "bss_ray.schedule",
     "bss_ray.storage.probe",
-    "bss_ray.train.rank_trainer",  # which Ray Train's controller imports
 )
 
 
