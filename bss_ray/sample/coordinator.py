@@ -137,7 +137,7 @@ class Coordinator:
             self._refused += 1
             return Publication(self._version, refused=self._refused)
         similarity, information, measured, unpaired, refused = zip(
-            *self._holders.map(Holder.summary, self._accumulation.normalise), strict=True
+            *self._holders.map(Holder.summary, self._accumulation.normalise, self._attempt), strict=True
         )
         found = sum(measured)
         if found == 0:
@@ -183,7 +183,7 @@ class Coordinator:
 
     def state(self) -> list[ScoreBlock]:
         """Scores and measures of all rows, which are gathered; only for small data and tests."""
-        return [part for parts in self._holders.map(Holder.state, self._version) for part in parts]
+        return [part for parts in self._holders.map(Holder.state, self._version, self._attempt) for part in parts]
 
     # ---- plans --------------------------------------------------------------------------------
 

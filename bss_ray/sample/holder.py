@@ -149,8 +149,13 @@ class Holder:
             if run.pending is not None:
                 np.minimum(run.pending.step, 0, out=run.pending.step)
 
-    def summary(self, normalise: Normalise) -> HolderSummary:
-        """The own rows' part of the normalisation over all rows, from their latest measures."""
+    def summary(self, normalise: Normalise, attempt: str | None = None) -> HolderSummary:
+        """The own rows' part of the normalisation over all rows, from their latest measures.
+
+        Raises:
+            LostStateError: The measures are not those of this attempt of the ranks.
+        """
+        self._check(self._version, attempt)
         kind = NORMALISATIONS[normalise]
         norms: list[list[Norm]] = [[], []]
         measured, unpaired = 0, []
@@ -223,13 +228,13 @@ class Holder:
             found += Ages(len(ages), int(ages.sum()), int(ages.max(initial=0)))
         return found
 
-    def state(self, version: int) -> list[ScoreBlock]:
+    def state(self, version: int, attempt: str | None = None) -> list[ScoreBlock]:
         """Scores and measures of all own rows.
 
         Raises:
-            LostStateError: The state is not that of `version`.
+            LostStateError: The state is not that of `version`, or not of this attempt of the ranks.
         """
-        self._check_version(version)
+        self._check(version, attempt)
         # Later marks of drawn rows and measures change the arrays of this holder, so copies are handed out.
         return [
             replace(run, last_drawn=run.last_drawn.copy(), pending=None if run.pending is None else run.pending.copy())
@@ -276,6 +281,12 @@ class Holder:
         """Set new scores in new arrays, because the old arrays may be part of a state that was handed out."""
         self._runs, self._version, self._epoch = runs, version, -1
         self._top_counts = self._prepared = None
+
+    def _check(self, version: int, attempt: str | None) -> None:
+        """In the first epochs an empty holder has the right version, but measures that it had taken are lost."""
+        self._check_version(version)
+        if attempt not in (None, self._attempt):
+            raise LostStateError("a holder has lost the measures of this attempt of the ranks: it was restarted")
 
     def _check_version(self, version: int) -> None:
         if self._version != version:

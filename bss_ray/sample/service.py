@@ -165,7 +165,7 @@ class CoordinatorService:
         if self._running is not None:
             with contextlib.suppress(ScoringFailedError, BssRayError):  # `finish_scoring` says so
                 self._running.result()
-        return self._holders.start(slice(rank, None, ranks), Holder.state, version)
+        return self._holders.start(slice(rank, None, ranks), Holder.state, version, self._coordinator.attempt)
 
     def close(self) -> None:
         """End the threads after their current work; for a service whose process continues."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bss_ray.testing import KillActor, KillController, KillRank
+from bss_ray.train.supervise import StopPoll
 from tests.local.runs import BATCH, ENGINES, At, Ended, assert_same, here, local_run
 from tests.runs import ROWS
 
@@ -69,7 +70,7 @@ def test_a_kill_at_every_batch(name: str, engine: str, undisturbed: Any, tmp_pat
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_stop_at_every_batch(engine: str, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bss_ray.train.supervise.EVERY_S", 0.0)
+    monkeypatch.setitem(StopPoll.__init__.__kwdefaults__, "every_s", 0.0)  # the question before every batch
     for epoch, batch in BATCHES:
         folder = tmp_path / f"{epoch}-{batch}"
         stop = At(lambda: here().stop(), epoch, batch, done=[])

@@ -367,6 +367,18 @@ class TestPublish:
         assert run.coordinator.publish(1, expected=ROWS)[:3] == (1, ROWS, 2)
         assert run.column("score") == balance_scores(*measures(8)).tolist()
 
+    def test_a_holder_that_comes_back_empty_before_the_first_version(self) -> None:
+        """It has the right version, but neither the attempt of the ranks nor the measures that it had taken."""
+        run = Published()
+        run.coordinator.reset()
+        run.deliver(EVERYONE, *measures(8))
+        run.each[1] = Holder(SPANS[1])
+        run.holders._holders = run.each
+        for call in (lambda: run.coordinator.publish(1), run.coordinator.state):
+            with pytest.raises(LostStateError, match="has lost the measures of this attempt of the ranks"):
+                call()
+        assert run.coordinator.version == 0
+
     @pytest.mark.parametrize("arrived", [1, ROWS - 1])
     def test_measures_that_are_lost(self, arrived: int) -> None:
         run = Published()
