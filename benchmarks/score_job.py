@@ -28,7 +28,7 @@ from torch import nn
 import bss_ray
 from bss_ray.measure.forward import evaluating
 from bss_ray.models import LateFusion
-from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.runtime.threads import keep_freed_memory
 
 SHAPES = {"audio": (1, 32, 32), "image": (1, 8, 8)}
 CLASSES = 10

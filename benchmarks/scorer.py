@@ -37,7 +37,7 @@ from bss_ray.data.store import ObjectStore
 from bss_ray.measure.forward import Forward, evaluating
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.models import LateFusion
-from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.runtime.threads import keep_freed_memory
 from bss_ray.sample.actors import InStore, start_coordinator, start_holders
 from bss_ray.sample.client import ScoringJob
 from bss_ray.sample.coordinator import Coordinator

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from bss_ray.cli.ray_start import STOPPED
+from bss_ray.cli import STOPPED
 from bss_ray.errors import ConfigError, SubmitError, first_line, optional_import
 
 if TYPE_CHECKING:

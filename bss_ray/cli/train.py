@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bss_ray.cli.ray_start import STOPPED, start_ray
+from bss_ray.cli import STOPPED, start_ray
 from bss_ray.errors import BssRayError
 from bss_ray.storage import StoragePath
 from bss_ray.train.settings import instantiate, make, resolved, train_parser

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 from jsonargparse import ArgumentParser
 
-from bss_ray.cli.ray_start import STOPPED, start_ray
+from bss_ray.cli import STOPPED, start_ray
 from bss_ray.errors import BssRayError, MissingDependencyError
 from bss_ray.runtime.logs import CommandConfig
 from bss_ray.train.settings import (

@@ -28,10 +28,9 @@ from bss_ray.errors import (
 from bss_ray.measure.normalise import join
 from bss_ray.measure.score import Accumulation
 from bss_ray.sample.client import Holders, Publication, Review
-from bss_ray.sample.draw import Draw, Keys, Moments
 from bss_ray.sample.holder import WINDOW_ROWS, Holder
 from bss_ray.sample.permutation import check_seed, horizon_for, sort_by_key
-from bss_ray.sample.plan import TAILS, Plan, Tail
+from bss_ray.sample.plan import TAILS, Draw, Keys, Moments, Plan, Tail
 from bss_ray.sample.radix import Window, cut_windows, radix_select
 from bss_ray.sample.state import Ages, LostStateError, SavedScores, ScoreBlock
 from bss_ray.schedule.schedulers import Scheduler, Uniform

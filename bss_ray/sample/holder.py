@@ -21,8 +21,8 @@ from bss_ray.errors import Problem, WeightError, find_problem
 from bss_ray.measure.normalise import NORMALISATIONS, Norm, Normalise
 from bss_ray.measure.score import Accumulation, accumulate_scores, current_scores
 from bss_ray.runtime.threads import in_threads
-from bss_ray.sample.draw import Draw, Keys, Moments
 from bss_ray.sample.permutation import arrivals, race_keys
+from bss_ray.sample.plan import Draw, Keys, Moments
 from bss_ray.sample.radix import BINS, TOP_SHIFT, digit_counts, ordered_bits
 from bss_ray.sample.state import Ages, LostStateError, MeasureBatch, PendingMeasures, SavedScores, ScoreBlock
 

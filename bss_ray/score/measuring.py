@@ -20,7 +20,7 @@ from bss_ray.measure.observation import check_outputs
 from bss_ray.measure.score import BadRows, ScoreRule, Unpaired, current_scores
 from bss_ray.measure.snapshot import ModelSnapshot
 from bss_ray.names import FUSED, loss_column, presence_column
-from bss_ray.runtime.memory import keep_freed_memory
+from bss_ray.runtime.threads import keep_freed_memory
 from bss_ray.scoring.config import ScoringPass
 from bss_ray.scoring.pool import kept_rows_notice
 from bss_ray.scoring.scorer import RowMeasures, Scorer

@@ -12,7 +12,7 @@ import ray.data
 from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.placement.cluster import read_nodes
 from bss_ray.placement.packing import Node, ProcessGroup, most
-from bss_ray.runtime.memory import ONE_ARENA
+from bss_ray.runtime.threads import ONE_ARENA
 from bss_ray.runtime.wait import users_errors
 
 # With an environment of their own, tasks read rows while actors measure others: with the same environment Ray Data

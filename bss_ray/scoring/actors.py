@@ -13,8 +13,8 @@ from bss_ray.data.shards import Shards
 from bss_ray.errors import first_line
 from bss_ray.measure.measurer import Measurer
 from bss_ray.runtime.logs import Named, RunLogger
-from bss_ray.runtime.memory import keep_freed_memory
 from bss_ray.runtime.messages import Message
+from bss_ray.runtime.threads import keep_freed_memory
 from bss_ray.runtime.wait import set_wait_limit, wait_limit
 from bss_ray.sample.actors import ActorHolders, InStore, RayEventLog, near
 from bss_ray.sample.client import ActorLostError, ScoringJob, Shared

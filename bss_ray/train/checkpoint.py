@@ -69,7 +69,7 @@ class Manifest:
         num_classes: Number of values that each head returns for the training data.
         position: Position at which training resumes.
         history: Metrics of all finished epochs, in order.
-        observed: Sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.observed.Sums`.
+        observed: Sums of the unfinished epoch's figures over all ranks, see `bss_ray.train.metrics.Sums`.
         digests: BLAKE2 of each state dict's file.
         scores: Files of the scores.
         format: Version of this layout.

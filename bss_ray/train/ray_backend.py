@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from bss_ray.placement.process_map import process_map_message
+from bss_ray.placement.cluster import process_map_message
 from bss_ray.runtime.messages import PlacementMap
 from bss_ray.runtime.ranks import OneRank, RankGroup, TorchRanks
 from bss_ray.sample.state import ScoreBlock

@@ -25,9 +25,9 @@ from bss_ray.measure.observation import Outputs
 from bss_ray.measure.snapshot import unwrap_model
 from bss_ray.models.weights import load_weights
 from bss_ray.names import FEATURES, FUSED
-from bss_ray.runtime.memory import keep_freed_memory
 from bss_ray.runtime.messages import AttemptStarted, EpochFinished, FatalError, Status
 from bss_ray.runtime.profiling import Profiler
+from bss_ray.runtime.threads import keep_freed_memory
 from bss_ray.runtime.wait import set_wait_limit, unwrap_ray_error
 from bss_ray.sample.client import Review
 from bss_ray.sample.plan import Order, Plan

@@ -31,8 +31,8 @@ from bss_ray.placement.resources import (
     in_this_process,
     scorer_options,
 )
-from bss_ray.runtime.memory import ONE_ARENA
 from bss_ray.runtime.messages import Message, Notice, OnMessage, ShardsProgress, Status
+from bss_ray.runtime.threads import ONE_ARENA
 from bss_ray.runtime.wait import DEFAULT_LIMIT_S, set_wait_limit
 from bss_ray.sample.actors import start_coordinator, start_holders
 from bss_ray.sample.client import CoordinatorClient, Holders, LocalHolders

@@ -12,7 +12,7 @@ import ray.tune
 
 from bss_ray import errors
 from bss_ray.errors import ConfigError, MissingDependencyError
-from bss_ray.tune.loggers import make_loggers
+from bss_ray.tune.tuner import make_loggers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -9,8 +9,8 @@ from bss_ray.errors import WeightError
 from bss_ray.sample import holder as holder_module
 from bss_ray.sample.client import LocalHolders
 from bss_ray.sample.coordinator import NEGLECT_EPOCHS, Coordinator
-from bss_ray.sample.draw import Draw
 from bss_ray.sample.holder import Holder
+from bss_ray.sample.plan import Draw
 from bss_ray.sample.radix import TOP_SHIFT
 from bss_ray.sample.state import LostStateError, ScoreBlock
 from bss_ray.schedule import Heuristic, Learning, Scheduler, Uniform

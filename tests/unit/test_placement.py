@@ -17,10 +17,9 @@ from bss_ray.data.columns import Columns
 from bss_ray.data.shards import Shard
 from bss_ray.errors import ConfigError, ResourceError
 from bss_ray.placement import cluster
-from bss_ray.placement.cluster import read_nodes
+from bss_ray.placement.cluster import describe, read_nodes
 from bss_ray.placement.fit import check_fit, deal, elastic_ranks, place, place_ranks
 from bss_ray.placement.packing import Node, ProcessGroup, fits, matches, most
-from bss_ray.placement.process_map import describe
 from bss_ray.placement.resources import Placement, ResourceRequest, check_resources, rank_selectors
 from bss_ray.report.console import Display, placement_lines
 from bss_ray.runtime import ray_internals

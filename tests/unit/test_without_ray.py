@@ -66,7 +66,8 @@ from bss_ray.data.arrays import shards_of_arrays
 from bss_ray.load.loader import Loader
 from bss_ray.measure.snapshot import pack_model
 from bss_ray.models import LateFusion
-from bss_ray.sample.plan import Order, Plan
+from bss_ray.sample.plan import Order
+from bss_ray.sample.plan import Plan
 from bss_ray.scoring.scorer import Scorer
 
 rng = np.random.default_rng(0)
