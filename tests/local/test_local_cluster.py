@@ -45,6 +45,27 @@ def loop(epochs: int = 1) -> None:
         sampler.report({}, model=model, optimizer=optimizer)
 
 
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    section = text[text.index("## A cluster in the process") :]
+    code = section.split("```python\n")[1].split("```")[0]
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=(90, 6)).astype(np.float32) for name in ("audio", "image")}
+
+    class MyModel(TwoHeads):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            super().__init__(0.1)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            logits = {name: self.heads[own](batch[name]) for name, own in (("audio", "a"), ("image", "b"))}
+            return {**logits, "fused": logits["audio"] + logits["image"]}
+
+    own = {"arrays": {**arrays, "label": np.arange(90) % 3}, "MyModel": MyModel, "tmp_path": tmp_path}
+    exec(code, {"bss_ray": bss_ray, "torch": torch, **own})
+    assert len(list((tmp_path / "killed").glob("checkpoint_*"))) == 3
+
+
 # ---- settings ---------------------------------------------------------------------------------
 
 
