@@ -31,6 +31,7 @@ os.environ |= {
     "RAY_TMPDIR": str(FOLDER),
     "BSS_RAY_CACHE": str(FOLDER / "cache"),
     "XDG_CACHE_HOME": str(FOLDER / "cache"),
+    "WANDB_CACHE_DIR": str(FOLDER / "cache"),  # one of its programs does not ask the line before
     # Ray's default, but for the place of the token: one for all clusters, so that this process can connect to each.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN_PATH": str(FOLDER / "token"),
