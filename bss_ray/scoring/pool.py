@@ -158,7 +158,11 @@ class ScorerPool:
             ModelOutputError: outputs are not finite, and that is an error.
         """
         run = _Run(ShardQueue(homes), self._names, job, self._timeout_s, self._scorers)
-        run.loop()
+        try:
+            run.loop()
+        except ScoringFailedError:
+            run.drain()
+            raise
         return summary(run.reports, self._bad_rows, run.notices)
 
 
@@ -191,6 +195,13 @@ class _Run:
                     self._answered(name, answer)
                 else:
                     self._measured(*self._measuring.pop(answer)[:2], answer)
+
+    def drain(self) -> None:
+        """Wait for the scorers that still measure: nothing of a pass that has failed may be delivered after its end."""
+        while self._measuring:
+            self._check_waits()
+            for answer in self._scorers.wait(list(self._measuring), _POLL_S):
+                del self._measuring[answer]
 
     def _check_waits(self) -> None:
         """Limit the wait for a scorer that is cut off or stuck.

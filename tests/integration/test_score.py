@@ -240,7 +240,7 @@ def test_other_rows_or_weights_of_the_same_names_are_refused(columns: dict[str, 
 
 def test_what_the_cluster_can_never_give_is_refused_at_once(columns: dict[str, Any]) -> None:
     dataset = ray.data.from_arrow(make_table(columns))
-    with pytest.raises(ResourceError, match="1 GPU each do not fit"):
+    with pytest.raises(ResourceError, match="1 GPU each, and 1 CPU to read rows with, do not fit"):
         score_dataset(dataset, make_recorder(), columns=COLUMNS, num_gpus=1)
 
 
