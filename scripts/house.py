@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import statistics
-import sys
 import tokenize
 from collections.abc import Iterator
 from functools import cache
@@ -133,4 +133,6 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="a checkout; without any, the current folder")
+    main(parser.parse_args().folders)
