@@ -49,8 +49,10 @@ from tests.hosts import Cluster, Host, started  # noqa: E402
 from tests.namespaces import private_mounts  # noqa: E402
 
 hypothesis.settings.register_profile("quick", max_examples=30, deadline=None, database=None, derandomize=True)
-# Other examples in each run; a failure prints what repeats it.
-hypothesis.settings.register_profile("thorough", max_examples=300, deadline=None, database=None, print_blob=True)
+# The same examples in each run; a failure prints what repeats it.
+hypothesis.settings.register_profile(
+    "thorough", max_examples=300, deadline=None, database=None, derandomize=True, print_blob=True
+)
 hypothesis.settings.load_profile("quick")
 
 # Fixtures, in the order in which tests use them.
