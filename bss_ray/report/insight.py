@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bss_ray.report.console import is_share, show
-from bss_ray.train.metrics import is_error
+from bss_ray.train.metric_names import is_error
 from bss_ray.tune.objective import Interval
 
 # `{"metric": name, "seeds": [...], "best": {"validation": {name: [a value per seed]}, "test": {...}}, "uniform": {the

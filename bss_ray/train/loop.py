@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from bss_ray.models.weights import load_weights
 from bss_ray.names import import_name
 from bss_ray.train.backend import Stateful
 from bss_ray.train.sampler import Sampler, get_sampler
+
+if TYPE_CHECKING:
+    from bss_ray.train.metrics import HeadMetrics
 
 OptimizerName = Literal["adamw", "sgd"]
 LrSchedule = Literal["cosine", "constant", "step"]
@@ -174,19 +178,28 @@ def default_loop(args: LoopArgs) -> None:
 
 def _validation(sampler: Sampler, config: LoopConfig, precision: str) -> Callable[[nn.Module], dict[str, float]]:
     """Metrics `val_...` of a model over the validation rows; all epochs share their memory."""
-    from bss_ray.train.metrics import HeadMetrics, evaluate  # imports torchmetrics, which training does without
-
     columns = sampler.shards.columns
-    metrics = HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
-    return lambda model: evaluate(
-        unwrap_model(model),
-        sampler.validation_batches(config.eval_batch_size),
-        metrics,
-        label=columns.label,
-        prefix="val",
-        device=sampler.device,
-        precision=precision,
-    )
+
+    @functools.cache
+    def metrics() -> HeadMetrics:
+        from bss_ray.train.metrics import HeadMetrics  # torchmetrics: only after the first epoch of training
+
+        return HeadMetrics(columns.modalities, sampler.shards.num_classes, sampler.device, columns.task)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        from bss_ray.train.metrics import evaluate
+
+        return evaluate(
+            unwrap_model(model),
+            sampler.validation_batches(config.eval_batch_size),
+            metrics(),
+            label=columns.label,
+            prefix="val",
+            device=sampler.device,
+            precision=precision,
+        )
+
+    return validate
 
 
 def _pretrained(args: LoopArgs, checkpoint: str, sampler: Sampler) -> nn.Module:

@@ -21,42 +21,11 @@ from bss_ray.data.columns import Task
 from bss_ray.measure.forward import autocast, evaluating
 from bss_ray.measure.observation import Outputs
 from bss_ray.names import FUSED, presence_column
-
-# Prediction of the modalities' heads without the fused head: the sum of their logits, or the mean of their values.
-SUM, MEAN = "sum", "mean"
-
-METRICS: dict[Task, tuple[str, ...]] = {
-    "multiclass": ("accuracy", "map", "f1"),
-    "multilabel": ("accuracy", "map", "f1"),
-    "regression": ("r2", "mae", "rmse"),
-}
-
-# Metrics whose smaller values are better.
-_ERRORS = ("mae", "rmse")
+from bss_ray.train.metric_names import joint_head
 
 # Label of a row that does not count. If such rows were left out, a batch could be empty, which torchmetrics'
 # classification refuses, and a rank without any row could not join the states of the other ranks.
 _IGNORED = -1
-
-
-def metric_names(prefix: str, modalities: Sequence[str], task: Task = "multiclass") -> list[str]:
-    """All names that `HeadMetrics.compute(prefix)` returns."""
-    return [f"{prefix}_{metric}_{head}" for metric in METRICS[task] for head in (FUSED, *modalities, _together(task))]
-
-
-def default_metric(prefix: str, task: Task = "multiclass") -> str:
-    """The default metric of a task: accuracy of the fused head, or its R²."""
-    return f"{prefix}_{METRICS[task][0]}_{FUSED}"
-
-
-def is_error(name: str) -> bool:
-    """Whether lower values of a metric of `metric_names` are better."""
-    return name.split("_")[1] in _ERRORS
-
-
-def _together(task: Task) -> str:
-    """Name of the modalities' heads together."""
-    return MEAN if task == "regression" else SUM
 
 
 class HeadMetrics:
@@ -83,7 +52,7 @@ class HeadMetrics:
         self._modalities = list(modalities)
         self._task = task
         metrics = MetricCollection(_metrics(task, num_classes))
-        self._heads = {name: metrics.clone().to(device) for name in (FUSED, *modalities, _together(task))}
+        self._heads = {name: metrics.clone().to(device) for name in (FUSED, *modalities, joint_head(task))}
 
     def update(self, outputs: Outputs, labels: Tensor, batch: Mapping[str, Tensor] | None = None) -> None:
         """Count one batch.
@@ -95,7 +64,7 @@ class HeadMetrics:
         """
         present = {name: (batch or {}).get(presence_column(name)) for name in self._modalities}
         logits = {name: outputs[name].float() for name in (FUSED, *self._modalities)}
-        logits[_together(self._task)] = self._join(logits, present)
+        logits[joint_head(self._task)] = self._join(logits, present)
         for name, metrics in self._heads.items():
             self._count(metrics, logits[name], labels, present.get(name))
 

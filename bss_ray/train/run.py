@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import ray
 import ray.train
 import torch
-from torchmetrics.functional.classification import binary_auroc
 
 from bss_ray.data.build import build_split
 from bss_ray.data.columns import Columns
@@ -51,7 +50,7 @@ from bss_ray.train.checkpoint import SavedCheckpoint
 from bss_ray.train.folder import Events, RunFolder
 from bss_ray.train.initial import read_weights
 from bss_ray.train.loop import LoopArgs, LoopConfig, ModelSpec, build_model, default_loop, resolve_precision
-from bss_ray.train.metrics import HeadMetrics, default_metric, evaluate, is_error, metric_names
+from bss_ray.train.metric_names import default_metric, is_error, metric_names
 from bss_ray.train.trainer import BalancedTrainer
 
 
@@ -87,6 +86,8 @@ def _write_part(folder: StoragePath, saved: SavedCheckpoint, shards: Shards, ind
 
 def roc_areas(path: StoragePath, columns: tuple[str, ...]) -> dict[str, float]:
     """Area under the ROC curve of -score against each truth column (boolean) of a scores file."""
+    from torchmetrics.functional.classification import binary_auroc
+
     table = path.read_table()
     areas = {}
     for name in columns:
@@ -453,6 +454,8 @@ def _one_thread() -> Iterator[None]:
 
 def test_model(config: TrainConfig, state: Mapping[str, torch.Tensor], shards: Shards) -> dict[str, float]:
     """Test metrics of the model with these weights."""
+    from bss_ray.train.metrics import HeadMetrics, evaluate  # torchmetrics: when the run is done
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, shards).to(device)
     model.load_state_dict(state)

@@ -13,7 +13,7 @@ from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError, nearest
 from bss_ray.names import FUSED
 from bss_ray.runtime.messages import Metrics
-from bss_ray.train.metrics import is_error, metric_names
+from bss_ray.train.metric_names import is_error, metric_names
 from bss_ray.train.run import best_row, check_choice
 
 SECONDS = "seconds"

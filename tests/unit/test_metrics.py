@@ -19,7 +19,8 @@ from torch import Tensor
 from bss_ray.data.columns import TASKS, Columns
 from bss_ray.errors import ConfigError
 from bss_ray.testing.processes import in_another_process
-from bss_ray.train.metrics import HeadMetrics, default_metric, is_error, metric_names
+from bss_ray.train.metric_names import default_metric, is_error, metric_names
+from bss_ray.train.metrics import HeadMetrics
 from bss_ray.train.run import _choose, check_choice
 
 CPU = torch.device("cpu")
