@@ -128,6 +128,7 @@ def test_a_killed_actor_costs_no_more_than_its_file(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_score_dataset_outlives_a_killed_actor(folder: Path) -> None:
     model = make_recorder(log=str(folder / "log"), kill_at=330)
     dataset = ray.data.read_parquet(str(folder / "rows"), override_num_blocks=6)
@@ -139,6 +140,7 @@ def test_score_dataset_outlives_a_killed_actor(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_row_that_ends_every_actor_ends_the_job(folder: Path) -> None:
     with pytest.raises(ResourceError, match=r"3 actors were lost while they scored rows 320\.\.351"):
         run_job(folder, make_recorder(), log=str(folder / "log"), kill_at=330, kills=99)

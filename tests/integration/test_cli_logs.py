@@ -19,7 +19,7 @@ from tests.processes import short_folder
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_ray_session")]
 
-EPOCHS = 3
+EPOCHS = 2
 
 
 @dataclass

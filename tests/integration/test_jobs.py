@@ -133,6 +133,7 @@ def test_a_job_runs_to_its_end_as_the_command_does_here(two_nodes: Cluster, proj
     check_nothing_left(mark)
 
 
+@pytest.mark.slow
 def test_a_job_outlives_who_follows_it_and_resumes_after_a_stop(
     two_nodes: Cluster, client: JobSubmissionClient, project: Path, tmp_path: Path
 ) -> None:

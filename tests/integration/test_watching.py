@@ -20,7 +20,7 @@ from bss_ray.runtime.run_metrics import FIGURES
 from bss_ray.testing import Fault, Raise
 from tests.integration.test_remote_rows import ROWS, WIDTH, living_nodes, make_shards
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("two_nodes")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("two_nodes")]
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -8,7 +8,7 @@ from bss_ray import Scoring
 from bss_ray.data.store import StoreConfig
 from tests.runs import BATCH, ROWS, make_shards, run
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 
 def test_global_batches_are_the_same_for_1_2_and_4_ranks(tmp_path: Path) -> None:
