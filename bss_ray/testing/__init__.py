@@ -28,7 +28,7 @@ _WHERE = {
     "LocalCluster": "cluster",
     "LocalResult": "cluster",
     "Raise": "faults",
-    "RankLostError": "cluster",
+    "RankLostError": "thread_ranks",
     "SamplerContract": "sampler",
     "Setup": "sampler",
     "SlicedSampler": "sampler",
@@ -54,10 +54,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bss_ray.testing.cluster import LocalCluster, LocalResult, RankLostError
+    from bss_ray.testing.cluster import LocalCluster, LocalResult
     from bss_ray.testing.faults import Fault, FullDisk, Hang, KillActor, KillController, KillRank, Raise
     from bss_ray.testing.sampler import GlobalSampler, SamplerContract, Setup, SlicedSampler
     from bss_ray.testing.store import StoreContract
+    from bss_ray.testing.thread_ranks import RankLostError
 
 if "pytest" in sys.modules:  # otherwise a failed assert in here would not show its values
     sys.modules["pytest"].register_assert_rewrite(f"{__name__}.sampler", f"{__name__}.store")

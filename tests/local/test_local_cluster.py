@@ -18,7 +18,7 @@ import bss_ray
 from bss_ray.errors import ConfigError, ModelOutputError
 from bss_ray.runtime.messages import Message, Notice
 from bss_ray.testing import KillRank, LocalCluster, RankLostError
-from bss_ray.testing.cluster import Meeting, ThreadRanks
+from bss_ray.testing.thread_ranks import Meeting, ThreadRanks
 from bss_ray.train.supervise import StopPoll
 from tests.local.runs import BATCH, At, assert_same, here, local_run, make_shards
 from tests.runs import TwoHeads

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from bss_ray.runtime.ranks import OneRank, RankGroup
-from bss_ray.testing.cluster import Meeting, ThreadRanks
+from bss_ray.testing.thread_ranks import Meeting, ThreadRanks
 from bss_ray.train.supervise import StopPoll
 
 
