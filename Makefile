@@ -4,28 +4,34 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
-# Two processes of tests at a time: each waits for processes of Ray most of its time.
-TWO := --jobs 2 --output-sync=target --no-print-directory
+# Processes of tests beside each other: each waits for processes of Ray, or for limits, most of its time.
+TOGETHER := --jobs 3 --output-sync=target --no-print-directory
 
-.PHONY: demo test test-all lint quick setup clean clusters others slow-faults slow-others
+.PHONY: demo test test-all lint quick setup clean clusters rays others slow-outages slow-faults slow-others
 
 demo: $(INSTALLED)  ## train on the embedded data set
 	$(BIN)/bss-ray train
 
-test: lint  ## lint, types and all tests but the slow ones
-	$(MAKE) $(TWO) clusters others
+test: $(INSTALLED)  ## lint, types and all tests but the slow ones
+	$(MAKE) $(TOGETHER) lint clusters rays others
 
 test-all: test  ## these, the slow tests, and more examples of each property
-	$(MAKE) $(TWO) slow-faults slow-others
+	$(MAKE) $(TOGETHER) slow-outages slow-faults slow-others
 
 clusters:
 	$(PYTEST) -m "not slow and cluster"
 
+rays:
+	$(PYTEST) -m "not slow and ray"
+
 others:
-	$(PYTEST) -m "not slow and not cluster"
+	$(PYTEST) -m "not slow and not cluster and not ray"
+
+slow-outages:
+	$(PYTEST) -m "slow and outage"
 
 slow-faults:
-	$(PYTEST) -m "slow and fault"
+	$(PYTEST) -m "slow and fault and not outage"
 
 slow-others:
 	$(PYTEST) -m "slow and not fault"

@@ -96,8 +96,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=ray_of)
     for item in items:
-        if ray_of(item) > 0:
-            item.add_marker("cluster")
+        if ray_of(item) >= 0:
+            item.add_marker("ray" if ray_of(item) == 0 else "cluster")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,13 @@ from bss_ray.runtime.messages import Message, PlacementMap
 from bss_ray.testing import Fault, Hang
 from tests.runs import Faults, Outcome, make_shards, run
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.outage,
+    pytest.mark.usefixtures("no_ray_session"),
+    pytest.mark.timeout(900),
+]
 
 SCORING = Scoring(engine="actors", momentum=0.5)
 

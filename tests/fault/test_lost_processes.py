@@ -101,6 +101,7 @@ def drive(folder: Path, *faults: Fault) -> Outcome:
     return train(folder, make_shards(3), OVERLAPPED, 1, *faults)
 
 
+@pytest.mark.slow
 def test_the_same_command_after_its_driver_was_killed(undisturbed: Undisturbed, tmp_path: Path) -> None:
     env = {**os.environ, "RAY_ADDRESS": address()}
     stuck = Fault(Hang(600), marker=tmp_path / "fault", epoch=2, batch=5)

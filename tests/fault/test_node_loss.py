@@ -22,7 +22,13 @@ from tests.hosts import Cluster, Host, started
 from tests.leftovers import actors_off_the_head
 from tests.runs import BATCH, ROWS, Outcome, batches_of, make_spread_shards, run
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.outage,
+    pytest.mark.usefixtures("no_ray_session"),
+    pytest.mark.timeout(600),
+]
 
 EPOCHS = 3  # what the loader has made ahead of epoch 1 may hold all of its rows
 

@@ -19,7 +19,13 @@ from tests.namespaces import ENVIRONMENT, Network, network
 from tests.runs import ROWS, Outcome, make_spread_shards, run
 
 # The hard limit of each test; quiet machines need a third of it.
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.usefixtures("no_ray_session"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.fault,
+    pytest.mark.slow,
+    pytest.mark.outage,
+    pytest.mark.usefixtures("no_ray_session"),
+    pytest.mark.timeout(600),
+]
 
 OUTAGE_S = 20.0
 # Ray's head gives a host up when five questions in turn were not answered within 8 s: after 40 s.

@@ -23,7 +23,7 @@ from bss_ray.testing import Fault
 from bss_ray.train.checkpoint import SavedCheckpoint
 from tests.runs import ROWS, make_shards, run
 
-pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.usefixtures("no_ray_session")]
+pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.outage, pytest.mark.usefixtures("no_ray_session")]
 
 EPOCHS = 6
 DRAWN = round(0.9 * ROWS)

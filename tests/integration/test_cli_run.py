@@ -48,6 +48,7 @@ def test_mispaired_rows_get_lower_scores() -> None:
     assert np.isfinite(table["score"].to_numpy()).all()
 
 
+@pytest.mark.slow
 def test_killed_then_stopped_then_finished_equals_undisturbed(tmp_path: Path) -> None:
     run = tmp_path / "demo"
     # Kill -9 of the driver.

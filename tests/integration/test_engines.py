@@ -28,7 +28,15 @@ def shards(ray_session: None) -> Shards:
     return make_shards(3)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "actors",
+        "online",
+        pytest.param("workers", marks=pytest.mark.slow),
+        pytest.param("overlapped", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_as_in_one_process(engine: str, shards: Shards, tmp_path: Path) -> None:
     on_ray = run(tmp_path / "ray", shards, workers=2, scoring=ENGINES[engine], update_interval=1, epochs=3)
     here = local_run(

@@ -77,7 +77,7 @@ def assert_all_free(within_s: float) -> None:
 def shards(ray_session: None) -> Shards:
     before.update(there())
     made = make_shards(2)
-    assert_all_free(10)  # of what made the shards
+    assert_all_free(60)  # of what made the shards
     return made
 
 
@@ -97,13 +97,14 @@ def test_to_the_end(tmp_path: Path, shards: Shards) -> None:
     assert [epoch for epoch, _, _ in seen] == [0, 1, 2]
     assert {thread for _, _, thread in seen} == {threading.current_thread()}
     assert result.metrics["weight"] == seen[-1][1]
-    assert_all_free(5)
+    assert_all_free(20)
 
 
 def bad_outputs() -> None:
     raise ModelOutputError("the model has forgotten its fused logits")
 
 
+@pytest.mark.slow
 def test_an_error_in_a_rank(tmp_path: Path, shards: Shards) -> None:
     seen = []
     fault = Fault(bad_outputs, marker=tmp_path / "fault", epoch=1, batch=2)
@@ -111,16 +112,17 @@ def test_an_error_in_a_rank(tmp_path: Path, shards: Shards) -> None:
     with pytest.raises(ModelOutputError, match="forgotten its fused logits"):
         fit_nested(make, lambda row, _: seen.append(row["epoch"]))
     assert seen == [0]
-    assert_all_free(5)
+    assert_all_free(20)
 
 
+@pytest.mark.slow
 def test_an_error_in_the_trial(tmp_path: Path, shards: Shards) -> None:
     def on_report(row: dict[str, Any], checkpoint: str | None) -> None:
         raise KeyError("of the trial's own")
 
     with pytest.raises(KeyError, match="of the trial's own"):
         fit_nested(functools.partial(make_trainer, folder=tmp_path, shards=shards, epochs=1000), on_report)
-    assert_all_free(5)
+    assert_all_free(20)
 
 
 def trial(config: dict[str, Any], folder: Path, shards: Shards) -> None:
@@ -144,7 +146,7 @@ def test_trials_that_are_stopped_and_killed(tmp_path: Path, shards: Shards) -> N
             name="study", storage_path=str(tmp_path), stop={"epoch": 1}, verbose=0, callbacks=[FreeNested()]
         ),
     ).fit()
-    assert_all_free(5)
+    assert_all_free(20)
     ends = {result.config["ends"]: result for result in found}
     assert isinstance(ends["killed"].error, ray.exceptions.ActorDiedError)
     assert ends["killed"].metrics["epoch"] == 0
