@@ -122,6 +122,7 @@ def check(outcome: Outcome, undisturbed: Outcome) -> None:
     assert left_after() == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_state(shards: Shards, tmp_path: Path) -> None:
     fault = Fault(FullDisk(), marker=tmp_path / "fault", epoch=1, batch=5)
     with pytest.raises(StorageError, match="cannot be written"):

@@ -244,6 +244,7 @@ def test_what_the_cluster_can_never_give_is_refused_at_once(columns: dict[str, A
         score_dataset(dataset, make_recorder(), columns=COLUMNS, num_gpus=1)
 
 
+@pytest.mark.slow
 def test_measures_that_do_not_come_are_not_waited_for_without_end(tmp_path: Path) -> None:
     write_folder(tmp_path / "rows", make_table(make_columns(50)), [], row_group=50)  # one forward pass
     slow = replace(SPEC, init_args={"log": str(tmp_path), "pause": 12.0})
