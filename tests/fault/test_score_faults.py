@@ -117,6 +117,7 @@ def run_job(folder: Path, model: torch.nn.Module, **init_args: Any) -> Path:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_killed_actor_costs_no_more_than_its_file(folder: Path) -> None:
     # Row 330 is in the middle of the first file's rows, which are one block: files 0 to 9 are on the disk by then.
     path = run_job(folder, make_recorder(), log=str(folder / "log"), kill_at=330)

@@ -32,7 +32,7 @@ def shards(ray_session: None) -> Shards:
     "engine",
     [
         "actors",
-        "online",
+        pytest.param("online", marks=pytest.mark.slow),
         pytest.param("workers", marks=pytest.mark.slow),
         pytest.param("overlapped", marks=pytest.mark.slow),
     ],
