@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bss_ray.errors import BssRayError
 from bss_ray.names import import_name
@@ -49,7 +49,8 @@ def start_ray(config: CommandConfig, display: Shown) -> None:
     level = logging.INFO if config.verbose else logging.ERROR
     if address or not ray.is_initialized():  # otherwise the caller of `main` has started it
         with contextlib.nullcontext() if address else without_helpers(logs=config.verbose):
-            ray.init(
+            _init_ray(
+                display,
                 address=address or "local",
                 log_to_driver=config.verbose,
                 logging_level=level,
@@ -64,6 +65,20 @@ def start_ray(config: CommandConfig, display: Shown) -> None:
         logging.getLogger(name).setLevel(level)
     if threading.current_thread() is threading.main_thread():  # no other may
         signal.signal(signal.SIGTERM, _stop)
+
+
+def _init_ray(display: Shown, **options: Any) -> None:
+    """`ray.init`, twice if need be: Ray gives its processes 30 s to start, too few on a machine that is very busy."""
+    import ray
+
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        display.say("Ray has not started within its limit of 30 s; once more")
+        ray.init(**options)
 
 
 def _stop(_signal: int, _frame: object) -> NoReturn:

@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bss_ray.cli import main
+from bss_ray.cli import _init_ray, main
 from bss_ray.data.columns import Columns
 from bss_ray.errors import ConfigError, StorageError
 from bss_ray.train.folder import RunFolder
@@ -129,3 +130,24 @@ def test_hyphens_in_options_are_underscores(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["train", "--initial-scores", "a-b.parquet", "--print-config"])
     assert "initial_scores: a-b.parquet" in capsys.readouterr().out
+
+
+def test_ray_may_take_longer_than_its_limit_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, object]] = []
+
+    def busy(**options: object) -> None:
+        started.append(options)
+        if len(started) == 1:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    said: list[str] = []
+    monkeypatch.setattr("ray.init", busy)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    _init_ray(SimpleNamespace(say=said.append), address="local")  # type: ignore[arg-type]
+    assert started == [{"address": "local"}] * 2
+    assert "once more" in said[0]
+
+    monkeypatch.setattr("ray.init", lambda **_options: (_ for _ in ()).throw(ConnectionError("nobody there")))
+    with pytest.raises(ConnectionError):
+        _init_ray(SimpleNamespace(say=said.append), address="local")  # type: ignore[arg-type]
+    assert len(said) == 1
