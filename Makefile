@@ -7,13 +7,13 @@ PYTEST := $(BIN)/python -m pytest
 # Processes of tests beside each other: each waits for processes of Ray, or for limits, most of its time.
 TOGETHER := --jobs 3 --output-sync=target --no-print-directory
 
-.PHONY: demo test test-all lint quick setup clean clusters rays others slow-outages slow-faults slow-others
+.PHONY: demo test test-all lint quick setup clean clusters shared-ray others slow-outages slow-faults slow-others
 
 demo: $(INSTALLED)  ## train on the embedded data set
 	$(BIN)/bss-ray train
 
 test: $(INSTALLED)  ## lint, types and all tests but the slow ones
-	$(MAKE) $(TOGETHER) lint clusters rays others
+	$(MAKE) $(TOGETHER) lint clusters shared-ray others
 
 test-all: test  ## these, the slow tests, and more examples of each property
 	$(MAKE) $(TOGETHER) slow-outages slow-faults slow-others
@@ -21,7 +21,7 @@ test-all: test  ## these, the slow tests, and more examples of each property
 clusters:
 	$(PYTEST) -m "not slow and cluster"
 
-rays:
+shared-ray:
 	$(PYTEST) -m "not slow and ray"
 
 others:

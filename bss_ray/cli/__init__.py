@@ -113,10 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bss-ray: unknown command {words[0]!r}. {hint}", file=sys.stderr)
         return 2
     sys.path.insert(0, os.getcwd())
-    # Until Ray starts, all that is made are modules, and they stay: to look for garbage among them is a fifth of the
-    # time that they take.
+    # Until `start_ray`, all that is made are modules, and they stay: to look for garbage among them is a fifth of the
+    # time that they take. The other commands do their work in this process, and make garbage.
     collecting = gc.isenabled()
-    gc.disable()
+    if words[0] in ("train", "score", "tune"):
+        gc.disable()
     try:
         code: int = import_name(COMMANDS[words[0]])([_underscored(word) for word in words[1:]])
         return code
@@ -127,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return STOPPED
     finally:
-        if collecting:
-            gc.enable()
+        (gc.enable if collecting else gc.disable)()
 
 
 def _underscored(word: str) -> str:

@@ -77,12 +77,7 @@ FAULTS: dict[str, tuple[Scoring, int, list[tuple[Callable[[], None], int, int]]]
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "killed rank",
-        pytest.param("killed scorer, holder and coordinator", marks=pytest.mark.slow),
-        pytest.param("killed controller", marks=pytest.mark.slow),
-    ],
+    "name", [pytest.param(name, marks=() if name == "killed rank" else pytest.mark.slow) for name in FAULTS]
 )
 def test_same_rows_and_metrics_as_undisturbed(
     name: str, shards: Shards, undisturbed: Undisturbed, tmp_path: Path

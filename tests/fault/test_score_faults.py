@@ -31,7 +31,7 @@ from tests.scoring import (
     write_folder,
 )
 
-pytestmark = [pytest.mark.fault]
+pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 ROWS, PIECE = 960, 32
 
@@ -74,7 +74,6 @@ def measured_already(out: str) -> int:
     return int(line.split()[0])
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_ray_session")
 def test_killed_then_stopped_then_finished_scores_each_row_once(folder: Path) -> None:
     # Kill -9 of the driver.
@@ -117,7 +116,6 @@ def run_job(folder: Path, model: torch.nn.Module, **init_args: Any) -> Path:
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.slow
 def test_a_killed_actor_costs_no_more_than_its_file(folder: Path) -> None:
     # Row 330 is in the middle of the first file's rows, which are one block: files 0 to 9 are on the disk by then.
     path = run_job(folder, make_recorder(), log=str(folder / "log"), kill_at=330)
@@ -129,7 +127,6 @@ def test_a_killed_actor_costs_no_more_than_its_file(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.slow
 def test_score_dataset_outlives_a_killed_actor(folder: Path) -> None:
     model = make_recorder(log=str(folder / "log"), kill_at=330)
     dataset = ray.data.read_parquet(str(folder / "rows"), override_num_blocks=6)
@@ -141,7 +138,6 @@ def test_score_dataset_outlives_a_killed_actor(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.slow
 def test_a_row_that_ends_every_actor_ends_the_job(folder: Path) -> None:
     with pytest.raises(ResourceError, match=r"3 actors were lost while they scored rows 320\.\.351"):
         run_job(folder, make_recorder(), log=str(folder / "log"), kill_at=330, kills=99)

@@ -29,13 +29,7 @@ def shards(ray_session: None) -> Shards:
 
 
 @pytest.mark.parametrize(
-    "engine",
-    [
-        "actors",
-        pytest.param("online", marks=pytest.mark.slow),
-        pytest.param("workers", marks=pytest.mark.slow),
-        pytest.param("overlapped", marks=pytest.mark.slow),
-    ],
+    "engine", [pytest.param(name, marks=() if name == "actors" else pytest.mark.slow) for name in ENGINES]
 )
 def test_two_ranks_as_in_one_process(engine: str, shards: Shards, tmp_path: Path) -> None:
     on_ray = run(tmp_path / "ray", shards, workers=2, scoring=ENGINES[engine], update_interval=1, epochs=3)

@@ -1,5 +1,7 @@
 """The command line without Ray: wrong options, defaults, and the run folder's rules."""
 
+import contextlib
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,3 +153,15 @@ def test_ray_may_take_longer_than_its_limit_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConnectionError):
         _init_ray(SimpleNamespace(say=said.append), address="local")  # type: ignore[arg-type]
     assert len(said) == 1
+
+
+def test_a_command_leaves_the_garbage_collector_as_it_was(tmp_path: Path) -> None:
+    words = ["train", "--storage_path", str(tmp_path), "--batch_size", "0.5"]
+    for collecting in (True, False):
+        (gc.enable if collecting else gc.disable)()
+        try:
+            with contextlib.suppress(SystemExit):
+                main(words)
+            assert gc.isenabled() == collecting
+        finally:
+            gc.enable()
